@@ -1,0 +1,21 @@
+"""ditx: diffusion transformers in JAX and Equinox."""
+
+from ditx import convert, flops
+from ditx.diffusion import flow, gaussian, guidance, samplers
+from ditx.diffusion.schedule import Schedule, linear_schedule, respace
+from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
+
+__all__ = [
+    "DIT_CONFIGS",
+    "DiT",
+    "DiTConfig",
+    "Schedule",
+    "convert",
+    "flops",
+    "flow",
+    "gaussian",
+    "guidance",
+    "linear_schedule",
+    "respace",
+    "samplers",
+]

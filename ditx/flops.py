@@ -1,0 +1,25 @@
+"""Costs of a network, from its configuration alone."""
+
+import jax
+
+from ditx.nn.dit import DiT, DiTConfig
+
+
+def macs(config: DiTConfig) -> int:
+    """Multiply-adds of one forward pass of one example.
+
+    This is what the paper's Table 4 calls Gflops (in units of 1e9); FLOPs are twice as many, and a training step costs
+    about three forward passes. Element-wise work is not counted.
+    """
+    n, d, patch = config.num_tokens, config.hidden_size, config.patch_size**2
+    mlp = int(d * config.mlp_ratio)
+    embeddings = n * patch * config.in_channels * d + 256 * d + d * d
+    block = n * (4 * d * d + 2 * d * mlp) + 2 * n * n * d + 6 * d * d
+    final = 2 * d * d + n * d * patch * config.out_channels
+    return embeddings + config.depth * block + final
+
+
+def parameters(config: DiTConfig) -> int:
+    """Trainable parameters, without building them."""
+    template = jax.eval_shape(lambda key: DiT(config, key=key), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(template))

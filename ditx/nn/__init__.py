@@ -1,0 +1,1 @@
+"""Networks: pure functions of one example and their arrays, ignorant of diffusion, devices and precision."""

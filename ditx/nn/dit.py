@@ -1,0 +1,199 @@
+"""The diffusion transformer (Peebles and Xie 2022) and its twelve published configurations."""
+
+import dataclasses
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ditx.nn.layers import (
+    MLP,
+    Attention,
+    LabelEmbedding,
+    Linear,
+    TimeEmbedding,
+    grid_positions,
+    layer_norm,
+    modulate,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The shape of a network; the defaults are DiT-XL/2 on the latents of 256-pixel ImageNet.
+
+    Raises ValueError, before anything is built, where the sizes do not fit one another.
+    """
+
+    input_size: int = 32
+    """side of the square input, in latent or image pixels"""
+    patch_size: int = 2
+    """side of the square patch that becomes one token"""
+    in_channels: int = 4
+    """channels of the input: 4 for Stable Diffusion's latents, 3 for colour images, 1 for grey ones"""
+    hidden_size: int = 1152
+    """width of a token"""
+    depth: int = 28
+    """number of transformer blocks"""
+    num_heads: int = 16
+    """attention heads in each block"""
+    mlp_ratio: float = 4.0
+    """width of the MLP over the width of a token"""
+    num_classes: int = 1000
+    """labels run from 0 to num_classes - 1"""
+    label_dropout: float = 0.1
+    """probability of training without the label; above 0 the label table has a null row, which guidance needs"""
+    learn_sigma: bool = True
+    """output as many channels again for the variance, as the paper's objective has it"""
+    block: Literal["adaln-zero"] = "adaln-zero"
+    """how time and label enter the blocks"""
+
+    def __post_init__(self):
+        sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.input_size % self.patch_size:
+            raise ValueError(
+                f"patch_size {self.patch_size} does not divide input_size {self.input_size}; choose a divisor of it"
+            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; change one of the two"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by 4, as the sine-cosine positions need;"
+                f" try {self.hidden_size // 4 * 4 + 4}"
+            )
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout is {self.label_dropout}; it is a probability from 0 up to, not with, 1")
+        if int(self.hidden_size * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves the MLP no width; the paper has 4.0")
+        if self.block != "adaln-zero":
+            raise ValueError(f"block {self.block!r} is not supported; the choice is 'adaln-zero'")
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "no class", or None where the network was built without one."""
+        return self.num_classes if self.label_dropout > 0 else None
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: noise (or velocity) first, then, with `learn_sigma`, the variance."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one example."""
+        return (self.input_size // self.patch_size) ** 2
+
+
+_WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+DIT_CONFIGS = {
+    f"DiT-{size}/{patch}": DiTConfig(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads)
+    for size, (width, depth, heads) in _WIDTHS.items()
+    for patch in (8, 4, 2)
+}
+
+
+class Block(eqx.Module):
+    """A transformer block whose norms and residual branches are steered by the condition (adaLN-Zero).
+
+    The steering starts at zero gates, so that a new block is the identity.
+    """
+
+    attention: Attention
+    mlp: MLP
+    modulation: Linear
+
+    def __init__(self, config: DiTConfig, *, key: PRNGKeyArray):
+        attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
+        width = config.hidden_size
+        self.attention = Attention(width, config.num_heads, key=attention_key)
+        self.mlp = MLP(width, int(width * config.mlp_ratio), key=mlp_key)
+        self.modulation = Linear(width, 6 * width, std=0.0, key=modulation_key)
+
+    def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(
+            self.modulation(jax.nn.silu(c)), "(six d) -> six d", six=6
+        )
+        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1))
+        return x + gate2 * self.mlp(modulate(layer_norm(x), shift2, scale2))
+
+
+class FinalLayer(eqx.Module):
+    """The last norm, steered by the condition, and the map from a token to its output patch; starts at zero."""
+
+    modulation: Linear
+    linear: Linear
+
+    def __init__(self, config: DiTConfig, *, key: PRNGKeyArray):
+        width = config.hidden_size
+        self.modulation = Linear(width, 2 * width, std=0.0, key=key)
+        self.linear = Linear(width, config.patch_size**2 * config.out_channels, std=0.0, key=key)
+
+    def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n o"]:
+        shift, scale = rearrange(self.modulation(jax.nn.silu(c)), "(two d) -> two d", two=2)
+        return self.linear(modulate(layer_norm(x), shift, scale))
+
+
+class DiT(eqx.Module):
+    """A class-conditional diffusion transformer over one image or latent.
+
+    Every array is a parameter. The blocks are stacked on a leading axis and run by one scan; their arrays hence have
+    the shapes of `Block` with `depth` in front.
+    """
+
+    patch: Linear
+    time: TimeEmbedding
+    label: LabelEmbedding
+    blocks: Block
+    final: FinalLayer
+    config: DiTConfig = eqx.field(static=True)
+
+    def __init__(self, config: DiTConfig, *, key: PRNGKeyArray):
+        patch_key, time_key, label_key, blocks_key, final_key = jax.random.split(key, 5)
+        width = config.hidden_size
+        self.patch = Linear(config.patch_size**2 * config.in_channels, width, key=patch_key)
+        self.time = TimeEmbedding(width, key=time_key)
+        self.label = LabelEmbedding(config.num_classes, width, null_label=config.null_label is not None, key=label_key)
+        self.blocks = jax.vmap(lambda k: Block(config, key=k))(jax.random.split(blocks_key, config.depth))
+        self.final = FinalLayer(config, key=final_key)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "h w c"],
+        t: Float[Array, ""] | Int[Array, ""],
+        y: Int[Array, ""],
+        *,
+        unroll: int = 1,
+        remat: bool = False,
+    ) -> Float[Array, "h w o"]:
+        """Predict noise (and, with `learn_sigma`, the variance fraction) from `x` at time `t` under label `y`.
+
+        `t` counts training steps from 0 to 999, whole or not. `y` is not checked, since it may be traced: a label out
+        of range would silently read the last row. `unroll` and `remat` change speed and memory, never the result:
+        blocks compiled in a row rather than as a loop, and blocks recomputed in the backward pass.
+        """
+        config = self.config
+        expected = (config.input_size, config.input_size, config.in_channels)
+        if x.shape != expected:
+            raise ValueError(f"the input has shape {x.shape}, the network was built for {expected}")
+        p, side = config.patch_size, config.input_size // config.patch_size
+        tokens = self.patch(rearrange(x, "(h p) (w q) c -> (h w) (p q c)", p=p, q=p))
+        tokens = tokens + jnp.asarray(grid_positions(side, config.hidden_size), tokens.dtype)
+        c = self.time(t) + self.label(y)
+
+        def body(tokens, block):
+            return block(tokens, c), None
+
+        body = jax.checkpoint(body, prevent_cse=False) if remat else body
+        tokens, _ = jax.lax.scan(body, tokens, self.blocks, unroll=unroll)
+        patches = self.final(tokens, c)
+        return rearrange(patches, "(h w) (p q o) -> (h p) (w q) o", h=side, p=p, q=p)

@@ -1,0 +1,132 @@
+"""Layers that a diffusion transformer is made of, each acting on one example."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+class Linear(eqx.Module):
+    """An affine map of the last axis, `x @ weight + bias`.
+
+    Weights start Xavier uniform (Glorot and Bengio 2010), or normal with standard deviation `std` where it is given
+    (0 gives zeros); biases start at 0.
+    """
+
+    weight: Float[Array, "i o"]
+    bias: Float[Array, " o"]
+
+    def __init__(self, in_size: int, out_size: int, *, std: float | None = None, key: PRNGKeyArray):
+        if std is None:
+            bound = math.sqrt(6 / (in_size + out_size))
+            self.weight = jax.random.uniform(key, (in_size, out_size), minval=-bound, maxval=bound)
+        else:
+            self.weight = std * jax.random.normal(key, (in_size, out_size))
+        self.bias = jnp.zeros(out_size)
+
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        return x @ self.weight + self.bias
+
+
+def layer_norm(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
+    """LayerNorm without affine parameters (Ba et al. 2016), statistics in float32, result in the type of `x`."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def modulate(x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"]) -> Float[Array, "n d"]:
+    """Shift and scale every token alike: `x * (1 + scale) + shift` (Perez et al. 2018, centred on the identity)."""
+    return x * (1 + scale) + shift
+
+
+class Attention(eqx.Module):
+    """Multi-head self-attention (Vaswani et al. 2017) with one fused projection to queries, keys and values."""
+
+    qkv: Linear
+    out: Linear
+    num_heads: int = eqx.field(static=True)
+
+    def __init__(self, hidden_size: int, num_heads: int, *, key: PRNGKeyArray):
+        qkv_key, out_key = jax.random.split(key)
+        self.qkv = Linear(hidden_size, 3 * hidden_size, key=qkv_key)
+        self.out = Linear(hidden_size, hidden_size, key=out_key)
+        self.num_heads = num_heads
+
+    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        q, k, v = rearrange(self.qkv(x), "n (three heads k) -> three n heads k", three=3, heads=self.num_heads)
+        # cuDNN's kernel takes half precision alone; XLA's own code serves all other cases, with softmax in float32.
+        fused = jax.default_backend() == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16)
+        mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+        return self.out(rearrange(mixed, "n heads k -> n (heads k)"))
+
+
+class MLP(eqx.Module):
+    """Two linear maps around a GELU in its tanh form (Hendrycks and Gimpel 2016)."""
+
+    up: Linear
+    down: Linear
+
+    def __init__(self, hidden_size: int, mlp_size: int, *, key: PRNGKeyArray):
+        up_key, down_key = jax.random.split(key)
+        self.up = Linear(hidden_size, mlp_size, key=up_key)
+        self.down = Linear(mlp_size, hidden_size, key=down_key)
+
+    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class TimeEmbedding(eqx.Module):
+    """A time in units of training steps (0 to 999, fractions allowed) as a vector: sinusoids, then an MLP with SiLU."""
+
+    up: Linear
+    down: Linear
+
+    def __init__(self, hidden_size: int, *, width: int = 256, key: PRNGKeyArray):
+        up_key, down_key = jax.random.split(key)
+        self.up = Linear(width, hidden_size, std=0.02, key=up_key)
+        self.down = Linear(hidden_size, hidden_size, std=0.02, key=down_key)
+
+    def __call__(self, t: Float[Array, ""] | Int[Array, ""]) -> Float[Array, " d"]:
+        waves = sinusoids(t, self.up.weight.shape[0]).astype(self.up.weight.dtype)
+        return self.down(jax.nn.silu(self.up(waves)))
+
+
+class LabelEmbedding(eqx.Module):
+    """A table of class vectors; with `null_label` it has one row more, the last, that stands for "no class"."""
+
+    table: Float[Array, "rows d"]
+
+    def __init__(self, num_classes: int, hidden_size: int, *, null_label: bool, key: PRNGKeyArray):
+        self.table = 0.02 * jax.random.normal(key, (num_classes + null_label, hidden_size))
+
+    def __call__(self, y: Int[Array, ""]) -> Float[Array, " d"]:
+        return self.table[y]
+
+
+def sinusoids(t: Float[Array, ""] | Int[Array, ""], width: int) -> Float[Array, " width"]:
+    """Cosines, then sines, of `t` at `width / 2` frequencies from 1 down to nearly 1/10000 (Vaswani et al. 2017)."""
+    half = width // 2
+    frequencies = np.exp(-math.log(10000) * np.arange(half) / half)
+    dtype = jnp.promote_types(t.dtype, jnp.float32)  # 999 has no exact bfloat16
+    angles = t.astype(dtype) * jnp.asarray(frequencies, dtype)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
+
+
+def grid_positions(side: int, hidden_size: int) -> Float[np.ndarray, "n d"]:
+    """Fixed sine-cosine positions of a square grid of tokens in row-major order, in float64.
+
+    The first half of the channels encodes the column and the second the row, each as sines, then cosines, at
+    frequencies `10000 ** (-i / (d / 4))` (the two-dimensional form of Vaswani et al. 2017).
+    """
+    frequencies = 10000.0 ** (-np.arange(hidden_size // 4) / (hidden_size // 4))
+    angles = np.arange(side)[:, None] * frequencies
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    column = np.tile(axis, (side, 1))
+    row = np.repeat(axis, side, axis=0)
+    return np.concatenate([column, row], axis=1)
