@@ -1,0 +1,137 @@
+"""The paper's diffusion: noise prediction and a learned variance on a discrete schedule.
+
+Ho et al. 2020 (noise prediction), Nichol and Dhariwal 2021 (variance between two bounds). All steps are indices into
+the schedule at hand.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ditx.diffusion.schedule import Schedule, at
+
+Predict: TypeAlias = Callable[[Float[Array, "h w c"], Float[Array, ""]], Float[Array, "h w o"]]
+Image: TypeAlias = Float[Array, "h w c"]
+Index: TypeAlias = Int[Array, ""] | int
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian over x_{t-1}, with the x_0 that it was derived from."""
+
+    mean: Float[Array, "h w c"]
+    log_variance: Float[Array, "h w c"]
+    x0: Float[Array, "h w c"]
+
+
+def q_sample(schedule: Schedule, x0: Image, i: Index, noise: Image) -> Image:
+    """Draw x_t given x_0 with the standard normal `noise` (Ho et al. 2020, Eq. 4)."""
+    return at(schedule.sqrt_alpha_bar, i) * x0 + at(schedule.sqrt_one_minus_alpha_bar, i) * noise
+
+
+def x0_from_noise(schedule: Schedule, x: Image, i: Index, noise: Image) -> Image:
+    """The x_0 that gives `x` with `noise`; the inverse of `q_sample`."""
+    return at(schedule.sqrt_recip_alpha_bar, i) * x - at(schedule.sqrt_recip_alpha_bar_minus_one, i) * noise
+
+
+def noise_from_x0(schedule: Schedule, x: Image, i: Index, x0: Image) -> Image:
+    """The noise that gives `x` from `x0`; the other inverse of `q_sample`."""
+    scale = at(schedule.sqrt_recip_alpha_bar_minus_one, i)
+    return (at(schedule.sqrt_recip_alpha_bar, i) * x - x0) / scale
+
+
+def posterior(schedule: Schedule, x0: Image, x: Image, i: Index) -> Gaussian:
+    """q(x_{t-1} | x_t, x_0) (Ho et al. 2020, Eqs. 6 and 7)."""
+    mean = at(schedule.posterior_mean_x0, i) * x0 + at(schedule.posterior_mean_xt, i) * x
+    return Gaussian(mean, jnp.full_like(x, at(schedule.posterior_log_variance, i)), x0)
+
+
+def p_mean_variance(schedule: Schedule, output: Float[Array, "h w o"], x: Image, i: Index) -> Gaussian:
+    """p(x_{t-1} | x_t) from the network's output: noise, then, if it has twice the channels of `x`, the variance.
+
+    The log variance is interpolated between that of the posterior (at -1) and log beta (at 1), without clamping
+    (Nichol and Dhariwal 2021, Eq. 15); a network without variance channels gets the posterior's.
+    """
+    noise, fraction = split_variance(output, x)
+    gaussian = posterior(schedule, x0_from_noise(schedule, x, i, noise), x, i)
+    if fraction is None:
+        return gaussian
+    upper = (fraction + 1) / 2
+    log_variance = upper * at(schedule.log_beta, i) + (1 - upper) * at(schedule.posterior_log_variance, i)
+    return gaussian._replace(log_variance=log_variance)
+
+
+def split_variance(output: Float[Array, "h w o"], x: Image) -> tuple[Image, Image | None]:
+    """The prediction, and the variance channels behind it or None. Raises ValueError for other channel counts."""
+    channels = x.shape[-1]
+    if output.shape[-1] == channels:
+        return output, None
+    if output.shape[-1] == 2 * channels:
+        return output[..., :channels], output[..., channels:]
+    raise ValueError(f"an output of {output.shape[-1]} channels fits no input of {channels}; it takes as many or twice")
+
+
+def variational_bound(
+    schedule: Schedule, output: Float[Array, "h w o"], x0: Image, x: Image, i: Index
+) -> Float[Array, ""]:
+    """The bound's term of step `i`, in bits per dimension (Ho et al. 2020, Eq. 5).
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at the first step the negative log likelihood of `x0` in bins of
+    width 2/255, as if it were an 8-bit image in [-1, 1].
+    """
+    true, model = posterior(schedule, x0, x, i), p_mean_variance(schedule, output, x, i)
+    kl = normal_kl(true.mean, true.log_variance, model.mean, model.log_variance)
+    likelihood = discretized_log_likelihood(x0, model.mean, model.log_variance / 2)
+    return jnp.where(jnp.asarray(i) == 0, -likelihood.mean(), kl.mean()) / math.log(2)
+
+
+def prior_bpd(schedule: Schedule, x0: Image) -> Float[Array, ""]:
+    """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension: the bound's constant term."""
+    mean = at(schedule.sqrt_alpha_bar, -1) * x0
+    log_variance = jnp.full_like(x0, jnp.log1p(-at(schedule.alpha_bar, -1)))
+    return normal_kl(mean, log_variance, jnp.zeros_like(x0), jnp.zeros_like(x0)).mean() / math.log(2)
+
+
+def training_loss(
+    schedule: Schedule, predict: Predict, x0: Image, i: Index, noise: Image
+) -> dict[str, Float[Array, ""]]:
+    """The paper's loss at step `i`: `loss` = `mse` of the noise + `vb`, the bound's term in bits per dimension.
+
+    The bound trains the variance alone: the noise prediction inside it is held constant (Nichol and Dhariwal 2021,
+    section 3.1), and it is not scaled by the number of steps. A network without variance channels has no `vb`.
+    """
+    x = q_sample(schedule, x0, i, noise)
+    output = predict(x, at(schedule.time, i))
+    predicted, fraction = split_variance(output, x)
+    mse = jnp.square(noise - predicted).mean()
+    if fraction is None:
+        return {"loss": mse, "mse": mse}
+    frozen = jnp.concatenate([jax.lax.stop_gradient(predicted), fraction], -1)
+    vb = variational_bound(schedule, frozen, x0, x, i)
+    return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+
+def normal_kl(mean1: Image, log_variance1: Image, mean2: Image, log_variance2: Image) -> Image:
+    """KL(N(mean1, exp log_variance1) || N(mean2, exp log_variance2)) of each entry, in nats."""
+    difference = log_variance1 - log_variance2
+    return 0.5 * (jnp.exp(difference) - 1 - difference + jnp.square(mean1 - mean2) * jnp.exp(-log_variance2))
+
+
+def discretized_log_likelihood(x: Image, mean: Image, log_std: Image) -> Image:
+    """Log probability, in nats, of the bin of width 2/255 around each entry of `x`; the bins at -1 and 1 are open.
+
+    Ho et al. 2020, Eq. 13. The normal distribution function is taken in the tanh form with which the released models
+    were trained (Page 1977), and probabilities are kept above 1e-12.
+    """
+    inverse_std = jnp.exp(-log_std)
+    above = _normal_cdf((x - mean + 1 / 255) * inverse_std)
+    below = _normal_cdf((x - mean - 1 / 255) * inverse_std)
+    probability = jnp.where(x < -0.999, above, jnp.where(x > 0.999, 1 - below, above - below))
+    return jnp.log(jnp.maximum(probability, 1e-12))
+
+
+def _normal_cdf(x: Image) -> Image:
+    return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
