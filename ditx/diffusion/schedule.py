@@ -73,20 +73,17 @@ def respace(schedule: Schedule, steps: str | int | Sequence[int]) -> Schedule:
 
 def _grid(total: int, steps: str | int | Sequence[int]) -> np.ndarray:
     if isinstance(steps, str | int):
-        stride_form = isinstance(steps, str) and steps.startswith("ddim")
         digits = str(steps).removeprefix("ddim")
         count = int(digits) if digits.isascii() and digits.isdigit() else 0
         if not 1 <= count <= total:
             raise ValueError(
                 f"cannot keep {steps!r} of {total} steps; give a count from 1 to {total}, or 'ddim' and one"
             )
-        if stride_form:
+        if digits != str(steps):
             # The stride is the only one that yields `count` steps; some counts have none.
             strides = [stride for stride in range(1, total + 1) if len(range(0, total, stride)) == count]
             if not strides:
-                raise ValueError(
-                    f"no constant stride keeps {count} of {total} steps; try {steps.removeprefix('ddim')!r}"
-                )
+                raise ValueError(f"no constant stride keeps {count} of {total} steps; try {digits!r}")
             return np.arange(0, total, strides[0])
         stride = (total - 1) / (count - 1) if count > 1 else 0.0
         return np.array([round(i * stride) for i in range(count)])

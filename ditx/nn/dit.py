@@ -9,16 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ditx.nn.layers import (
-    MLP,
-    Attention,
-    LabelEmbedding,
-    Linear,
-    TimeEmbedding,
-    grid_positions,
-    layer_norm,
-    modulate,
-)
+from ditx.nn.layers import MLP, Attention, LabelEmbedding, Linear, TimeEmbedding, grid_positions, layer_norm, modulate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,119 @@
+"""Checkpoints of a run: written in the background, sealed by checksums, read back from the newest sound one."""
+
+import json
+import logging
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+_SEAL = "checksums.json"
+
+
+class Checkpoints:
+    """The checkpoints in one folder, a subfolder for each step, of which the newest `keep` are kept.
+
+    What is stored is a dictionary of named trees of arrays; each can be read alone. Everything else about a run lies
+    beside them, in plain files.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 3):
+        # Orbax reports every failed read, which we do too, in one sentence, and much else.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.folder = folder.absolute()
+        self._manager = ocp.training.Checkpointer(
+            self.folder,
+            context=ocp.Context(async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(self, step: int, trees: dict[str, Any]) -> None:
+        """Start to write `trees` as step `step`; waits only for the save before it. Raises OSError if that failed."""
+        with self._failing():
+            self._manager.save_checkpointables_async(step, trees, force=True)
+
+    def close(self) -> None:
+        """Wait until everything is on disk. Raises OSError if it could not be written."""
+        with self._failing():
+            self._manager.close()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
+            kept = ", ".join(map(str, steps(self.folder))) or "none"
+            raise OSError(
+                f"no checkpoint could be written to {self.folder} ({_line(error)}); there are: {kept}"
+            ) from error
+
+    def _seal(self) -> None:
+        # Orbax calls this when all is written, just before it renames the folder: the seal is part of the commit.
+        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            (unfinished / _SEAL).write_text(json.dumps(_checksums(unfinished)))
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints in a folder, oldest first."""
+    return sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()) if folder.is_dir() else []
+
+
+def load(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Read the trees named in `abstract` (of `jax.ShapeDtypeStruct`, with shardings) from one checkpoint.
+
+    Raises ValueError if it is damaged, or does not hold such trees.
+    """
+    path = folder.absolute() / str(step)
+    try:
+        expected, actual = json.loads((path / _SEAL).read_text()), _checksums(path)
+        changed = [name for name in expected if actual.get(name) != expected[name]]
+        if changed:
+            raise ValueError(f"{changed[0]} is missing, truncated or altered")
+        return ocp.load_checkpointables(path, abstract)
+    except Exception as error:  # Orbax raises many kinds for damage.
+        raise ValueError(f"checkpoint {path} cannot be read: {_line(error)}") from error
+
+
+def load_newest(folder: Path, abstract: dict[str, Any]) -> tuple[int, dict[str, Any], list[tuple[int, str]]] | None:
+    """The newest sound checkpoint: its step, its trees, and the step of, and a sentence on, each damaged newer one.
+
+    Returns None where there is no checkpoint. Raises ValueError where there are some and none is sound.
+    """
+    damaged = []
+    for step in reversed(steps(folder)):
+        try:
+            return step, load(folder, step, abstract), damaged
+        except ValueError as error:
+            damaged.append((step, str(error)))
+    if damaged:
+        raise ValueError(f"no checkpoint in {folder} can be read: " + "; ".join(sentence for _, sentence in damaged))
+    return None
+
+
+def set_aside(folder: Path, step: int) -> Path:
+    """Rename a damaged checkpoint, so that a run can write this step anew and nothing is deleted."""
+    path = folder / str(step)
+    target = next(candidate for n in range(10_000) if not (candidate := folder / f"damaged-{step}-{n}").exists())
+    return path.rename(target)
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _checksums(path: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file of every tree of a checkpoint; Orbax's own checks let altered arrays pass."""
+    sums = {}
+    for file in sorted(path.glob("*/**/*")):
+        if file.is_file():
+            crc, size = 0, 0
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 24):
+                    crc, size = zlib.crc32(block, crc), size + len(block)
+            sums[str(file.relative_to(path))] = [size, crc]
+    return sums

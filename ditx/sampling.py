@@ -1,0 +1,95 @@
+"""Samples from a trained network: batches in which each one depends on the seed and its own number alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ditx.diffusion import flow, guidance, samplers
+from ditx.diffusion.schedule import linear_schedule, respace
+from ditx.nn.dit import DiT, DiTConfig
+
+Sampler = Literal["auto", "ddpm", "ddim", "euler", "heun"]
+OBJECTIVE_SAMPLERS = {"eps": ("ddpm", "ddim"), "flow": ("heun", "euler")}
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How samples are drawn."""
+
+    sampler: Sampler = "auto"
+    """ddpm or ddim for a noise objective, heun or euler for a flow; auto takes the first"""
+    steps: int = 250
+    """steps from noise to image"""
+    eta: float = 0.0
+    """ddim alone: 0 is deterministic, 1 as noisy as ddpm"""
+    guidance_scale: float = 1.0
+    """classifier-free guidance; 1 is none"""
+    guidance_channels: int = 0
+    """guide the first so many channels (the paper's numbers: 3 of 4); 0 guides all"""
+
+    def check(self, model: DiTConfig, objective: str) -> None:
+        """Raise ValueError where this cannot work with such a network, trained with such an objective."""
+        fitting = OBJECTIVE_SAMPLERS[objective]
+        if self.sampler not in ("auto", *fitting):
+            raise ValueError(f"sampler {self.sampler} does not fit objective {objective}; use {' or '.join(fitting)}")
+        limit = 1000 if objective == "eps" else 10_000
+        if not 1 <= self.steps <= limit:
+            raise ValueError(f"steps is {self.steps}; objective {objective} samples in 1 to {limit} steps")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta}; it goes from 0 (deterministic) to 1 (as noisy as ddpm)")
+        if not 0 <= self.guidance_channels <= model.in_channels:
+            raise ValueError(
+                f"guidance_channels is {self.guidance_channels}; the network has {model.in_channels} (0 guides all)"
+            )
+        if self.guidance_scale != 1 and model.null_label is None:
+            raise ValueError(
+                f"guidance_scale is {self.guidance_scale}, but the network has no null label (it was trained with"
+                " label_dropout 0); use 1"
+            )
+
+
+Draw = Callable[[DiT, Int[Array, " b"], Key[Array, " b"]], tuple[Float[Array, "b h w c"], Float[Array, "b T h w c"]]]
+
+
+def make_draw(config: SamplingConfig, model: DiTConfig, objective: str, *, unroll: int = 1) -> Draw:
+    """The function that draws a batch: `draw(model, labels, keys) -> samples, states`, with a key for each sample.
+
+    The states are all those on the way, to be dropped inside `jax.jit` where only samples are wanted.
+    Raises ValueError where the configurations do not fit together.
+    """
+    config.check(model, objective)
+    name = OBJECTIVE_SAMPLERS[objective][0] if config.sampler == "auto" else config.sampler
+    steps = {
+        "ddpm": samplers.ddpm_step,
+        "ddim": partial(samplers.ddim_step, eta=config.eta),
+        "euler": samplers.euler_step,
+        "heun": samplers.heun_step,
+    }
+    grid = respace(linear_schedule(), config.steps) if objective == "eps" else flow.uniform_grid(config.steps)
+    shape = (model.input_size, model.input_size, model.in_channels)
+
+    def draw(network, labels, keys):
+        def one(y, key):
+            start_key, noise_key = jax.random.split(key)
+            predict = guidance.classifier_free(
+                partial(network, unroll=unroll),
+                y,
+                null_label=model.null_label,
+                scale=config.guidance_scale,
+                channels=config.guidance_channels or None,
+            )
+            return samplers.sample(steps[name], predict, grid, jax.random.normal(start_key, shape), key=noise_key)
+
+        return jax.vmap(one)(labels, keys)
+
+    return draw
+
+
+def sample_keys(seed: int, first: int, count: int) -> Key[Array, " b"]:
+    """The keys of samples number `first` to `first + count - 1`."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(first, first + count))

@@ -1,0 +1,109 @@
+"""The training step: objectives over a batch, the optimizer, and the running average of the weights."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ditx.diffusion import flow, gaussian
+from ditx.diffusion.gaussian import Image, Predict
+from ditx.diffusion.schedule import Schedule
+from ditx.nn.dit import DiT, DiTConfig
+
+Terms: TypeAlias = dict[str, Float[Array, ""]]
+Objective: TypeAlias = Callable[[Predict, Image, PRNGKeyArray], Terms]
+"""The loss of one example, `terms["loss"]`, and its parts; the key is for time and noise."""
+
+
+class TrainState(eqx.Module):
+    """All that a run carries from one step to the next; randomness and data follow from `step`."""
+
+    step: Int[Array, ""]
+    """updates made so far"""
+    model: DiT
+    ema: DiT
+    """exponential moving average of the weights, from the initial ones on"""
+    opt_state: optax.OptState
+
+    @classmethod
+    def create(cls, config: DiTConfig, optimizer: optax.GradientTransformation, *, key: PRNGKeyArray) -> "TrainState":
+        """The state before the first step."""
+        model: Any = DiT(config, key=key)
+        # A copy, since the step donates both to the next.
+        return cls(jnp.zeros((), jnp.int32), model, jax.tree.map(jnp.copy, model), optimizer.init(model))
+
+
+def eps_objective(schedule: Schedule) -> Objective:
+    """The paper's: noise and variance at a step drawn uniformly from the schedule."""
+
+    def objective(predict, x0, key):
+        time_key, noise_key = jax.random.split(key)
+        i = jax.random.randint(time_key, (), 0, len(schedule))
+        return gaussian.training_loss(schedule, predict, x0, i, jax.random.normal(noise_key, x0.shape))
+
+    return objective
+
+
+def flow_objective(mean: float = 0.0, std: float = 1.0) -> Objective:
+    """Flow matching at a logit-normal time."""
+
+    def objective(predict, x0, key):
+        time_key, noise_key = jax.random.split(key)
+        s = flow.logit_normal(mean, std, key=time_key)
+        return flow.training_loss(predict, x0, s, jax.random.normal(noise_key, x0.shape))
+
+    return objective
+
+
+def drop_label(y: Int[Array, ""], config: DiTConfig, *, key: PRNGKeyArray) -> Int[Array, ""]:
+    """The null label with probability `label_dropout`, else `y` (Ho and Salimans 2022, Algorithm 1)."""
+    if config.null_label is None:
+        return y
+    return jnp.where(jax.random.bernoulli(key, config.label_dropout), config.null_label, y)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, Array],
+    key: PRNGKeyArray,
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    dtype: jnp.dtype = jnp.float32,
+    unroll: int = 1,
+    remat: bool = False,
+) -> tuple[TrainState, Terms]:
+    """One update from `batch` (`x`, float `b h w c` in [-1, 1]; `y`, integer `b`); `key` is that of the whole run.
+
+    The network computes in `dtype`; weights, average, moments, objective and everything returned stay in float32.
+    Returns the terms of the objective as means over the batch, and `grad_norm`.
+    """
+    config = state.model.config
+    keys = jax.random.split(jax.random.fold_in(key, state.step), batch["y"].shape[0])
+
+    def mean_loss(model):
+        model = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+
+        def example(x0, y, key):
+            label_key, key = jax.random.split(key)
+            y = drop_label(y, config, key=label_key)
+
+            def predict(x, t):
+                return model(x.astype(dtype), t, y, unroll=unroll, remat=remat).astype(jnp.float32)
+
+            return objective(predict, x0, key)
+
+        terms = jax.tree.map(jnp.mean, jax.vmap(example)(batch["x"], batch["y"], keys))
+        return terms["loss"], terms
+
+    model: Any = state.model  # optax's annotations know no modules
+    grads, terms = jax.grad(mean_loss, has_aux=True)(model)
+    updates, opt_state = optimizer.update(grads, state.opt_state, model)
+    model = optax.apply_updates(model, updates)
+    ema = jax.tree.map(lambda average, new: average + (1 - ema_decay) * (new - average), state.ema, model)
+    return TrainState(state.step + 1, model, ema, opt_state), terms | {"grad_norm": optax.global_norm(grads)}

@@ -1,0 +1,425 @@
+"""Train a class-conditional diffusion transformer: `train.py [preset] [--field value ...]`.
+
+Top to bottom: configuration, run folder, data, state, compiled step, loop. A run is a folder; started again, it goes
+on from its newest checkpoint exactly as if it had never stopped.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.sharding import Mesh
+from jaxtyping import install_import_hook
+from PIL.Image import Image
+from tqdm import tqdm
+
+with install_import_hook("ditx", "beartype.beartype"):
+    from ditx import checkpoint, data, flops, pictures
+    from ditx.diffusion.schedule import linear_schedule
+    from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
+    from ditx.sampling import SamplingConfig, make_draw, sample_keys
+    from ditx.sharding import MeshConfig, batch_sharding, make_mesh, place, put_batch
+    from ditx.training import TrainState, eps_objective, flow_objective, train_step
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. The defaults are the paper's; a preset changes what its data needs."""
+
+    dataset: Literal["digits", "cifar10", "images"] = "images"
+    """the embedded digits, CIFAR-10, or a folder with one subfolder of images for each class"""
+    data_path: str = ""
+    """where CIFAR-10 (its batches, an .npz or a folder) or the image folder lies"""
+    model: DiTConfig = field(default_factory=DiTConfig)
+    objective: Literal["eps", "flow"] = "eps"
+    """eps: the paper's noise and variance; flow: the velocity of flow matching (set model.learn-sigma to False)"""
+    steps: int = 400_000
+    """training steps in all"""
+    batch_size: int = 256
+    """images a step, over all devices"""
+    learning_rate: float = 1e-4
+    decay: Literal["constant", "cosine"] = "constant"
+    """the learning rate after the warm-up: constant, or falling to 0 at the last step"""
+    warmup: int = 0
+    """steps over which the learning rate rises from 0"""
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    """Adam's averaging of squared gradients"""
+    ema_decay: float = 0.9999
+    """averaging of the weights, from which all samples are drawn"""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """what the network computes in; weights, average and moments are float32 in any case"""
+    flip: bool = True
+    """mirror half of the images left to right"""
+    seed: int = 0
+    """of weights, data order, noise: everything random"""
+    unroll: int = 1
+    """blocks compiled in a row: more is faster on a GPU and slower to compile"""
+    remat: bool = False
+    """recompute each block in the backward pass: less memory, and faster on a CPU"""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    workers: int = 0
+    """processes that decode images; 0 decodes in threads"""
+    run: str = ""
+    """folder to write to, or to go on in; runs/PRESET if not given"""
+    log_every: int = 100
+    """steps over which one line of metrics.jsonl is the mean"""
+    checkpoint_every: int = 5_000
+    keep: int = 3
+    """newest checkpoints to keep"""
+    sample_every: int = 10_000
+    """steps between pictures; 0 draws none"""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """how the pictures are drawn"""
+
+
+PRESETS = {
+    # 5,000 digits, legible after some minutes on two CPU cores.
+    "digits": Config(
+        dataset="digits",
+        model=DiTConfig(28, 4, 1, 96, 4, 4, num_classes=10, learn_sigma=False),
+        objective="flow",
+        steps=1500,
+        batch_size=64,
+        learning_rate=2e-3,
+        decay="cosine",
+        ema_decay=0.995,
+        dtype="float32",
+        flip=False,
+        remat=True,
+        log_every=10,
+        checkpoint_every=250,
+        sample_every=500,
+        sampling=SamplingConfig(steps=25, guidance_scale=2.0),
+    ),
+    # 32x32 colour pixels in the token grid of the paper's latents.
+    "cifar10": Config(
+        dataset="cifar10",
+        model=replace(DIT_CONFIGS["DiT-S/2"], in_channels=3, num_classes=10),
+        steps=100_000,
+        sampling=SamplingConfig(guidance_scale=1.5),
+    ),
+    # Any folder of images, as pixels.
+    "images": Config(
+        dataset="images",
+        model=replace(DIT_CONFIGS["DiT-B/4"], input_size=64, in_channels=3),
+        sampling=SamplingConfig(guidance_scale=1.5),
+    ),
+}
+# What may differ when a run goes on: it changes neither the data nor the arithmetic (beyond rounding).
+FREE = {"preset", "run", "data_path", "log_every", "checkpoint_every", "keep", "sample_every", "sampling", "workers"}
+FREE |= {"mesh", "unroll", "remat"}
+
+
+def parse(argv: list[str]) -> tuple[str, Config]:
+    """The preset's name and the configuration. Raises ValueError for an unknown preset; exits with 2 on a bad flag."""
+    preset, flags = ("digits", argv) if not argv or argv[0].startswith("-") else (argv[0], argv[1:])
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}; choose {', '.join(PRESETS)}")
+    usage = f"Train a diffusion transformer. Presets: {', '.join(PRESETS)}; below, the fields and defaults of {preset}."
+    config = tyro.cli(Config, default=PRESETS[preset], args=flags, prog=f"train.py {preset}", description=usage)
+    return preset, replace(config, run=config.run or f"runs/{preset}")
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for values that the parts do not check themselves."""
+    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "unroll"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name in ("learning_rate", "warmup", "weight_decay", "sample_every", "workers", "seed"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
+    for name in ("ema_decay", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it goes from 0 up to, not with, 1")
+    if config.decay == "cosine" and config.warmup >= config.steps:
+        raise ValueError(f"warmup is {config.warmup} of {config.steps} steps; it must end before they do")
+    if config.objective == "flow" and config.model.learn_sigma:
+        raise ValueError("objective flow predicts no variance; add --model.no-learn-sigma")
+    if config.sample_every:
+        config.sampling.check(config.model, config.objective)
+
+
+def open_data(config: Config, preset: str) -> tuple[data.Source, DiTConfig]:
+    """The images, and the model with their number of classes and channels wherever no flag has set these."""
+    size = config.model.input_size
+    if config.dataset != "digits" and not config.data_path:
+        raise ValueError(f"dataset {config.dataset} needs --data-path, the place where the images lie")
+    if config.dataset == "digits":
+        source = data.digits()
+    elif config.dataset == "cifar10":
+        source = data.cifar10(config.data_path)
+    else:
+        source = data.images(config.data_path, size)
+    height, width, channels = source.image_shape
+    if (height, width) != (size, size):
+        raise ValueError(f"the images are {height}x{width}, model.input_size is {size}; make the two agree")
+    found, model, usual = {"num_classes": len(source.class_names), "in_channels": channels}, {}, PRESETS[preset].model
+    for name, value in found.items():
+        if getattr(config.model, name) not in (value, getattr(usual, name)):
+            raise ValueError(f"model.{name} is {getattr(config.model, name)}, but the data has {value}")
+        model[name] = value
+    return source, replace(config.model, **model)
+
+
+def open_run(config: Config, preset: str, source: data.Source) -> Path:
+    """The run's folder, new or matching, with its `config.json`. Raises ValueError if it holds something else."""
+    run, file = Path(config.run), Path(config.run) / "config.json"
+    described = {"preset": preset, **asdict(config), "class_names": source.class_names, "num_images": len(source)}
+    described = json.loads(json.dumps(described))
+    if file.exists():
+        try:
+            before = flatten(json.loads(file.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read ({error}); restore it or choose another --run") from error
+        free = FREE | ({"steps"} if config.decay == "constant" else set())
+        changes = [
+            f"{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in flatten(described).items()
+            if before.get(name) != value and name.split(".")[0] not in free
+        ]
+        if changes:
+            raise ValueError(
+                f"{run} holds another run: {', '.join(changes)}; give its flags to go on, or another --run"
+            )
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"{run} exists and is not a run; choose another --run")
+    run.mkdir(parents=True, exist_ok=True)
+    described["versions"] = {name: version(name) for name in ("ditx", "jax", "equinox", "optax", "orbax-checkpoint")}
+    write(file, json.dumps(described, indent=2) + "\n")
+    return run
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one, with dotted names."""
+    parts = [flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in tree.items()]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def write(file: Path, text: str) -> None:
+    """Write a whole file or, if killed, nothing."""
+    unfinished = file.with_name(file.name + ".partial")
+    unfinished.write_text(text)
+    unfinished.replace(file)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019) at the configured learning rate."""
+    if config.decay == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps)
+    else:
+        rate = (
+            optax.linear_schedule(0.0, config.learning_rate, config.warmup) if config.warmup else config.learning_rate
+        )
+    return optax.adamw(rate, b1=0.9, b2=config.beta2, eps=1e-8, weight_decay=config.weight_decay)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that the loop can end between two steps; a second one ends at once."""
+    received: list[int] = []
+
+    def receive(number, _):
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def trim_metrics(file: Path, step: int) -> None:
+    """Drop the lines after `step`, and one that a kill cut off: the run is about to write them again."""
+    kept = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):
+            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+    write(file, "".join(kept))
+
+
+def make_picture(config: Config, mesh: Mesh) -> Callable[[DiT], Image]:
+    """The function from averaged weights to a grid of samples: the same noise and up to ten classes every time."""
+    columns = min(config.model.num_classes, 10)
+    count = -(-4 * columns // mesh.size) * mesh.size
+    classes = np.linspace(0, config.model.num_classes - 1, columns).astype(np.int32)
+    labels, keys = np.resize(classes, count), sample_keys(config.seed, 0, count)
+    draw = make_draw(config.sampling, config.model, config.objective)
+    compiled = jax.jit(lambda ema: draw(ema, jnp.asarray(labels), keys)[0], out_shardings=batch_sharding(mesh))
+    return lambda ema: pictures.grid(data.to_uint8(np.asarray(compiled(ema)))[: 4 * columns], columns)
+
+
+def train(preset: str, config: Config) -> int:
+    """Run to the last step, or to a signal; returns the exit code."""
+    # Everything that a user can get wrong, before anything is compiled or written.
+    check(config)
+    source, model_config = open_data(config, preset)
+    config = replace(config, model=model_config)
+    check(config)
+    mesh = make_mesh(config.mesh)
+    if config.batch_size % mesh.size:
+        raise ValueError(f"batch_size is {config.batch_size}; make it a multiple of the {mesh.size} devices")
+    run = open_run(config, preset, source)
+    checkpoints, metrics, size = run / "checkpoints", run / "metrics.jsonl", model_config.input_size
+    print(
+        f"model    DiT of {flops.parameters(model_config):,} parameters, {flops.macs(model_config) / 1e9:.3f} G"
+        f" multiply-adds, {model_config.num_tokens} tokens, objective {config.objective}\n"
+        f"data     {config.dataset}: {len(source):,} images of {size}x{size}x{model_config.in_channels},"
+        f" {model_config.num_classes} classes\n"
+        f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}"
+        f" ({', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())}), computing in {config.dtype}\n"
+        f"plan     {config.steps:,} steps of {config.batch_size} images"
+        f" ({config.steps * config.batch_size / len(source):,.1f} epochs)\n"
+        f"writes   {run}",
+        flush=True,
+    )
+
+    # The step, and the shapes and places of all that goes in and out of it.
+    optimizer = make_optimizer(config)
+    step_fn = partial(
+        train_step,
+        objective=eps_objective(linear_schedule()) if config.objective == "eps" else flow_objective(),
+        optimizer=optimizer,
+        ema_decay=config.ema_decay,
+        dtype=jnp.dtype(config.dtype),
+        unroll=config.unroll,
+        remat=config.remat,
+    )
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    create = partial(TrainState.create, model_config, optimizer)
+    abstract = place(jax.eval_shape(lambda key: create(key=key), init_key), mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    rows = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    batch = {
+        "x": rows((config.batch_size, size, size, model_config.in_channels), jnp.float32),
+        "y": rows((config.batch_size,), jnp.int32),
+    }
+    # Sums since the last line of metrics; checkpoints keep them, so that a resumed run writes the same lines.
+    window = {name: np.zeros(()) for name in ("count", *jax.eval_shape(step_fn, abstract, batch, key)[1])}
+
+    # State: read where it is to live, or born there.
+    parts = [part.name for part in fields(TrainState)]
+    restored = checkpoint.load_newest(
+        checkpoints, {part: getattr(abstract, part) for part in parts} | {"window": window}
+    )
+    if restored is None:
+        start, state = 0, jax.jit(lambda key: create(key=key), out_shardings=places)(init_key)
+    else:
+        start, trees, damaged = restored
+        state, window = TrainState(**{part: trees[part] for part in parts}), jax.tree.map(np.asarray, trees["window"])
+        for step, sentence in damaged:
+            aside = checkpoint.set_aside(checkpoints, step)
+            print(f"warning: {sentence}; moved to {aside}, going back to step {start:,}", file=sys.stderr)
+        print(f"goes on  from step {start:,}", flush=True)
+    if start >= config.steps:
+        print(f"{run} has all its {config.steps:,} steps; draw from it with sample.py, or train anew in another --run")
+        return 0
+
+    began = time.perf_counter()
+    compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None)).lower(abstract, batch, key).compile()
+    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    draw_picture = make_picture(config, mesh) if config.sample_every else None
+    trim_metrics(metrics, start)
+    batches = data.batches(
+        source,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        flip=config.flip,
+        start=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=config.workers,
+    )
+    bar = tqdm(
+        total=config.steps,
+        initial=start,
+        disable=None,  # where nobody watches; lines are printed instead
+        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+    )
+    with (
+        stop_signals() as stopped,
+        closing(batches),
+        closing(checkpoint.Checkpoints(checkpoints, keep=config.keep)) as manager,
+        metrics.open("a") as log,
+        bar,
+    ):
+        pending, clock, since = None, time.perf_counter(), start
+        for step in range(start + 1, config.steps + 1):
+            state, terms = compiled(state, put_batch(next(batches), mesh), key)
+            ends = step == config.steps or bool(stopped)
+            logs = step % config.log_every == 0 or step == config.steps
+            saves = step % config.checkpoint_every == 0 or ends
+            # Terms are read a step late, so that the host does not wait for the device at every step.
+            for ready in [pending, terms] if logs or saves else [pending]:
+                if ready is not None:
+                    ready = {"count": 1, **jax.device_get(ready)}
+                    window = {name: total + ready[name] for name, total in window.items()}
+            pending = None if logs or saves else terms
+            speed = (step - since) * config.batch_size / (time.perf_counter() - clock)
+            if window["count"]:
+                bar.set_postfix_str(f"loss {window['loss'] / window['count']:.4f}, {speed:.0f} images/s", refresh=False)
+            bar.update()
+            if logs:
+                means = {name: float(total / window["count"]) for name, total in window.items() if name != "count"}
+                log.write(json.dumps({"step": step, **means, "images_per_second": round(speed, 1)}) + "\n")
+                log.flush()
+                if bar.disable:
+                    left = (config.steps - step) * config.batch_size / speed
+                    print(
+                        f"step {step:,}  loss {means['loss']:.4f}  {speed:.0f} images/s  {left:.0f} s left", flush=True
+                    )
+                window = {name: np.zeros(()) for name in window}
+                clock, since = time.perf_counter(), step
+            if saves:
+                manager.save(step, {part: getattr(state, part) for part in parts} | {"window": window})
+            if draw_picture and (step % config.sample_every == 0 or step == config.steps):
+                (run / "samples").mkdir(exist_ok=True)
+                draw_picture(state.ema).save(run / "samples" / f"step-{step:07d}.png")
+                clock, since = time.perf_counter(), step
+            if stopped:
+                break
+    if stopped:
+        print(f"stopped after step {int(state.step):,}; the same command goes on from there")
+        return 128 + stopped[0]
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps, losses = (np.array([line[name] for line in lines], np.float64) for name in ("step", "loss"))
+    pictures.loss_curve(steps, losses).save(run / "loss.png")
+    print(f"done     {run}/samples, {run}/loss.png; draw more with: sample.py {run}")
+    return 0
+
+
+def main() -> int:
+    """Run the command line; a user's mistake ends in one sentence and exit code 2."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", f"{cache}/ditx/jax")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        return train(*parse(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
