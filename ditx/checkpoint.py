@@ -24,11 +24,11 @@ class Checkpoints:
         # Orbax reports every failed read, which we do too, in one sentence, and much else.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = folder.absolute()
+        newest: Any = ocp.training.preservation_policies.LatestN(keep)
         self._manager = ocp.training.Checkpointer(
-            self.folder,
+            str(self.folder),
             context=ocp.Context(async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=newest,
             cleanup_tmp_directories=True,
         )
 
@@ -74,7 +74,7 @@ def load(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         changed = [name for name in expected if actual.get(name) != expected[name]]
         if changed:
             raise ValueError(f"{changed[0]} is missing, truncated or altered")
-        return ocp.load_checkpointables(path, abstract)
+        return ocp.load_checkpointables(str(path), abstract)
     except Exception as error:  # Orbax raises many kinds for damage.
         raise ValueError(f"checkpoint {path} cannot be read: {_line(error)}") from error
 

@@ -106,4 +106,4 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, model)
     model = optax.apply_updates(model, updates)
     ema = jax.tree.map(lambda average, new: average + (1 - ema_decay) * (new - average), state.ema, model)
-    return TrainState(state.step + 1, model, ema, opt_state), terms | {"grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, model, ema, opt_state), terms | {"grad_norm": optax.tree.norm(grads)}

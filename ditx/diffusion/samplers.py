@@ -69,8 +69,9 @@ def sample(
     order = jnp.arange(len(schedule))[::-1]
 
     def body(x, entry):
-        i, recorded = entry
-        noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype) if recorded is None else recorded
+        i, noise = entry
+        if key is not None:
+            noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
         x = step(predict, schedule, x, i, noise)
         return x, x
 

@@ -1,0 +1,22 @@
+"""Runs before any test module is imported: every array shape in ditx is checked from here on."""
+
+import jax
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+install_import_hook("ditx", "beartype.beartype")
+
+# Eight devices in every test, so that sharding is tested anywhere; what is not sharded runs on the first.
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Strategies are drawn alike in every run, and no deadline counts a compilation as slowness.
+settings.register_profile("ditx", deadline=None, derandomize=True, max_examples=15)
+settings.load_profile("ditx")
+
+
+@pytest.fixture
+def highest_precision():
+    """Matrix products in full float32, as the references on a CPU computed them."""
+    with jax.default_matmul_precision("highest"):
+        yield

@@ -1,0 +1,139 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from references import load
+from strategies import FULL, indices_to_keep, schedule_of, schedules
+
+import ditx
+from ditx.diffusion.schedule import at
+
+TABLES = {
+    "timestep_map": "time",
+    "betas": "beta",
+    "alphas_cumprod": "alpha_bar",
+    "posterior_variance": "posterior_variance",
+    "posterior_log_variance_clipped": "posterior_log_variance",
+    "posterior_mean_coef1": "posterior_mean_x0",
+    "posterior_mean_coef2": "posterior_mean_xt",
+}
+
+
+def assert_same(ours, theirs, tolerance=1e-12):
+    for name, table in vars(theirs).items():
+        np.testing.assert_allclose(getattr(ours, name), table, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("steps", ["full", "10", "50", "250", "ddim10", "ddim50", "ddim250"])
+def test_tables_equal_the_reference(steps):
+    golden = load("diffusion.npz")
+    schedule = FULL if steps == "full" else ditx.respace(FULL, steps)
+    for theirs, ours in TABLES.items():
+        table = getattr(schedule, ours)
+        assert table.dtype == np.float64
+        np.testing.assert_allclose(table, golden[f"{steps}/{theirs}"], rtol=1e-12, atol=1e-12)
+
+
+def test_variances_rise_linearly():
+    np.testing.assert_allclose(FULL.beta[[0, -1]], [1e-4, 0.02], rtol=1e-12)
+    np.testing.assert_allclose(np.diff(FULL.beta), (0.02 - 1e-4) / 999, rtol=1e-9)  # differences of close numbers
+    np.testing.assert_array_equal(FULL.time, np.arange(1000))
+    np.testing.assert_allclose(ditx.linear_schedule(100).beta[[0, -1]], [1e-3, 0.2], rtol=1e-12)
+    assert len(ditx.linear_schedule(21)) == 21
+
+
+@given(schedules())
+def test_derived_tables_agree_with_alpha_bar(kept):
+    schedule = schedule_of(kept)
+    signal, noise = schedule.alpha_bar, 1 - schedule.alpha_bar
+    np.testing.assert_allclose(schedule.sqrt_alpha_bar**2, signal, rtol=1e-12)
+    np.testing.assert_allclose(schedule.sqrt_one_minus_alpha_bar**2, noise, rtol=1e-12)
+    np.testing.assert_allclose(schedule.sqrt_recip_alpha_bar**2 * signal, 1, rtol=1e-12)
+    # 1/a - 1 and (1 - a)/a differ by rounding where a is near 1.
+    np.testing.assert_allclose(schedule.sqrt_recip_alpha_bar_minus_one**2 * signal, noise, rtol=1e-10)
+    np.testing.assert_allclose(np.exp(schedule.log_beta), schedule.beta, rtol=1e-12)
+    np.testing.assert_allclose(np.cumprod(1 - schedule.beta), signal, rtol=1e-12)
+    assert np.all(schedule.posterior_variance < schedule.beta) and schedule.posterior_variance[0] == 0
+    np.testing.assert_allclose(np.exp(schedule.posterior_log_variance[1:]), schedule.posterior_variance[1:], rtol=1e-12)
+    assert schedule.posterior_log_variance[0] == schedule.posterior_log_variance[1]
+
+
+def test_noise_share_next_to_the_data_is_not_lost_in_float32():
+    # 1 - alpha_bar formed in float32 would be off by 1.7e-4.
+    assert float(at(FULL.sqrt_one_minus_alpha_bar, 0)) == pytest.approx(0.01, rel=1e-7)
+    assert float(at(FULL.sqrt_recip_alpha_bar_minus_one, 0)) == pytest.approx((1 / 0.9999 - 1) ** 0.5, rel=1e-7)
+
+
+@given(indices_to_keep())
+def test_respacing_keeps_alpha_bar_and_the_time_of_training(kept):
+    respaced = ditx.respace(FULL, kept)
+    np.testing.assert_allclose(respaced.alpha_bar, FULL.alpha_bar[kept], rtol=1e-12)
+    np.testing.assert_array_equal(respaced.time, kept)
+
+
+@given(schedules())
+def test_respacing_to_all_steps_changes_nothing(kept):
+    schedule = schedule_of(kept)
+    assert_same(ditx.respace(schedule, len(schedule)), schedule, 1e-10)  # betas anew from quotients near 1
+    assert_same(ditx.respace(schedule, range(len(schedule))), schedule, 1e-10)
+
+
+@given(indices_to_keep(sizes=(20,)), indices_to_keep(total=20))
+def test_respacings_compose(outer, inner):
+    twice = ditx.respace(ditx.respace(FULL, outer), inner)
+    assert_same(twice, ditx.respace(FULL, [outer[i] for i in inner]), 1e-10)
+
+
+def test_the_two_grids_of_250_steps():
+    np.testing.assert_array_equal(ditx.respace(FULL, "250").time, [round(i * 999 / 249) for i in range(250)])
+    np.testing.assert_array_equal(ditx.respace(FULL, "ddim250").time, range(0, 1000, 4))
+    np.testing.assert_array_equal(ditx.respace(FULL, "250").time[[0, 1, 2, -2, -1]], [0, 4, 8, 995, 999])
+
+
+@given(st.integers(1, 1000))
+def test_a_count_keeps_so_many_steps_from_first_to_last(count):
+    respaced = ditx.respace(FULL, count)
+    assert len(respaced) == count
+    assert respaced.time[0] == 0 and (count == 1 or respaced.time[-1] == 999)
+    assert np.all(np.diff(respaced.time) > 0)
+    assert_same(ditx.respace(FULL, str(count)), respaced)
+    for table in vars(respaced).values():
+        assert np.all(np.isfinite(table))
+
+
+def test_order_of_the_kept_steps_does_not_matter():
+    assert_same(ditx.respace(FULL, [900, 3, 77]), ditx.respace(FULL, [3, 77, 900]))
+
+
+def test_schedule_passes_through_jit():
+    schedule = ditx.respace(FULL, "10")
+    read = jax.jit(lambda schedule, i: at(schedule.log_beta, i))
+    np.testing.assert_allclose(read(schedule, 3), schedule.log_beta[3], rtol=1e-6)
+    np.testing.assert_array_equal(read(schedule, 3), at(schedule.log_beta, jnp.asarray(3)))
+
+
+@pytest.mark.parametrize("steps", [20, 1, 0, -5])
+def test_linear_schedule_refuses_too_few_steps(steps):
+    with pytest.raises(ValueError, match=f"linear schedule of {steps} steps has variances above 1"):
+        ditx.linear_schedule(steps)
+
+
+@pytest.mark.parametrize("steps", ["0", "1001", "ten", "", "ddim", "ddim0", "ddim-4", "-3", "²", "2.5", 0, -1, 1001])
+def test_impossible_counts_are_named(steps):
+    with pytest.raises(ValueError, match=r"cannot keep .* of 1000 steps; give a count from 1 to 1000") as error:
+        ditx.respace(FULL, steps)
+    assert repr(steps) in str(error.value)
+
+
+def test_a_count_without_a_stride_is_named():
+    with pytest.raises(ValueError, match="no constant stride keeps 300 of 1000 steps; try '300'"):
+        ditx.respace(FULL, "ddim300")
+
+
+@pytest.mark.parametrize("steps", [[], [0, 1000], [-1, 5]])
+def test_impossible_indices_are_named(steps):
+    with pytest.raises(ValueError, match="must be integers from 0 to 999, got") as error:
+        ditx.respace(FULL, steps)
+    assert str(steps) in str(error.value)

@@ -1,0 +1,52 @@
+"""The golden arrays of other programs, in our conventions; golden/README of the references names their sources."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+import ditx
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def load(name):
+    """A golden file as a dictionary."""
+    if name.endswith(".json"):
+        return json.loads((GOLDEN / name).read_text())
+    with np.load(GOLDEN / name) as file:
+        return dict(file)
+
+
+def hwc(array):
+    """The references' `... c h w` as our `... h w c`."""
+    return np.moveaxis(array, -3, -1)
+
+
+def chw(array):
+    return np.moveaxis(np.asarray(array), -1, -3)
+
+
+def assert_close(ours, theirs, tolerance):
+    """Agreement within `tolerance` of the largest entry of the reference."""
+    theirs = np.asarray(theirs)
+    assert np.shape(ours) == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
+
+
+def formula(name, shape):
+    """Weights drawn from their own name."""
+    state = np.random.RandomState(zlib.crc32(name.encode()))
+    values = state.standard_normal(int(np.prod(shape))).reshape(shape)
+    scale = 0.1 if len(shape) == 1 else 1 / np.sqrt(np.prod(shape[1:]))
+    return (scale * values).astype(np.float32)
+
+
+def tiny_dit():
+    """The reference's tiny network and its whole golden file."""
+    golden = load("dit_tiny.npz")
+    fields = json.loads(str(golden["config"]))
+    fields["label_dropout"] = fields.pop("class_dropout_prob")
+    weights = {name.removeprefix("weight/"): golden[name] for name in golden if name.startswith("weight/")}
+    return ditx.convert.dit_from_torch(weights, ditx.DiTConfig(**fields)), golden

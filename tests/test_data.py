@@ -1,0 +1,418 @@
+import io
+import itertools
+import os
+import pickle
+from typing import ClassVar
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ditx import data
+
+
+def numbered(count, side=2):
+    """Images whose every pixel tells their index, apart from a column gradient that shows a flip."""
+    pixels = np.arange(count, dtype=np.uint8)[:, None, None, None] + np.zeros((1, side, side, 1), np.uint8)
+    pixels[:, :, -1] += 100
+    return data.ArraySource(pixels, np.arange(count) % 10, tuple("0123456789"))
+
+
+def take(iterator, count):
+    found = list(itertools.islice(iterator, count))
+    iterator.close()
+    return found
+
+
+def indices(found):
+    """Which images of `numbered` a batch holds, mirrored or not."""
+    return data.to_uint8(found["x"])[:, 0, :, 0].min(axis=1)
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a["x"], b["x"])
+        np.testing.assert_array_equal(a["y"], b["y"])
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(array).save(path)
+
+
+# Pixels
+
+
+def test_every_pixel_value_survives_the_round_trip():
+    u = np.arange(256, dtype=np.uint8)
+    x = data.to_unit(u)
+    assert x.dtype == np.float32 and x[0] == -1 and x[-1] == 1
+    np.testing.assert_allclose(x, np.arange(256) / 127.5 - 1, atol=1e-7)
+    np.testing.assert_array_equal(data.to_uint8(x), u)
+
+
+def test_to_uint8_truncates_and_clamps():
+    x = np.array([-5, -1, 0, 0.0039, 0.0079, 1, 5], np.float32)
+    np.testing.assert_array_equal(data.to_uint8(x), [0, 0, 128, 128, 129, 255, 255])
+
+
+# centre_crop
+
+
+def expected_crop(array, size):
+    """Box means of 2 x 2 by NumPy, Pillow's bicubic on the rest, and a crop, with sizes worked out on their own."""
+    image = PIL.Image.fromarray(array)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), PIL.Image.Resampling.BOX)
+    width, height = image.size
+    if width <= height:
+        width, height = size, round(height * size / width)
+    else:
+        width, height = round(width * size / height), size
+    array = np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
+    row, column = (height - size) // 2, (width - size) // 2
+    return array[row : row + size, column : column + size]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 32), st.integers(0, 2**32 - 1))
+def test_centre_crop_equals_its_description(height, width, size, seed):
+    array = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    cropped = np.asarray(data.centre_crop(PIL.Image.fromarray(array), size))
+    assert cropped.shape == (size, size, 3)
+    np.testing.assert_array_equal(cropped, expected_crop(array, size))
+
+
+def test_centre_crop_halves_by_box_means():
+    array = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    wide = array.astype(float)
+    for _ in range(2):  # 32 x 64 -> 16 x 32 -> 8 x 16, each rounded to 8 bits as an image is
+        wide = np.floor(wide.reshape(wide.shape[0] // 2, 2, wide.shape[1] // 2, 2, 3).mean((1, 3)) + 0.5)
+    np.testing.assert_array_equal(np.asarray(data.centre_crop(PIL.Image.fromarray(array), 8)), wide[:, 4:12])
+
+
+def test_centre_crop_takes_the_centre_unresized_when_the_short_side_fits():
+    array = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(np.asarray(data.centre_crop(PIL.Image.fromarray(array), 9)), array[:, 3:12])
+
+
+# Sources
+
+
+def test_digits():
+    source = data.digits()
+    assert len(source) == 5000 and source.image_shape == (28, 28, 1) and source.class_names == tuple("0123456789")
+    np.testing.assert_array_equal(np.bincount(source.labels), [500] * 10)
+    assert source.images.min() == 0 and source.images.max() == 255
+    assert len(np.unique(source.images.reshape(5000, -1), axis=0)) == 5000
+    # MNIST's ink covers about 13 % of a digit's mean grey, and a "1" has the least of it.
+    ink = [source.images[source.labels == label].mean() / 255 for label in range(10)]
+    assert 0.12 < np.mean(ink) < 0.14 and np.argmin(ink) == 1
+    example = source[4999]
+    assert example["image"].shape == (28, 28, 1) and example["image"].dtype == np.uint8 and example["label"] == 9
+
+
+def official_batch(path, pixels, labels):
+    """Writes a batch as Python 2 did: protocol 2, byte strings as str opcodes, NumPy's old module name."""
+
+    class Python2Pickler(pickle._Pickler):
+        dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+        def save_bytes(self, value):
+            self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
+            self.memoize(value)
+
+        dispatch[bytes] = save_bytes
+
+    file = io.BytesIO()
+    contents = {b"batch_label": b"training batch", b"labels": labels, b"data": pixels, b"filenames": [b"a.png"]}
+    Python2Pickler(file, protocol=2).dump(contents)
+    stored = file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")
+    assert b"cnumpy.core.multiarray\n_reconstruct" in stored and b"_codecs" not in stored
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(stored)
+
+
+@pytest.fixture
+def official(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3, 32, 32), dtype=np.uint8)
+    labels = np.random.default_rng(1).integers(0, 10, (5, 4))
+    for number in range(5):
+        official_batch(
+            tmp_path / "cifar-10-batches-py" / f"data_batch_{number + 1}",
+            pixels[number].reshape(4, 3072),
+            labels[number].tolist(),
+        )
+    return tmp_path, pixels.reshape(20, 3, 32, 32), labels.ravel()
+
+
+def test_cifar10_official_batches(official):
+    path, pixels, labels = official
+    for folder in (path, str(path / "cifar-10-batches-py")):
+        source = data.cifar10(folder)
+        assert source.image_shape == (32, 32, 3) and source.class_names[3] == "cat" and len(source.class_names) == 10
+        np.testing.assert_array_equal(source.images, np.moveaxis(pixels, 1, -1))
+        np.testing.assert_array_equal(source.labels, labels)
+
+
+class Hostile:
+    ran = False
+
+    def __reduce__(self):
+        return os.mkdir, ("ran-hostile-code",)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_cifar10_runs_no_code_of_a_hostile_pickle(official, protocol, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = official[0] / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(pickle.dumps({b"data": Hostile(), b"labels": [0]}, protocol))
+    with pytest.raises(ValueError, match=r"data_batch_3.*mkdir"):
+        data.cifar10(official[0])
+    assert not (tmp_path / "ran-hostile-code").exists()
+    pickle.loads(path.read_bytes())  # The pickle is live: an ordinary reader runs it.
+    assert (tmp_path / "ran-hostile-code").exists()
+
+
+@pytest.mark.parametrize(
+    ("contents", "says"),
+    [
+        (b"", "data_batch_2"),
+        (b"not a pickle", "data_batch_2"),
+        (pickle.dumps([1, 2], 2), "no dictionary"),
+        (pickle.dumps({"data": 1}, 2), "no dictionary"),
+        (None, "data_batch_2"),
+    ],
+)
+def test_cifar10_names_a_damaged_batch(official, contents, says):
+    path = official[0] / "cifar-10-batches-py" / "data_batch_2"
+    path.unlink() if contents is None else path.write_bytes(contents)
+    with pytest.raises(ValueError, match=says):
+        data.cifar10(official[0])
+
+
+def test_cifar10_refuses_a_label_out_of_range(official):
+    official_batch(official[0] / "cifar-10-batches-py" / "data_batch_5", np.zeros((1, 3072), np.uint8), [10])
+    with pytest.raises(ValueError, match=r"data_batch_5.*labels span 10 to 10"):
+        data.cifar10(official[0])
+
+
+def test_cifar10_npz(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(6))
+    source = data.cifar10(tmp_path / "a.npz")
+    np.testing.assert_array_equal(source.images, pixels)
+    assert source.class_names[:2] == ("airplane", "automobile") and source[5]["label"] == 5
+    np.savez(tmp_path / "b.npz", images=pixels, labels=np.arange(6) % 2, classes=np.array(["left", "right"]))
+    assert data.cifar10(tmp_path / "b.npz").class_names == ("left", "right")
+
+
+def arrays(**changes):
+    return {"images": np.zeros((3, 4, 4, 3), np.uint8), "labels": np.zeros(3, int)} | changes
+
+
+@pytest.mark.parametrize(
+    ("stored", "says"),
+    [
+        (arrays(images=np.zeros((3, 4, 4), np.uint8)), r"\(3, 4, 4\)"),
+        (arrays(images=np.zeros((3, 4, 4, 3))), "float64"),
+        (arrays(labels=np.zeros(2, int)), "each of 3 images"),
+        (arrays(labels=np.zeros(3)), "one integer"),
+        (arrays(labels=np.array([0, -1, 3])), "labels span -1 to 3; 10 classes"),
+        (arrays(labels=np.array([0, 1, 2]), classes=np.array(["a", "b"])), "2 classes need 0 to 1"),
+        (arrays(images=np.array([{}] * 3, object)), "bad.npz"),
+        ({"pixels": np.zeros(3)}, "images"),
+        (b"not a zip", "bad.npz"),
+    ],
+)
+def test_cifar10_refuses_a_bad_npz(tmp_path, stored, says):
+    path = tmp_path / "bad.npz"
+    path.write_bytes(stored) if isinstance(stored, bytes) else np.savez(path, **stored)
+    with pytest.raises(ValueError, match=says):
+        data.cifar10(path)
+
+
+def test_cifar10_other_paths(tmp_path):
+    with pytest.raises(ValueError, match="absent does not exist"):
+        data.cifar10(tmp_path / "absent")
+    (tmp_path / "cifar-10-python.tar.gz").touch()
+    with pytest.raises(ValueError, match="extract"):
+        data.cifar10(tmp_path / "cifar-10-python.tar.gz")
+    save(tmp_path / "folder" / "cat" / "a.png", np.zeros((40, 40, 3), np.uint8))
+    source = data.cifar10(tmp_path / "folder")
+    assert source.image_shape == (32, 32, 3) and source.class_names == ("cat",)
+
+
+def test_images(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 11, 17, 3), dtype=np.uint8)
+    save(tmp_path / "b" / "1.png", pixels[0])
+    save(tmp_path / "b" / "deep" / "er" / "2.PNG", pixels[1])
+    save(tmp_path / "a" / "x.bmp", pixels[2])
+    save(tmp_path / "c" / "grey.png", pixels[3, :, :, 0])
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "a" / "._x.png").write_text("what macOS leaves behind")
+    (tmp_path / ".cache").mkdir()
+    source = data.images(tmp_path, 8)
+    assert source.class_names == ("a", "b", "c") and source.image_shape == (8, 8, 3) and len(source) == 4
+    np.testing.assert_array_equal(source.labels, [0, 1, 1, 2])
+    grey = np.repeat(pixels[3, :, :, :1], 3, axis=-1)
+    read, labels = source.take(np.array([3, 0, 1, 2]))
+    np.testing.assert_array_equal(labels, [2, 0, 1, 1])
+    for array, got in zip([grey, pixels[2], pixels[0], pixels[1]], read, strict=True):
+        np.testing.assert_array_equal(got, expected_crop(array, 8))
+    example = source[2]
+    assert example["label"] == 1
+    np.testing.assert_array_equal(example["image"], expected_crop(pixels[1], 8))
+
+
+def test_images_refuses_a_bad_folder(tmp_path):
+    with pytest.raises(ValueError, match="absent is not a folder"):
+        data.images(tmp_path / "absent", 8)
+    PIL.Image.new("RGB", (9, 9)).save(tmp_path / "stray.png")
+    with pytest.raises(ValueError, match="no class folders"):
+        data.images(tmp_path, 8)
+    save(tmp_path / "cat" / "a.png", np.zeros((9, 9, 3), np.uint8))
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(ValueError, match=r"dog holds no images"):
+        data.images(tmp_path, 8)
+    with pytest.raises(ValueError, match="size is 0"):
+        data.images(tmp_path, 0)
+
+
+def test_images_names_an_unreadable_file_when_opened(tmp_path):
+    save(tmp_path / "cat" / "fine.png", np.zeros((9, 9, 3), np.uint8))
+    (tmp_path / "cat" / "broken.jpg").write_bytes(b"\xff\xd8 nothing more")
+    with pytest.raises(ValueError, match=r"cannot read image .*broken\.jpg"):
+        data.images(tmp_path, 8)
+    (tmp_path / "cat" / "broken.jpg").unlink()
+    save(tmp_path / "cat" / "deep.png", np.full((9, 9), 40_000, np.uint16))
+    with pytest.raises(ValueError, match=r"deep\.png.*not 8 bits"):
+        data.images(tmp_path, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_names_a_truncated_file_when_read(tmp_path, workers):
+    save(tmp_path / "cat" / "cut.png", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    whole = (tmp_path / "cat" / "cut.png").read_bytes()
+    (tmp_path / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    iterator = data.batches(data.images(tmp_path, 8), batch_size=2, seed=0, flip=False, workers=workers)
+    with pytest.raises(ValueError, match=r"cannot read image .*cut\.png"):
+        next(iterator)
+    iterator.close()
+
+
+# batches
+
+
+def test_a_batch_is_what_the_network_takes():
+    source = data.digits()
+    (batch,) = take(data.batches(source, batch_size=7, seed=0, flip=True), 1)
+    assert batch["x"].shape == (7, 28, 28, 1) and batch["x"].dtype == np.float32
+    assert batch["y"].shape == (7,) and batch["y"].dtype == np.int32
+    assert batch["x"].min() == -1 and batch["x"].max() <= 1
+
+
+def test_images_keep_their_labels():
+    for batch in take(data.batches(numbered(30), batch_size=8, seed=0, flip=True), 8):
+        np.testing.assert_array_equal(batch["y"], indices(batch) % 10)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 10, 23, 60])
+def test_each_epoch_sees_each_image_once_in_a_new_order(batch_size):
+    found = take(data.batches(numbered(30), batch_size=batch_size, seed=3, flip=False), -(-120 // batch_size))
+    epochs = np.concatenate([indices(batch) for batch in found])[:120].reshape(4, 30)
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(30))
+    for a, b in itertools.combinations([*epochs, np.arange(30)], 2):
+        assert np.mean(a == b) < 0.3  # Two random orders of 30 agree in 1 place on average.
+
+
+def test_a_data_set_of_one_image():
+    (batch,) = take(data.batches(numbered(1), batch_size=3, seed=0, flip=False), 1)
+    np.testing.assert_array_equal(indices(batch), [0, 0, 0])
+
+
+def test_seeds_differ_and_one_seed_repeats():
+    first, again, other = (take(data.batches(numbered(30), batch_size=30, seed=s, flip=True), 2) for s in (0, 0, 1))
+    assert_same(first, again)
+    assert np.mean(indices(first[0]) == indices(other[0])) < 0.3
+    # Grain's epoch e + 1 of a seed must not be epoch e of the next seed.
+    assert np.mean(indices(first[1]) == indices(other[0])) < 0.3
+
+
+def test_half_of_the_images_are_mirrored():
+    source = numbered(100)
+    found = take(data.batches(source, batch_size=50, seed=0, flip=True), 40)
+    plain = take(data.batches(source, batch_size=50, seed=0, flip=False), 40)
+    flips = []
+    for a, b in zip(found, plain, strict=True):
+        flipped = np.all(a["x"] == b["x"][:, :, ::-1], axis=(1, 2, 3))
+        kept = np.all(a["x"] == b["x"], axis=(1, 2, 3))
+        assert np.all(flipped ^ kept)
+        flips.append(flipped)
+    # 2,000 fair coins: standard deviation 0.011. Neither a place in the batch nor an image may always flip.
+    assert abs(np.mean(flips) - 0.5) < 0.05
+    assert np.all(np.abs(np.mean(flips, axis=0) - 0.5) < 0.4)
+    assert len(np.unique(flips, axis=0)) == 40
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 50])
+def test_resuming_equals_skipping(start):
+    options = {"batch_size": 12, "seed": 5, "flip": True}
+    assert_same(
+        take(data.batches(numbered(50), start=start, **options), 6),
+        take(data.batches(numbered(50), **options), start + 6)[start:],
+    )
+
+
+def test_a_far_start_costs_nothing():
+    far = 10**12
+    first, second = take(data.batches(numbered(50), batch_size=12, seed=5, flip=True, start=far), 2)
+    assert_same([second], take(data.batches(numbered(50), batch_size=12, seed=5, flip=True, start=far + 1), 1))
+    assert not np.array_equal(first["x"], second["x"])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_together_see_the_batch_of_one(count):
+    options = {"batch_size": 12, "seed": 5, "flip": True, "start": 3}
+    parts = [
+        take(data.batches(numbered(50), process_index=index, process_count=count, **options), 6)
+        for index in range(count)
+    ]
+    joined = [
+        {name: np.concatenate([part[name] for part in step]) for name in "xy"} for step in zip(*parts, strict=True)
+    ]
+    assert_same(joined, take(data.batches(numbered(50), **options), 6))
+
+
+def test_worker_processes_give_the_same_batches():
+    options = {"batch_size": 12, "seed": 5, "flip": True, "start": 3}
+    assert_same(
+        take(data.batches(numbered(50), workers=2, **options), 7), take(data.batches(numbered(50), **options), 7)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 7, "process_count": 2}, "batch_size is 7; give a positive multiple of the 2 processes"),
+        ({"process_index": 2, "process_count": 2}, "process_index is 2 of 2"),
+        ({"process_count": 0}, "of 0 processes"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"start": -1}, "start is -1"),
+        ({"workers": -1}, "workers -1"),
+    ],
+)
+def test_batches_refuses_bad_arguments(options, says):
+    with pytest.raises(ValueError, match=says):
+        data.batches(numbered(10), **({"batch_size": 4, "seed": 0, "flip": False} | options))
+
+
+def test_batches_refuses_an_empty_source():
+    with pytest.raises(ValueError, match="0 images"):
+        data.batches(numbered(0), batch_size=4, seed=0, flip=False)

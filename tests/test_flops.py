@@ -1,0 +1,65 @@
+import dataclasses
+import math
+
+import jax
+import pytest
+from hypothesis import given
+from jax.extend.core import jaxprs_in_params
+from references import load
+from strategies import NETWORKS, abstract_dit, configs, example
+
+import ditx
+
+TABLES = load("paper_tables.json")
+ROWS = [row for row in TABLES["table4"] if row["block"] == "adaln-zero"]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']}@{row['image_size']}")
+def test_macs_are_those_of_the_papers_table(row):
+    config = dataclasses.replace(ditx.DIT_CONFIGS[row["model"]], input_size=row["latent_size"])
+    printed, counted = row["gmacs"], ditx.flops.macs(config) / 1e9
+    # The authors' remaining terms are unknown: 0.03 % above 10, the rounding of the print below.
+    assert counted == pytest.approx(printed, **({"rel": 3e-4} if printed > 10 else {"rel": 0, "abs": 0.0055}))
+
+
+@pytest.mark.parametrize("name", sorted(TABLES["parameters_including_fixed_positions"]))
+def test_parameters_are_those_of_the_released_networks(name):
+    config = ditx.DIT_CONFIGS[name]
+    fixed = config.num_tokens * config.hidden_size
+    assert ditx.flops.parameters(config) == TABLES["parameters_including_fixed_positions"][name] - fixed
+
+
+def test_the_paper_has_twelve_networks():
+    assert sorted(ditx.DIT_CONFIGS) == sorted(TABLES["parameters_including_fixed_positions"])
+    assert ditx.DIT_CONFIGS["DiT-XL/2"] == ditx.DiTConfig()
+    assert ditx.flops.parameters(ditx.DiTConfig()) == TABLES["trainable_parameters_exact"]["DiT-XL/2 adaln-zero"]
+
+
+def products(jaxpr):
+    """Multiply-adds of every matrix product in a traced program."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = sum(products(sub) for sub in jaxprs_in_params(equation.params))
+        total += inner * equation.params.get("length", 1)
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, output = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += math.prod(output) * math.prod(left[axis] for axis in contracted)
+    return total
+
+
+@NETWORKS
+@given(configs())
+def test_macs_are_those_of_the_traced_network(config):
+    traced = jax.make_jaxpr(lambda model, x, t, y: model(x, t, y))(abstract_dit(config), *example(config))
+    assert ditx.flops.macs(config) == products(traced.jaxpr)
+
+
+@given(configs())
+def test_parameters_are_those_of_the_design(config):
+    d, mlp, patch = config.hidden_size, int(config.hidden_size * config.mlp_ratio), config.patch_size**2
+    rows = config.num_classes + (config.label_dropout > 0)
+    linears = [(patch * config.in_channels, d), (256, d), (d, d)]
+    linears += config.depth * [(d, 3 * d), (d, d), (d, mlp), (mlp, d), (d, 6 * d)]
+    linears += [(d, 2 * d), (d, patch * config.in_channels * (1 + config.learn_sigma))]
+    assert ditx.flops.parameters(config) == rows * d + sum(i * o + o for i, o in linears)

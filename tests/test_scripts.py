@@ -1,0 +1,351 @@
+"""Both scripts as a user runs them: on a small network, mistaken, interrupted, killed."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+import sample
+import train
+from ditx import checkpoint
+
+ROOT = Path(train.__file__).parent
+# A network that compiles in seconds, on the embedded digits; pictures in few steps.
+TINY = (
+    "digits --model.hidden-size 16 --model.depth 1 --model.num-heads 2 --model.patch-size 14 --batch-size 8"
+    " --sampling.steps 2 --sampling.sampler euler --log-every 4 --checkpoint-every 5 --sample-every 20"
+).split()
+
+
+def start(*arguments):
+    """`train.py` in a process of its own, with one device."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def call(module, monkeypatch, capsys, *arguments):
+    """A script's main in this process: its exit code and what it said."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    try:
+        code = module.main()
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def assert_same_run(run, other, step=40):
+    a, b = (ocp.load_checkpointables(str(folder / "checkpoints" / str(step))) for folder in (run, other))
+    assert set(a) == {"step", "model", "ema", "opt_state", "window"}
+    leaves = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    assert len(leaves) > 40
+    for x, y in leaves:
+        np.testing.assert_array_equal(x, y)
+    assert losses(run) == losses(other)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """An undisturbed run of 40 steps, and what it said."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    code, output = finish(start(*TINY, "--steps", 40, "--run", run))
+    assert code == 0, output
+    return run, output
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A run to disturb: the finished one, its last checkpoints gone."""
+    run = tmp_path / "copy"
+    shutil.copytree(finished[0], run)
+    shutil.rmtree(run / "checkpoints" / "40")
+    return run
+
+
+def test_a_run_is_a_folder_of_plain_files(finished):
+    run, output = finished
+    said = ("parameters", "multiply-adds", "5,000 images of 28x28x1, 10 classes", "devices  1 x", str(run), "compiled")
+    assert all(words in output for words in said), output
+    assert [step for step, _, _ in losses(run)] == list(range(4, 41, 4))
+    assert checkpoint.steps(run / "checkpoints") == [30, 35, 40]
+    config = json.loads((run / "config.json").read_text())
+    assert (config["preset"], config["model"]["hidden_size"], config["steps"]) == ("digits", 16, 40)
+    assert config["class_names"] == list("0123456789") and config["versions"]["jax"] == jax.__version__
+    for picture in ("samples/step-0000020.png", "samples/step-0000040.png", "loss.png"):
+        with PIL.Image.open(run / picture) as image:
+            assert len(set(image.convert("L").get_flattened_data())) > 10
+
+
+def test_killed_at_any_time_it_ends_as_the_undisturbed_run(finished, tmp_path):
+    run, rng = tmp_path / "killed", random.Random(time.time_ns())
+    for _ in range(3):
+        process = start(*TINY, "--steps", 40, "--run", run)
+        line = ""
+        while process.poll() is None and "compiled" not in line:
+            line = process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.6))
+        process.kill()
+        process.communicate()
+    code, output = finish(start(*TINY, "--steps", 40, "--run", run))
+    assert code == 0, output
+    assert_same_run(run, finished[0])
+
+
+def test_a_truncated_checkpoint_is_passed_over(copy, finished):
+    largest = max((copy / "checkpoints" / "35").glob("*/**/*"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    code, output = finish(start(*TINY, "--steps", 40, "--run", copy))
+    assert code == 0 and "altered" in output and "going back to step 30" in output, output
+    assert (copy / "checkpoints" / "damaged-35-0").exists()
+    assert_same_run(copy, finished[0])
+
+
+def test_without_a_sound_checkpoint_it_does_not_start_anew(copy, monkeypatch, capsys):
+    before = (copy / "metrics.jsonl").read_text()
+    for folder in (copy / "checkpoints").iterdir():
+        shutil.rmtree(folder / "model")
+    code, said = call(train, monkeypatch, capsys, *TINY, "--steps", 40, "--run", copy)
+    assert code == 2 and "no checkpoint in" in said and "Traceback" not in said
+    assert (copy / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_more_steps_can_follow(tmp_path, number, code):
+    run = tmp_path / "stopped"
+    flags = [*TINY, "--decay", "constant", "--run", run, "--sample-every", 0]
+    process = start(*flags, "--steps", 1_000_000)
+    while "step 8 " not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    returned, output = finish(process)
+    assert returned == code and "stopped after step" in output and "Traceback" not in output, output
+    (newest,) = checkpoint.steps(run / "checkpoints")[-1:]
+    assert f"stopped after step {newest:,};" in output
+    returned, output = finish(start(*flags, "--steps", newest + 3))
+    assert returned == 0 and f"goes on  from step {newest:,}" in output, output
+    assert losses(run)[-1][0] == newest + 3
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    run, limited = tmp_path / "full", "import resource, runpy, sys; sys.argv = sys.argv[1:];"
+    # Files may not grow beyond 4 kB once the first checkpoint lies there: what a full disk does to a write.
+    limited += (
+        "import pathlib; from ditx import checkpoint; save = checkpoint.Checkpoints.save\n"
+        "def full(self, step, trees):\n"
+        "    if step > 5:\n"
+        "        self._manager.wait()\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "    save(self, step, trees)\n"
+        "checkpoint.Checkpoints.save = full\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    flags = [*TINY, "--steps", "40", "--sample-every", "0", "--log-every", "40", "--run", str(run)]
+    command = [sys.executable, "-c", limited, str(ROOT / "train.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "no checkpoint could be written" in done.stderr and "there are: 5" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoint.steps(run / "checkpoints") == [5]
+
+
+def test_a_finished_run_is_left_alone(finished, monkeypatch, capsys):
+    before = (finished[0] / "metrics.jsonl").stat().st_mtime_ns
+    code, said = call(train, monkeypatch, capsys, *TINY, "--steps", 40, "--run", finished[0])
+    assert code == 0 and "has all its 40 steps" in said
+    assert (finished[0] / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def folder_of_images(path, *names):
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (8, 8), "red").save(path / name)
+    return path
+
+
+MISTAKES = {
+    "no preset 'digit'; choose digits, cifar10, images": ["digit"],
+    "patch_size 5 does not divide input_size 28": ["--model.patch-size", 5],
+    "hidden_size 100 is not divisible by num_heads 3": ["--model.hidden-size", 100, "--model.num-heads", 3],
+    "hidden_size 6 is not divisible by 4": ["--model.hidden-size", 6, "--model.num-heads", 1],
+    "steps is 0; it must be at least 1": ["--steps", 0],
+    "ema_decay is 1.0": ["--ema-decay", 1.0],
+    "learning_rate is -1.0": ["--learning-rate", -1.0],
+    "warmup is 50 of 50 steps": ["--steps", 50, "--warmup", 50],
+    "predicts no variance; add --model.no-learn-sigma": ["--model.learn-sigma"],
+    "sampler ddpm does not fit objective flow; use heun or euler": ["--sampling.sampler", "ddpm"],
+    "the network has no null label": ["--model.label-dropout", 0.0, "--sampling.guidance-scale", 2.0],
+    "model.num_classes is 12, but the data has 10": ["--model.num-classes", 12],
+    "the images are 28x28, model.input_size is 32": ["--model.input-size", 32, "--model.patch-size", 8],
+    "batch_size is 12; make it a multiple of the 8 devices": ["--batch-size", 12],
+    "does not make up the 8 devices": ["--mesh.data", 3],
+    "needs --data-path": ["cifar10"],
+    "nowhere does not exist": ["cifar10", "--data-path", "nowhere"],
+    "nowhere is not a folder": ["images", "--data-path", "nowhere"],
+}
+
+
+@pytest.mark.parametrize("sentence", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing(sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, said = call(train, monkeypatch, capsys, *MISTAKES[sentence])
+    assert code == 2 and sentence in said and said.count("\n") == 1, said
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_flag_gets_exit_code_2(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, said = call(train, monkeypatch, capsys, "digits", "--step", 3)
+    assert code == 2 and "--step" in said and not list(tmp_path.iterdir())
+
+
+def test_bad_images_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images = folder_of_images(tmp_path / "images", "cat/a.png", "dog/b.png")
+    (images / "dog" / "broken.png").write_bytes(b"no image")
+    code, said = call(train, monkeypatch, capsys, "images", "--data-path", images)
+    assert code == 2 and "broken.png" in said
+    (images / "dog" / "broken.png").unlink()
+    (images / "empty").mkdir()
+    code, said = call(train, monkeypatch, capsys, "images", "--data-path", images)
+    assert code == 2 and "empty" in said and not (tmp_path / "runs").exists()
+
+
+def test_another_configuration_is_refused_by_field(finished, monkeypatch, capsys):
+    code, said = call(train, monkeypatch, capsys, *TINY, "--steps", 41, "--run", finished[0])
+    assert code == 2 and "steps was 40 and is 41" in said
+    flags = [*TINY, "--steps", 40, "--model.depth", 2, "--seed", 1, "--run", finished[0]]
+    code, said = call(train, monkeypatch, capsys, *flags)
+    assert code == 2 and "model.depth was 1 and is 2" in said and "seed was 0 and is 1" in said
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    code, said = call(train, monkeypatch, capsys, "--run", tmp_path)
+    assert code == 2 and "exists and is not a run" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_of_images_trains(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        file = tmp_path / "images" / f"class-{k % 3}" / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(rng.integers(0, 255, (20 + k, 30, 3), np.uint8)).save(file)
+    flags = ["images", "--data-path", tmp_path / "images", "--run", tmp_path / "run", "--steps", 2, "--batch-size", 8]
+    flags += "--model.input-size 8 --model.hidden-size 16 --model.depth 1 --model.num-heads 2".split()
+    flags += "--sampling.steps 2 --dtype float32".split()
+    code, said = call(train, monkeypatch, capsys, *flags)
+    assert code == 0 and "12 images of 8x8x3, 3 classes" in said, said
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["class_names"] == [
+        "class-0",
+        "class-1",
+        "class-2",
+    ]
+
+
+def drawn(copy, monkeypatch, capsys, *flags):
+    code, said = call(sample, monkeypatch, capsys, copy, *flags)
+    assert code == 0, said
+    return said
+
+
+def test_samples_are_written_in_every_form_and_never_over_others(finished, tmp_path, monkeypatch, capsys):
+    run, out = finished[0], tmp_path / "grid.png"
+    drawn(run, monkeypatch, capsys, "--num", 12, "--out", out, "--npz", "--separate", "--animate")
+    with np.load(tmp_path / "grid.npz") as file:
+        assert file["arr_0"].shape == (12, 28, 28, 1) and file["arr_0"].dtype == np.uint8
+        assert file["labels"].tolist() == [*range(10), 0, 1]
+        images = file["arr_0"]
+    files = sorted((tmp_path / "grid").iterdir())
+    assert [file.name for file in files][:2] == ["000000-0.png", "000001-1.png"] and len(files) == 12
+    for file, image in zip(files, images, strict=True):
+        np.testing.assert_array_equal(np.asarray(PIL.Image.open(file)), image[..., 0])
+    assert PIL.Image.open(tmp_path / "grid.gif").n_frames > 2
+    assert PIL.Image.open(out).size == ((10 * 30 - 2) * 2, (2 * 30 - 2) * 2)
+    code, said = call(sample, monkeypatch, capsys, run, "--out", out)
+    assert code == 2 and "exists already" in said
+
+
+def test_sample_k_depends_on_seed_and_k_alone(finished, tmp_path, monkeypatch, capsys):
+    results = {}
+    for name, flags in {"a": ["--batch", 8], "b": ["--batch", 24], "c": ["--seed", 1]}.items():
+        drawn(finished[0], monkeypatch, capsys, "--num", 20, "--npz", "--out", tmp_path / f"{name}.png", *flags)
+        with np.load(tmp_path / f"{name}.npz") as file:
+            results[name] = file["arr_0"].astype(int)
+    # Rounding may move a pixel that lies next to a boundary by one.
+    assert np.abs(results["a"] - results["b"]).max() <= 1
+    assert np.abs(results["a"] - results["c"]).max() > 50
+    assert np.abs(results["a"][0] - results["a"][10]).max() > 50
+
+
+def test_newest_run_is_the_default_and_classes_have_names(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished[0], tmp_path / "runs" / "newer")
+    shutil.copytree(finished[0], tmp_path / "runs" / "older")
+    time.sleep(0.01)
+    (tmp_path / "runs" / "newer" / "checkpoints").touch()
+    config = json.loads((tmp_path / "runs" / "newer" / "config.json").read_text())
+    config["class_names"] = [f"digit {name}" for name in config["class_names"]]
+    (tmp_path / "runs" / "newer" / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    code, said = call(sample, monkeypatch, capsys, "--labels", "digit 7", 3, "--num", 4, "--npz")
+    assert code == 0 and "runs/newer at step 40: 4 samples" in said, said
+    with np.load(tmp_path / "runs" / "newer" / "drawn-000.npz") as file:
+        assert file["labels"].tolist() == [7, 3, 7, 3]
+    call(sample, monkeypatch, capsys, "--num", 1)
+    assert (tmp_path / "runs" / "newer" / "drawn-001.png").exists()
+
+
+SAMPLE_MISTAKES = {
+    "there is no class 'cat'; the run has 0 to 9: 0, 1": ["--labels", "cat"],
+    "there is no class '10'": ["--labels", 10],
+    "sampler ddpm does not fit objective flow": ["--sampler", "ddpm"],
+    "steps is 0": ["--steps", 0],
+    "guidance_channels is 3; the network has 1": ["--guidance-channels", 3],
+    "num is -1": ["--num", -1],
+    "give a name that ends in .png": ["--out", "grid.jpg"],
+}
+
+
+@pytest.mark.parametrize("sentence", SAMPLE_MISTAKES)
+def test_a_mistake_in_sampling_gets_one_sentence(sentence, finished, monkeypatch, capsys):
+    before = set(finished[0].iterdir())
+    code, said = call(sample, monkeypatch, capsys, finished[0], *SAMPLE_MISTAKES[sentence])
+    assert code == 2 and sentence in said and said.count("\n") == 1, said
+    assert set(finished[0].iterdir()) == before
+
+
+def test_a_run_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, said = call(sample, monkeypatch, capsys)
+    assert code == 2 and "there is no run under runs/" in said
+    code, said = call(sample, monkeypatch, capsys, "nowhere")
+    assert code == 2 and "nowhere is not a run" in said
+
+
+def test_guidance_needs_a_null_label(copy, monkeypatch, capsys):
+    config = json.loads((copy / "config.json").read_text())
+    config["model"]["label_dropout"] = 0.0
+    (copy / "config.json").write_text(json.dumps(config))
+    code, said = call(sample, monkeypatch, capsys, copy, "--guidance-scale", 2)
+    assert code == 2 and "no null label" in said

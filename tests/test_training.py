@@ -1,0 +1,157 @@
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from ditx.diffusion.schedule import linear_schedule
+from ditx.nn.dit import DiTConfig
+from ditx.sharding import MeshConfig, batch_sharding, make_mesh, place, put_batch
+from ditx.training import TrainState, drop_label, eps_objective, flow_objective, train_step
+
+CONFIG = DiTConfig(8, 4, 2, 16, 2, 2, num_classes=5)
+BATCH = 16
+
+
+def make_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-1, 1, (BATCH, 8, 8, 2)).astype(np.float32)
+    return {"x": x, "y": rng.integers(0, 5, BATCH).astype(np.int32)}
+
+
+def make_step(optimizer, objective=None, config=CONFIG, **options):
+    objective = objective or eps_objective(linear_schedule())
+    state = TrainState.create(config, optimizer, key=jax.random.key(0))
+    return state, partial(train_step, objective=objective, optimizer=optimizer, **({"ema_decay": 0.9} | options))
+
+
+def same(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+def test_average_starts_as_a_copy_and_follows_every_update():
+    state, step = make_step(optax.adamw(1e-2))
+    assert same(state.ema, state.model)
+    after, _ = jax.jit(step)(state, make_batch(), jax.random.key(1))
+    assert not same(after.model, state.model)
+    expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, state.model, after.model)
+    for average, value in zip(jax.tree.leaves(after.ema), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(average, value, atol=1e-6)
+    assert int(after.step) == 1
+
+
+def test_first_loss_of_the_papers_objective_is_that_of_a_zero_output():
+    state, step = make_step(optax.sgd(0.0))
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.standard_normal((512, 8, 8, 2)).astype(np.float32), "y": np.zeros(512, np.int32)}
+    _, terms = jax.jit(step)(state, batch, jax.random.key(0))
+    assert set(terms) == {"loss", "mse", "vb", "grad_norm"}
+    # 1.000 + 0.0162 for data of unit variance; the mean over 65,536 draws wanders by less than 0.02.
+    np.testing.assert_allclose(terms["mse"], 1.0, atol=0.02)
+    np.testing.assert_allclose(terms["vb"], 0.0162, atol=0.01)
+    np.testing.assert_allclose(terms["loss"], terms["mse"] + terms["vb"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["eps", "flow"])
+def test_training_lowers_the_loss(objective):
+    config = dataclasses.replace(CONFIG, learn_sigma=objective == "eps")
+    state, step = make_step(optax.adam(3e-3), flow_objective() if objective == "flow" else None, config)
+    step, losses = jax.jit(step), []
+    for _ in range(60):
+        state, terms = step(state, make_batch(), jax.random.key(2))
+        losses.append(float(terms["loss"]))
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_every_step_draws_anew_and_the_same_step_draws_alike():
+    state, step = make_step(optax.sgd(0.0))
+    step = jax.jit(step)
+    second, first = step(state, make_batch(), jax.random.key(3))
+    assert float(step(state, make_batch(), jax.random.key(3))[1]["loss"]) == float(first["loss"])
+    assert float(step(second, make_batch(), jax.random.key(3))[1]["loss"]) != float(first["loss"])
+    assert float(step(state, make_batch(), jax.random.key(4))[1]["loss"]) != float(first["loss"])
+
+
+def test_gradient_norm_is_that_of_the_gradients():
+    state, step = make_step(optax.sgd(1.0))
+    after, terms = jax.jit(step)(state, make_batch(), jax.random.key(0))
+    gradients = jax.tree.map(lambda old, new: old - new, state.model, after.model)
+    np.testing.assert_allclose(terms["grad_norm"], optax.tree.norm(gradients), rtol=1e-3)
+
+
+def test_labels_drop_at_the_given_rate_and_never_without_a_null_label():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    dropped = jax.vmap(lambda key: drop_label(jnp.array(3), CONFIG, key=key))(keys)
+    assert set(np.unique(dropped)) == {3, 5}
+    assert abs(float((dropped == 5).mean()) - 0.1) < 0.02
+    without = dataclasses.replace(CONFIG, label_dropout=0.0)
+    assert int(drop_label(jnp.array(3), without, key=keys[0])) == 3
+
+
+def test_half_precision_computes_near_float32_and_keeps_float32_state():
+    state, step = make_step(optax.adam(1e-3))
+    _, plain_terms = jax.jit(step)(state, make_batch(), jax.random.key(0))
+    half, half_terms = jax.jit(partial(step, dtype=jnp.dtype("bfloat16")))(state, make_batch(), jax.random.key(0))
+    kinds = {leaf.dtype for leaf in jax.tree.leaves((half.model, half.ema, half.opt_state[0].mu))}
+    assert kinds == {jnp.dtype("float32")}
+    # Eight bits of mantissa, averaged over the batch.
+    np.testing.assert_allclose(half_terms["loss"], plain_terms["loss"], rtol=2e-2)
+    assert float(half_terms["grad_norm"]) != float(plain_terms["grad_norm"])
+
+
+def test_remat_and_unroll_change_nothing_but_rounding():
+    state, step = make_step(optax.sgd(1.0))
+    plain, _ = jax.jit(step)(state, make_batch(), jax.random.key(0))
+    for options in ({"remat": True}, {"unroll": 2}):
+        other, _ = jax.jit(partial(step, **options))(state, make_batch(), jax.random.key(0))
+        for a, b in zip(jax.tree.leaves(plain.model), jax.tree.leaves(other.model), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=-1, data=1), MeshConfig(data=2, fsdp=4)])
+def test_eight_devices_equal_one(mesh):
+    assert jax.device_count() == 8
+    optimizer = optax.sgd(1.0)
+    state, step = make_step(optimizer)
+    alone, alone_terms = jax.jit(step)(state, make_batch(), jax.random.key(0))
+    mesh = make_mesh(mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, place(state, mesh))
+    sharded = jax.device_put(state, places)
+    step = jax.jit(step, out_shardings=(places, None))
+    together, terms = step(sharded, put_batch(make_batch(), mesh), jax.random.key(0))
+    np.testing.assert_allclose(terms["loss"], alone_terms["loss"], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(alone.model), jax.tree.leaves(together.model), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_fsdp_splits_everything_large_but_never_the_stack_of_blocks():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    optimizer = optax.adam(1e-3)
+    shapes = jax.eval_shape(lambda: TrainState.create(CONFIG, optimizer, key=jax.random.key(0)))
+    placed = place(shapes, mesh)
+    assert placed.model.blocks.mlp.up.weight.sharding.spec == PartitionSpec(None, None, "fsdp")
+    assert placed.opt_state[0].nu.blocks.mlp.up.weight.sharding.spec == PartitionSpec(None, None, "fsdp")
+    deep = dataclasses.replace(CONFIG, depth=64)
+    stacked = place(jax.eval_shape(lambda: TrainState.create(deep, optimizer, key=jax.random.key(0))), mesh)
+    assert stacked.model.blocks.mlp.up.bias.sharding.spec == PartitionSpec(None, "fsdp")
+    whole = sum(leaf.size for leaf in jax.tree.leaves(placed))
+    held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(placed))
+    assert held < whole * (1 / 8 + 0.05)
+
+
+def test_batches_are_split_over_all_devices():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    batch = put_batch(make_batch(), mesh)
+    assert batch["x"].sharding == batch_sharding(mesh)
+    assert {shard.data.shape[0] for shard in batch["x"].addressable_shards} == {BATCH // 8}
+    np.testing.assert_array_equal(batch["x"], make_batch()["x"])
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(3, -1), MeshConfig(2, 2), MeshConfig(-1, -1), MeshConfig(0, -1)])
+def test_a_mesh_that_does_not_make_up_the_devices_is_refused(mesh):
+    with pytest.raises(ValueError, match=r"does not make up the 8 devices at hand; use -1"):
+        make_mesh(mesh)
