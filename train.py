@@ -56,9 +56,9 @@ class Config:
     """images a step, over all devices"""
     learning_rate: float = 1e-4
     decay: Literal["constant", "cosine"] = "constant"
-    """the learning rate after the warm-up: constant, or falling to 0 at the last step"""
+    """the learning rate over the run: constant, or falling to 0 at the last step"""
     warmup: int = 0
-    """steps over which the learning rate rises from 0"""
+    """steps over which the learning rate rises, on top of its decay"""
     weight_decay: float = 0.0
     beta2: float = 0.999
     """Adam's averaging of squared gradients"""
@@ -98,7 +98,7 @@ PRESETS = {
         model=DiTConfig(28, 7, 1, 128, 4, 4, num_classes=10, learn_sigma=False),
         objective="flow",
         time_mean=0.5,
-        steps=3000,
+        steps=4000,
         batch_size=32,
         learning_rate=2e-3,
         decay="cosine",
@@ -111,7 +111,7 @@ PRESETS = {
         log_every=20,
         checkpoint_every=500,
         sample_every=1000,
-        sampling=SamplingConfig(steps=25, sampler="euler", guidance_scale=3.0),
+        sampling=SamplingConfig(steps=25, sampler="euler", guidance_scale=2.5),
     ),
     # 32x32 colour pixels in the token grid of the paper's latents.
     "cifar10": Config(
@@ -153,8 +153,6 @@ def check(config: Config) -> None:
     for name in ("ema_decay", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it goes from 0 up to, not with, 1")
-    if config.decay == "cosine" and config.warmup >= config.steps:
-        raise ValueError(f"warmup is {config.warmup} of {config.steps} steps; it must end before they do")
     if config.objective == "flow" and config.model.learn_sigma:
         raise ValueError("objective flow predicts no variance; add --model.no-learn-sigma")
     if config.sample_every:
@@ -226,12 +224,13 @@ def write(file: Path, text: str) -> None:
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019) at the configured learning rate."""
-    if config.decay == "cosine":
-        rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps)
-    else:
-        rate = (
-            optax.linear_schedule(0.0, config.learning_rate, config.warmup) if config.warmup else config.learning_rate
-        )
+    whole = (
+        optax.constant_schedule(1.0) if config.decay == "constant" else optax.cosine_decay_schedule(1.0, config.steps)
+    )
+
+    def rate(step):
+        return config.learning_rate * whole(step) * jnp.minimum(1, (step + 1) / max(config.warmup, 1))
+
     return optax.adamw(rate, b1=0.9, b2=config.beta2, eps=1e-8, weight_decay=config.weight_decay)
 
 
@@ -403,7 +402,7 @@ def train(preset: str, config: Config) -> int:
                 (run / "samples").mkdir(exist_ok=True)
                 draw_picture(state.ema).save(run / "samples" / f"step-{step:07d}.png")
                 clock, since = time.perf_counter(), step
-            if stopped:
+            if ends:
                 break
     if stopped:
         print(f"stopped after step {int(state.step):,}; the same command goes on from there")

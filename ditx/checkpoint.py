@@ -2,12 +2,14 @@
 
 import json
 import logging
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 _SEAL = "checksums.json"
@@ -35,6 +37,11 @@ class Checkpoints:
     def save(self, step: int, trees: dict[str, Any]) -> None:
         """Start to write `trees` as step `step`; waits only for the save before it. Raises OSError if that failed."""
         with self._failing():
+            # Asked first, since a write that fails half-way has Orbax's threads print their tracebacks.
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+            free = shutil.disk_usage(self.folder).free
+            if free < size:
+                raise OSError(f"it takes {size:,} bytes, and the disk has {free:,} left")
             self._manager.save_checkpointables_async(step, trees, force=True)
 
     def close(self) -> None:

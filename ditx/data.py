@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import grain
 import numpy as np
 import PIL.Image
+from absl import flags
 from jaxtyping import Float, Float32, Int, Int32, Integer, UInt8
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -31,8 +33,9 @@ class Batch(TypedDict):
 class ArraySource:
     """Labelled images held in memory, in [0, 255]."""
 
-    images: UInt8[np.ndarray, "n h w c"] = field(repr=False)
-    labels: Integer[np.ndarray, "n"] = field(repr=False)
+    # Plain arrays: their shapes and types come from a user's file, and are answered for below.
+    images: np.ndarray = field(repr=False)
+    labels: np.ndarray = field(repr=False)
     class_names: tuple[str, ...]
 
     def __post_init__(self):
@@ -185,6 +188,15 @@ def to_uint8(x: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     return np.clip(127.5 * x.astype(np.float32) + 128, 0, 255).astype(np.uint8)
 
 
+def _read(
+    indices: Int[np.ndarray, "global_batch"], rng: np.random.Generator, *, source: Source, flip: bool, rows: slice
+) -> Batch:
+    # Flips are drawn for the global batch, so that they do not depend on how many processes share it.
+    flipped = (rng.random(len(indices)) < 0.5)[rows, None, None, None]
+    images, labels = source.take(indices[rows])
+    return {"x": to_unit(np.where(flipped, images[:, :, ::-1], images) if flip else images), "y": labels}
+
+
 def batches(
     source: Source,
     *,
@@ -214,20 +226,15 @@ def batches(
     if start < 0 or workers < 0:
         raise ValueError(f"start is {start} and workers {workers}; give neither below 0")
     share = batch_size // process_count
-    rows = slice(process_index * share, (process_index + 1) * share)
-
-    def read(indices: np.ndarray, rng: np.random.Generator) -> Batch:
-        # Flips are drawn for the global batch, so that they do not depend on how many processes share it.
-        flipped = (rng.random(len(indices)) < 0.5)[rows, None, None, None]
-        images, labels = source.take(indices[rows])
-        x = to_unit(np.where(flipped, images[:, :, ::-1], images) if flip else images)
-        return {"x": x, "y": labels}
+    # Not a function within this one: worker processes are sent it.
+    read = partial(_read, source=source, flip=flip, rows=slice(process_index * share, (process_index + 1) * share))
 
     # Grain shuffles and batches bare indices; images are read a batch at a time, at 40 % of the cost of one at a time.
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=np.asarray).random_map(read)[start:]
     reading = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if workers:
+        flags.FLAGS.mark_as_parsed()  # Grain's worker processes read a flag of absl, which nobody parses here.
         reading = reading.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     return iter(reading)
 

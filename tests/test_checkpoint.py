@@ -1,3 +1,6 @@
+import shutil
+from collections import namedtuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,3 +102,12 @@ def test_an_unfinished_write_is_not_taken(folder):
 def test_a_checkpoint_of_other_trees_is_refused(folder):
     with pytest.raises(ValueError, match="cannot be read"):
         checkpoint.load(folder, 30, abstract({"other": jnp.zeros(3)}))
+
+
+def test_a_full_disk_is_said_before_anything_is_written(folder, monkeypatch):
+    manager = checkpoint.Checkpoints(folder, keep=3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1000))
+    with pytest.raises(OSError, match=r"takes 2,\d{3} bytes, and the disk has 1,000 left.*there are: 10, 20, 30"):
+        manager.save(40, trees(40))
+    manager.close()
+    assert checkpoint.steps(folder) == [10, 20, 30]

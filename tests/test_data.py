@@ -89,8 +89,9 @@ def test_centre_crop_equals_its_description(height, width, size, seed):
 def test_centre_crop_halves_by_box_means():
     array = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
     wide = array.astype(float)
-    for _ in range(2):  # 32 x 64 -> 16 x 32 -> 8 x 16, each rounded to 8 bits as an image is
-        wide = np.floor(wide.reshape(wide.shape[0] // 2, 2, wide.shape[1] // 2, 2, 3).mean((1, 3)) + 0.5)
+    for _ in range(2):  # 32 x 64 -> 16 x 32 -> 8 x 16; Pillow rounds to 8 bits after the columns and after the rows
+        wide = np.floor(wide.reshape(wide.shape[0], wide.shape[1] // 2, 2, 3).mean(2) + 0.5)
+        wide = np.floor(wide.reshape(wide.shape[0] // 2, 2, wide.shape[1], 3).mean(1) + 0.5)
     np.testing.assert_array_equal(np.asarray(data.centre_crop(PIL.Image.fromarray(array), 8)), wide[:, 4:12])
 
 
@@ -170,7 +171,7 @@ def test_cifar10_runs_no_code_of_a_hostile_pickle(official, protocol, tmp_path, 
     monkeypatch.chdir(tmp_path)
     path = official[0] / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(pickle.dumps({b"data": Hostile(), b"labels": [0]}, protocol))
-    with pytest.raises(ValueError, match=r"data_batch_3.*mkdir"):
+    with pytest.raises(ValueError, match=r"data_batch_3.*it names"):
         data.cifar10(official[0])
     assert not (tmp_path / "ran-hostile-code").exists()
     pickle.loads(path.read_bytes())  # The pickle is live: an ordinary reader runs it.

@@ -11,10 +11,10 @@ from ditx.diffusion.gaussian import Image, Predict
 
 def classifier_free(
     predict: Callable[[Image, Float[Array, ""], Int[Array, ""]], Float[Array, "h w o"]],
-    y: Int[Array, ""],
+    y: int | Int[Array, ""],
     *,
     null_label: int | None,
-    scale: float | Float[Array, ""],
+    scale: int | float | Float[Array, ""],
     channels: int | None = None,
 ) -> Predict:
     """Move a prediction for label `y` away from that for no label (Ho and Salimans 2022, Eq. 6).
@@ -27,7 +27,7 @@ def classifier_free(
     Raises ValueError where the network has no null label (`null_label` None) and the scale is not 1.
     """
     if isinstance(scale, int | float) and scale == 1:
-        return lambda x, t: predict(x, t, y)
+        return lambda x, t: predict(x, t, jnp.asarray(y))
     if null_label is None:
         raise ValueError(
             f"guidance with scale {scale} needs a network with a null label, and this one was trained with"
@@ -35,7 +35,7 @@ def classifier_free(
         )
 
     def guided(x: Image, t: Float[Array, ""]) -> Float[Array, "h w o"]:
-        labels = jnp.stack([y, jnp.full_like(y, null_label)])
+        labels = jnp.array([y, null_label], jnp.int32)
         conditional, unconditional = jax.vmap(lambda label: predict(x, t, label))(labels)
         count = x.shape[-1] if channels is None else channels
         moved = unconditional + scale * (conditional - unconditional)

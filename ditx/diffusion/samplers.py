@@ -24,7 +24,9 @@ def ddpm_step(predict: Predict, schedule: Schedule, x: Image, i: Index, noise: I
     return jnp.where(jnp.asarray(i) > 0, step.mean + jnp.exp(step.log_variance / 2) * noise, step.mean)
 
 
-def ddim_step(predict: Predict, schedule: Schedule, x: Image, i: Index, noise: Image, *, eta: float = 0.0) -> Image:
+def ddim_step(
+    predict: Predict, schedule: Schedule, x: Image, i: Index, noise: Image, *, eta: int | float = 0.0
+) -> Image:
     """One step of DDIM (Song et al. 2021, Eq. 12): deterministic at `eta` 0, as noisy as DDPM at 1."""
     predicted, _ = split_variance(predict(x, at(schedule.time, i)), x)
     x0 = x0_from_noise(schedule, x, i, predicted)

@@ -72,7 +72,7 @@ def respace(schedule: Schedule, steps: str | int | Sequence[int]) -> Schedule:
 
 
 def _grid(total: int, steps: str | int | Sequence[int]) -> np.ndarray:
-    if isinstance(steps, str | int):
+    if isinstance(steps, str | int | np.integer):
         digits = str(steps).removeprefix("ddim")
         count = int(digits) if digits.isascii() and digits.isdigit() else 0
         if not 1 <= count <= total:

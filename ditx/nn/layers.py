@@ -34,7 +34,7 @@ class Linear(eqx.Module):
 
 def layer_norm(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
     """LayerNorm without affine parameters (Ba et al. 2016), statistics in float32, result in the type of `x`."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(_at_least_float32(x.dtype))
     centred = wide - wide.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
@@ -59,11 +59,16 @@ class Attention(eqx.Module):
         self.num_heads = num_heads
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        q, k, v = rearrange(self.qkv(x), "n (three heads k) -> three n heads k", three=3, heads=self.num_heads)
-        # cuDNN's kernel takes half precision alone; XLA's own code serves all other cases, with softmax in float32.
-        fused = jax.default_backend() == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16)
-        mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
-        return self.out(rearrange(mixed, "n heads k -> n (heads k)"))
+        parts = jnp.split(self.qkv(x), 3, axis=-1)
+        if jax.default_backend() == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16):  # all that cuDNN's kernel takes
+            q, k, v = (rearrange(part, "n (heads k) -> n heads k", heads=self.num_heads) for part in parts)
+            mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+            return self.out(rearrange(mixed, "n heads k -> n (heads k)"))
+        q, k, v = (rearrange(part, "n (heads k) -> heads n k", heads=self.num_heads) for part in parts)
+        wide = _at_least_float32(x.dtype)
+        logits = jnp.einsum("hnk,hmk->hnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=wide)
+        mixed = jnp.einsum("hnm,hmk->hnk", jax.nn.softmax(logits).astype(x.dtype), v)
+        return self.out(rearrange(mixed, "heads n k -> n (heads k)"))
 
 
 class MLP(eqx.Module):
@@ -113,7 +118,7 @@ def sinusoids(t: Float[Array, ""] | Int[Array, ""], width: int) -> Float[Array, 
     """Cosines, then sines, of `t` at `width / 2` frequencies from 1 down to nearly 1/10000 (Vaswani et al. 2017)."""
     half = width // 2
     frequencies = np.exp(-math.log(10000) * np.arange(half) / half)
-    dtype = jnp.promote_types(t.dtype, jnp.float32)  # 999 has no exact bfloat16
+    dtype = _at_least_float32(t.dtype)  # 999 has no exact bfloat16
     angles = t.astype(dtype) * jnp.asarray(frequencies, dtype)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
 
@@ -130,3 +135,7 @@ def grid_positions(side: int, hidden_size: int) -> Float[np.ndarray, "n d"]:
     column = np.tile(axis, (side, 1))
     row = np.repeat(axis, side, axis=0)
     return np.concatenate([column, row], axis=1)
+
+
+def _at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
