@@ -285,9 +285,10 @@ def test_samples_are_written_in_every_form_and_never_over_others(finished, tmp_p
     files = sorted((tmp_path / "grid").iterdir())
     assert [file.name for file in files][:2] == ["000000-0.png", "000001-1.png"] and len(files) == 12
     for file, image in zip(files, images, strict=True):
-        np.testing.assert_array_equal(np.asarray(PIL.Image.open(file)), image[..., 0])
-    assert PIL.Image.open(tmp_path / "grid.gif").n_frames > 2
-    assert PIL.Image.open(out).size == ((10 * 30 - 2) * 2, (2 * 30 - 2) * 2)
+        with PIL.Image.open(file) as single:
+            np.testing.assert_array_equal(np.asarray(single), image[..., 0])
+    with PIL.Image.open(tmp_path / "grid.gif") as moving, PIL.Image.open(out) as grid:
+        assert moving.n_frames > 2 and grid.size == ((10 * 30 - 2) * 2, (2 * 30 - 2) * 2)
     code, said = call(sample, monkeypatch, capsys, run, "--out", out)
     assert code == 2 and "exists already" in said
 
