@@ -201,7 +201,7 @@ def open_run(config: Config, preset: str, source: data.Source) -> Path:
             raise ValueError(
                 f"{run} holds another run: {', '.join(changes)}; give its flags to go on, or another --run"
             )
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+    elif run.exists() and (not run.is_dir() or {entry.name for entry in run.iterdir()} - {unfinished(file).name}):
         raise ValueError(f"{run} exists and is not a run; choose another --run")
     run.mkdir(parents=True, exist_ok=True)
     described["versions"] = {name: version(name) for name in ("ditx", "jax", "equinox", "optax", "orbax-checkpoint")}
@@ -217,9 +217,13 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 def write(file: Path, text: str) -> None:
     """Write a whole file or, if killed, nothing."""
-    unfinished = file.with_name(file.name + ".partial")
-    unfinished.write_text(text)
-    unfinished.replace(file)
+    unfinished(file).write_text(text)
+    unfinished(file).replace(file)
+
+
+def unfinished(file: Path) -> Path:
+    """What a kill while writing `file` leaves."""
+    return file.with_name(file.name + ".partial")
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

@@ -24,7 +24,7 @@ def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> PIL.Image.Image:
 
 
 def loss_curve(steps: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -> PIL.Image.Image:
-    """The loss over training: each value, and their running mean over a twentieth of the run.
+    """The loss over training: each value, and their running mean over a fiftieth of the run.
 
     The vertical axis is cut at the 98th percentile, since the first steps lie far above all others.
     """
@@ -48,7 +48,7 @@ def loss_curve(steps: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) 
         draw.text((x, height - bottom + 8), f"{fraction * span:,.0f}", fill="black", anchor="mt")
     draw.text((width / 2, height - 4), "training step", fill="black", anchor="mb")
     draw.text((left, 8), "training loss", fill="black", anchor="lt")
-    window = max(1, math.ceil(len(losses) / 20))
+    window = max(1, math.ceil(len(losses) / 50))
     sums = np.cumsum(np.concatenate([np.zeros(1), losses]))
     starts = np.maximum(np.arange(len(losses)) + 1 - window, 0)
     means = (sums[1:] - sums[starts]) / (np.arange(len(losses)) + 1 - starts)

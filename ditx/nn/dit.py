@@ -160,8 +160,8 @@ class DiT(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "h w c"],
-        t: Float[Array, ""] | Int[Array, ""],
-        y: Int[Array, ""],
+        t: Float[Array, ""] | Int[Array, ""] | float | int,
+        y: Int[Array, ""] | int,
         *,
         unroll: int = 1,
         remat: bool = False,
@@ -179,7 +179,7 @@ class DiT(eqx.Module):
         p, side = config.patch_size, config.input_size // config.patch_size
         tokens = self.patch(rearrange(x, "(h p) (w q) c -> (h w) (p q c)", p=p, q=p))
         tokens = tokens + jnp.asarray(grid_positions(side, config.hidden_size), tokens.dtype)
-        c = self.time(t) + self.label(y)
+        c = self.time(jnp.asarray(t)) + self.label(jnp.asarray(y))
 
         def body(tokens, block):
             return block(tokens, c), None
