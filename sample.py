@@ -1,10 +1,18 @@
 """Draw samples from a trained run: `sample.py [RUN] [--labels 3 7 ...] [--num N] ...`."""
 
-import json
 import math
+import os
+import re
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
+    # Read by JAX as it is imported: compiled programs are kept for the next start.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "ditx" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 import numpy as np
@@ -13,7 +21,7 @@ from jaxtyping import install_import_hook
 from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
-    from ditx import checkpoint, data, pictures
+    from ditx import checkpoint, data, pictures, runs
     from ditx.nn.dit import DiT, DiTConfig
     from ditx.sampling import SamplingConfig, make_draw, sample_keys
     from ditx.sharding import MeshConfig, batch_sharding, make_mesh, place
@@ -44,25 +52,14 @@ class Config:
     """samples drawn at a time; a matter of memory and speed alone"""
 
 
-def newest_run() -> Path:
-    """The run under runs/ that was worked on last. Raises ValueError if there is none."""
-    runs = [file.parent for file in Path("runs").glob("*/config.json")]
-    if not runs:
-        raise ValueError("there is no run under runs/; train one with train.py, or give the folder of one")
-    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime if (run / "checkpoints").exists() else 0.0)
-
-
 def read_run(run: Path) -> dict:
-    """The description that train.py wrote. Raises ValueError if there is none."""
+    """The description that train.py wrote, its parts as they were. Raises ValueError if it cannot be read."""
+    described = runs.read_config(run)
     try:
-        described = json.loads((run / "config.json").read_text())
-        described["model"] = DiTConfig(**described["model"])
-        described["sampling"] = SamplingConfig(**described["sampling"])
-        return described
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{run} is not a run that can be read ({error}); give the folder that train.py wrote"
-        ) from error
+        parts = {"model": DiTConfig(**described["model"]), "sampling": SamplingConfig(**described["sampling"])}
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{run} was written by another version of ditx ({error})") from error
+    return described | parts
 
 
 def parse(argv: list[str]) -> tuple[Path, dict, Config]:
@@ -70,7 +67,7 @@ def parse(argv: list[str]) -> tuple[Path, dict, Config]:
     # Read twice: the run named on the command line sets the defaults of the other flags.
     description = "Draw samples from the averaged weights of a run."
     first = tyro.cli(Config, args=argv, prog="sample.py", description=description)
-    run = Path(first.run) if first.run else newest_run()
+    run = Path(first.run) if first.run else runs.newest_run(Path("runs"))
     described = read_run(run)
     default = Config(sampling=described["sampling"])
     return run, described, tyro.cli(Config, args=argv, prog="sample.py", default=default, description=description)
@@ -105,6 +102,7 @@ def outputs(run: Path, config: Config) -> dict[str, Path]:
     for path in wanted.values():
         if path.exists():
             raise ValueError(f"{path} exists already; choose another --out")
+    grid.parent.mkdir(parents=True, exist_ok=True)
     return wanted
 
 
@@ -149,14 +147,15 @@ def sample(argv: list[str]) -> int:
     class_names = described["class_names"]
     wanted = read_labels(config.labels, class_names)
     num = config.num or len(wanted) * (10 if len(wanted) <= 20 else 1)
-    if num < 1 or config.batch < 1 or config.seed < 0:
-        raise ValueError(f"num is {config.num}, batch {config.batch}, seed {config.seed}; give positive numbers")
+    if num < 1 or config.batch < 1 or not 0 <= config.seed < 2**32:
+        raise ValueError(
+            f"num is {num}, batch {config.batch}, seed {config.seed}; give at least 1, 1, and 0 to {2**32 - 1}"
+        )
     paths = outputs(run, config)
     labels = np.resize(np.array(wanted, np.int32), num)
     images, frames = draw_all(run, described, config, labels)
 
     columns = min(num, len(wanted) if len(wanted) <= 20 else math.isqrt(num - 1) + 1)
-    paths["grid"].parent.mkdir(parents=True, exist_ok=True)
     pictures.grid(images, columns).save(paths["grid"])
     if "npz" in paths:
         np.savez_compressed(paths["npz"], arr_0=images, labels=labels)
@@ -166,7 +165,8 @@ def sample(argv: list[str]) -> int:
     if "separate" in paths:
         paths["separate"].mkdir()
         for k, image in enumerate(images):
-            pictures.to_picture(image).save(paths["separate"] / f"{k:06d}-{class_names[labels[k]]}.png")
+            name = re.sub(r"[^\w-]+", "_", class_names[labels[k]])
+            pictures.to_picture(image).save(paths["separate"] / f"{k:06d}-{name}.png")
     print("\n".join(f"wrote {path}" for path in paths.values()))
     return 0
 

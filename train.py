@@ -10,12 +10,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C just ends
+    # Read by JAX as it is imported: compiled programs are kept for the next start.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "ditx" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +33,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
-    from ditx import checkpoint, data, flops, pictures
+    from ditx import checkpoint, data, flops, pictures, runs
     from ditx.diffusion.schedule import linear_schedule
     from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
     from ditx.sampling import SamplingConfig, make_draw, sample_keys
@@ -46,10 +51,9 @@ class Config:
     """where CIFAR-10 (its batches, an .npz or a folder) or the image folder lies"""
     model: DiTConfig = field(default_factory=DiTConfig)
     objective: Literal["eps", "flow"] = "eps"
-    """eps: the paper's noise and variance; flow: the velocity of flow matching (set model.learn-sigma to False)"""
-    time_mean: float = 0.0
-    """flow alone: mean and standard deviation of the logit of the training times; a higher mean means more noise"""
-    time_std: float = 1.0
+    """eps: the paper's noise and variance; flow: the velocity of flow matching (with --model.no-learn-sigma)"""
+    flow_time: tuple[float, float] = (0.0, 1.0)
+    """flow alone: mean and standard deviation of the logit of the training times; a higher mean gives more noise"""
     steps: int = 400_000
     """training steps in all"""
     batch_size: int = 256
@@ -97,7 +101,7 @@ PRESETS = {
         dataset="digits",
         model=DiTConfig(28, 7, 1, 128, 4, 4, num_classes=10, learn_sigma=False),
         objective="flow",
-        time_mean=0.5,
+        flow_time=(0.5, 1.0),
         steps=4000,
         batch_size=32,
         learning_rate=2e-3,
@@ -150,6 +154,8 @@ def check(config: Config) -> None:
     for name in ("learning_rate", "warmup", "weight_decay", "sample_every", "workers", "seed"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
+    if config.seed >= 2**32:
+        raise ValueError(f"seed is {config.seed}; it goes from 0 to {2**32 - 1}")
     for name in ("ema_decay", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it goes from 0 up to, not with, 1")
@@ -170,6 +176,8 @@ def open_data(config: Config, preset: str) -> tuple[data.Source, DiTConfig]:
         source = data.cifar10(config.data_path)
     else:
         source = data.images(config.data_path, size)
+    if len(source) == 0:
+        raise ValueError(f"{config.data_path} holds 0 images; give at least 1")
     height, width, channels = source.image_shape
     if (height, width) != (size, size):
         raise ValueError(f"the images are {height}x{width}, model.input_size is {size}; make the two agree")
@@ -179,51 +187,6 @@ def open_data(config: Config, preset: str) -> tuple[data.Source, DiTConfig]:
             raise ValueError(f"model.{name} is {getattr(config.model, name)}, but the data has {value}")
         model[name] = value
     return source, replace(config.model, **model)
-
-
-def open_run(config: Config, preset: str, source: data.Source) -> Path:
-    """The run's folder, new or matching, with its `config.json`. Raises ValueError if it holds something else."""
-    run, file = Path(config.run), Path(config.run) / "config.json"
-    described = {"preset": preset, **asdict(config), "class_names": source.class_names, "num_images": len(source)}
-    described = json.loads(json.dumps(described))
-    if file.exists():
-        try:
-            before = flatten(json.loads(file.read_text()))
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be read ({error}); restore it or choose another --run") from error
-        free = FREE | ({"steps"} if config.decay == "constant" else set())
-        changes = [
-            f"{name} was {before.get(name)!r} and is {value!r}"
-            for name, value in flatten(described).items()
-            if before.get(name) != value and name.split(".")[0] not in free
-        ]
-        if changes:
-            raise ValueError(
-                f"{run} holds another run: {', '.join(changes)}; give its flags to go on, or another --run"
-            )
-    elif run.exists() and (not run.is_dir() or {entry.name for entry in run.iterdir()} - {unfinished(file).name}):
-        raise ValueError(f"{run} exists and is not a run; choose another --run")
-    run.mkdir(parents=True, exist_ok=True)
-    described["versions"] = {name: version(name) for name in ("ditx", "jax", "equinox", "optax", "orbax-checkpoint")}
-    write(file, json.dumps(described, indent=2) + "\n")
-    return run
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """Nested dictionaries as one, with dotted names."""
-    parts = [flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in tree.items()]
-    return {name: value for part in parts for name, value in part.items()}
-
-
-def write(file: Path, text: str) -> None:
-    """Write a whole file or, if killed, nothing."""
-    unfinished(file).write_text(text)
-    unfinished(file).replace(file)
-
-
-def unfinished(file: Path) -> Path:
-    """What a kill while writing `file` leaves."""
-    return file.with_name(file.name + ".partial")
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -257,15 +220,6 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def trim_metrics(file: Path, step: int) -> None:
-    """Drop the lines after `step`, and one that a kill cut off: the run is about to write them again."""
-    kept = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):
-            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-    write(file, "".join(kept))
-
-
 def make_picture(config: Config, mesh: Mesh) -> Callable[[DiT], Image]:
     """The function from averaged weights to a grid of samples: the same noise and up to ten classes every time."""
     columns = min(config.model.num_classes, 10)
@@ -278,8 +232,7 @@ def make_picture(config: Config, mesh: Mesh) -> Callable[[DiT], Image]:
 
 
 def train(preset: str, config: Config) -> int:
-    """Run to the last step, or to a signal; returns the exit code."""
-    # Everything that a user can get wrong, before anything is compiled or written.
+    """Check everything that a user can get wrong, then run to the last step, or to a signal; returns the exit code."""
     check(config)
     source, model_config = open_data(config, preset)
     config = replace(config, model=model_config)
@@ -287,8 +240,16 @@ def train(preset: str, config: Config) -> int:
     mesh = make_mesh(config.mesh)
     if config.batch_size % mesh.size:
         raise ValueError(f"batch_size is {config.batch_size}; make it a multiple of the {mesh.size} devices")
-    run = open_run(config, preset, source)
-    checkpoints, metrics, size = run / "checkpoints", run / "metrics.jsonl", model_config.input_size
+    found = {"class_names": source.class_names, "data_checksum": source.checksum}
+    free = FREE | ({"steps"} if config.decay == "constant" else set())
+    with runs.open_run(Path(config.run), {"preset": preset, **asdict(config), **found}, free=free):
+        return fit(config, source, mesh)
+
+
+def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
+    """Train in a folder that is this run's, and locked; returns the exit code."""
+    run, model_config, size = Path(config.run), config.model, config.model.input_size
+    checkpoints, loss_picture = run / "checkpoints", run / "loss.png"
     print(
         f"model    DiT of {flops.parameters(model_config):,} parameters, {flops.macs(model_config) / 1e9:.3f} G"
         f" multiply-adds, {model_config.num_tokens} tokens, objective {config.objective}\n"
@@ -306,9 +267,7 @@ def train(preset: str, config: Config) -> int:
     optimizer = make_optimizer(config)
     step_fn = partial(
         train_step,
-        objective=eps_objective(linear_schedule())
-        if config.objective == "eps"
-        else flow_objective(config.time_mean, config.time_std),
+        objective=eps_objective(linear_schedule()) if config.objective == "eps" else flow_objective(*config.flow_time),
         optimizer=optimizer,
         ema_decay=config.ema_decay,
         dtype=jnp.dtype(config.dtype),
@@ -333,6 +292,13 @@ def train(preset: str, config: Config) -> int:
         checkpoints, {part: getattr(abstract, part) for part in parts} | {"window": window}
     )
     if restored is None:
+        reached = max((line["step"] for line in runs.read_metrics(run)), default=0)
+        # The second save waits for the first, so that a kill alone cannot lead here.
+        if reached >= 2 * config.checkpoint_every or loss_picture.exists():
+            raise ValueError(
+                f"{run} has come to step {reached:,} but has no checkpoint; bring back {checkpoints}, or choose"
+                " another --run"
+            )
         start, state = 0, jax.jit(lambda key: create(key=key), out_shardings=places)(init_key)
     else:
         start, trees, damaged = restored
@@ -341,15 +307,29 @@ def train(preset: str, config: Config) -> int:
             aside = checkpoint.set_aside(checkpoints, step)
             print(f"warning: {sentence}; moved to {aside}, going back to step {start:,}", file=sys.stderr)
         print(f"goes on  from step {start:,}", flush=True)
+    draw_picture = make_picture(config, mesh) if config.sample_every else None
+
+    def finish(state):
+        """Write the pictures of the last step, where they are missing."""
+        last = run / "samples" / f"step-{config.steps:07d}.png"
+        last.parent.mkdir(exist_ok=True)
+        if draw_picture and not last.exists():
+            draw_picture(state.ema).save(last)
+        if not loss_picture.exists():
+            lines = runs.read_metrics(run)
+            steps, losses = (np.array([line[name] for line in lines], np.float64) for name in ("step", "loss"))
+            pictures.loss_curve(steps, losses).save(loss_picture)
+
     if start >= config.steps:
+        finish(state)
         print(f"{run} has all its {config.steps:,} steps; draw from it with sample.py, or train anew in another --run")
         return 0
+    loss_picture.unlink(missing_ok=True)  # of a shorter run that now goes on
 
     began = time.perf_counter()
     compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None)).lower(abstract, batch, key).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
-    draw_picture = make_picture(config, mesh) if config.sample_every else None
-    trim_metrics(metrics, start)
+    runs.trim_metrics(run, start)
     batches = data.batches(
         source,
         batch_size=config.batch_size,
@@ -370,21 +350,46 @@ def train(preset: str, config: Config) -> int:
         stop_signals() as stopped,
         closing(batches),
         closing(checkpoint.Checkpoints(checkpoints, keep=config.keep)) as manager,
-        metrics.open("a") as log,
+        (run / runs.METRICS).open("a") as log,
         bar,
     ):
-        pending, clock, since = None, time.perf_counter(), start
+        pending, clock, since, saved = None, time.perf_counter(), start, start
+
+        def count(terms):
+            """Add the terms of one step, if there are any, to the sums of the window."""
+            nonlocal window
+            if terms is not None:
+                terms = {"count": 1, **jax.device_get(terms)}
+                if not np.isfinite(terms["loss"]):
+                    raise ValueError(
+                        f"the loss is {terms['loss']} by step {step:,}; the newest checkpoint is of step {saved:,}; try"
+                        " a lower --learning-rate in another --run"
+                    )
+                window = {name: total + terms[name] for name, total in window.items()}
+
+        def save(step):
+            nonlocal saved
+            manager.save(step, {part: getattr(state, part) for part in parts} | {"window": window})
+            saved = step
+
         for step in range(start + 1, config.steps + 1):
-            state, terms = compiled(state, put_batch(next(batches), mesh), key)
+            try:
+                batch = put_batch(next(batches), mesh)
+            except ValueError:  # an image that cannot be read: what was trained is kept
+                count(pending)
+                if step - 1 > saved:
+                    save(step - 1)
+                raise
+            state, terms = compiled(state, batch, key)
             ends = step == config.steps or bool(stopped)
             logs = step % config.log_every == 0 or step == config.steps
             saves = step % config.checkpoint_every == 0 or ends
             # Terms are read a step late, so that the host does not wait for the device at every step.
-            for ready in [pending, terms] if logs or saves else [pending]:
-                if ready is not None:
-                    ready = {"count": 1, **jax.device_get(ready)}
-                    window = {name: total + ready[name] for name, total in window.items()}
-            pending = None if logs or saves else terms
+            count(pending)
+            pending = terms
+            if logs or saves:
+                count(pending)
+                pending = None
             speed = (step - since) * config.batch_size / (time.perf_counter() - clock)
             if window["count"]:
                 bar.set_postfix_str(f"loss {window['loss'] / window['count']:.4f}, {speed:.0f} images/s", refresh=False)
@@ -401,29 +406,23 @@ def train(preset: str, config: Config) -> int:
                 window = {name: np.zeros(()) for name in window}
                 clock, since = time.perf_counter(), step
             if saves:
-                manager.save(step, {part: getattr(state, part) for part in parts} | {"window": window})
-            if draw_picture and (step % config.sample_every == 0 or step == config.steps):
+                save(step)
+            if draw_picture and step % config.sample_every == 0:
                 (run / "samples").mkdir(exist_ok=True)
                 draw_picture(state.ema).save(run / "samples" / f"step-{step:07d}.png")
                 clock, since = time.perf_counter(), step
             if ends:
                 break
-    if stopped:
-        print(f"stopped after step {int(state.step):,}; the same command goes on from there")
+    if stopped and saved < config.steps:
+        print(f"stopped after step {saved:,}; the same command goes on from there")
         return 128 + stopped[0]
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps, losses = (np.array([line[name] for line in lines], np.float64) for name in ("step", "loss"))
-    pictures.loss_curve(steps, losses).save(run / "loss.png")
-    print(f"done     {run}/samples, {run}/loss.png; draw more with: sample.py {run}")
+    finish(state)
+    print(f"done     {run}/samples, {loss_picture}; draw more with: sample.py {run}")
     return 0
 
 
 def main() -> int:
     """Run the command line; a user's mistake ends in one sentence and exit code 2."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", f"{cache}/ditx/jax")
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         return train(*parse(sys.argv[1:]))
     except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """Samples from a trained network: batches in which each one depends on the seed and its own number alone."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +47,8 @@ class SamplingConfig:
             raise ValueError(
                 f"guidance_channels is {self.guidance_channels}; the network has {model.in_channels} (0 guides all)"
             )
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; give a number, 1 for no guidance")
         if self.guidance_scale != 1 and model.null_label is None:
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}, but the network has no null label (it was trained with"

@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 import sample
 import train
-from ditx import checkpoint
+from ditx import checkpoint, runs
 
 ROOT = Path(train.__file__).parent
 # A network that compiles in seconds, on the embedded digits; pictures in few steps.
@@ -175,6 +175,44 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     assert checkpoint.steps(run / "checkpoints") == [5]
 
 
+def test_lost_checkpoints_do_not_start_a_run_anew(copy, monkeypatch, capsys):
+    shutil.rmtree(copy / "checkpoints")
+    before = (copy / "metrics.jsonl").read_text()
+    code, said = call(train, monkeypatch, capsys, *TINY, "--steps", 40, "--run", copy)
+    assert code == 2 and "has come to step 40 but has no checkpoint" in said, said
+    assert (copy / "metrics.jsonl").read_text() == before and (copy / "loss.png").exists()
+
+
+def test_two_processes_cannot_share_a_run(copy, monkeypatch, capsys):
+    with runs.open_run(copy, runs.read_config(copy), free=set()):
+        code, said = call(train, monkeypatch, capsys, *TINY, "--steps", 40, "--run", copy)
+    assert code == 2 and "another process is training in" in said
+
+
+def test_pictures_that_a_kill_prevented_are_made_up_for(finished, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "copy"
+    shutil.copytree(finished[0], run)
+    (run / "loss.png").unlink()
+    (run / "samples" / "step-0000040.png").unlink()
+    code, _ = call(train, monkeypatch, capsys, *TINY, "--steps", 40, "--run", run)
+    assert code == 0
+    assert (run / "loss.png").read_bytes() == (finished[0] / "loss.png").read_bytes()
+    assert (run / "samples" / "step-0000040.png").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, capsys):
+    flags = [*TINY, "--steps", 40, "--run", tmp_path / "run", "--learning-rate", 1e30]
+    code, said = call(train, monkeypatch, capsys, *flags)
+    assert code == 2 and "the loss is" in said and "try a lower --learning-rate" in said, said
+    assert all(np.isfinite(loss) for _, loss, _ in losses(tmp_path / "run"))
+
+
+def test_a_folder_left_by_a_kill_at_the_very_start_is_used(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json.partial").write_text("{")
+    code, said = call(train, monkeypatch, capsys, *TINY, "--steps", 2, "--sample-every", 0, "--run", tmp_path)
+    assert code == 0, said
+
+
 def test_a_finished_run_is_left_alone(finished, monkeypatch, capsys):
     before = (finished[0] / "metrics.jsonl").stat().st_mtime_ns
     code, said = call(train, monkeypatch, capsys, *TINY, "--steps", 40, "--run", finished[0])
@@ -190,6 +228,7 @@ def folder_of_images(path, *names):
 
 
 MISTAKES = {
+    "seed is 4294967296; it goes from 0 to 4294967295": ["--seed", 2**32],
     "no preset 'digit'; choose digits, cifar10, images": ["digit"],
     "patch_size 5 does not divide input_size 28": ["--model.patch-size", 5],
     "hidden_size 100 is not divisible by num_heads 3": ["--model.hidden-size", 100, "--model.num-heads", 3],
@@ -249,6 +288,22 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, monkeypatch, capsys):
     code, said = call(train, monkeypatch, capsys, "--run", tmp_path)
     assert code == 2 and "exists and is not a run" in said
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_other_data_is_noticed(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    stored = {"images": rng.integers(0, 255, (20, 8, 8, 3), np.uint8), "labels": np.arange(20) % 10}
+    np.savez(tmp_path / "data.npz", **stored)
+    flags = "--model.input-size 8 --model.hidden-size 16 --model.depth 1 --model.num-heads 2 --batch-size 8".split()
+    flags = ["cifar10", "--data-path", tmp_path / "data.npz", *flags, "--steps", 2, "--sample-every", 0]
+    code, said = call(train, monkeypatch, capsys, *flags, "--run", tmp_path / "run")
+    assert code == 0, said
+    np.savez(tmp_path / "data.npz", **(stored | {"images": 255 - stored["images"]}))
+    code, said = call(train, monkeypatch, capsys, *flags, "--run", tmp_path / "run")
+    assert code == 2 and "data_checksum was" in said
+    np.savez(tmp_path / "data.npz", images=stored["images"][:0], labels=stored["labels"][:0])
+    code, said = call(train, monkeypatch, capsys, *flags, "--run", tmp_path / "empty")
+    assert code == 2 and "holds 0 images" in said and not (tmp_path / "empty").exists()
 
 
 def test_a_folder_of_images_trains(tmp_path, monkeypatch, capsys):
@@ -323,6 +378,8 @@ def test_newest_run_is_the_default_and_classes_have_names(finished, tmp_path, mo
 
 
 SAMPLE_MISTAKES = {
+    "guidance_scale is nan": ["--guidance-scale", "nan"],
+    "seed 4294967296; give": ["--seed", 2**32],
     "there is no class 'cat'; the run has 0 to 9: 0, 1": ["--labels", "cat"],
     "there is no class '10'": ["--labels", 10],
     "sampler ddpm does not fit objective flow": ["--sampler", "ddpm"],

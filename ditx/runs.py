@@ -1,0 +1,90 @@
+"""The folder of a run: its description `config.json`, its lines of `metrics.jsonl`, and the lock of who writes them."""
+
+import fcntl
+import json
+import math
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+
+
+def open_run(run: Path, described: dict[str, Any], *, free: set[str]) -> IO[str]:
+    """Make the folder of a new run, or check that `run` holds the run described, and describe it anew.
+
+    Of the description, the fields in `free` may differ. Returns the lock, which is held until it is closed or the
+    process ends, however it ends. Raises ValueError if the folder holds another run, or anything else, or if another
+    process is writing to it.
+    """
+    file = run / CONFIG
+    described = json.loads(json.dumps(described))
+    if file.exists():
+        before, now = _flatten(read_config(run)), _flatten(described)
+        changes = [
+            f"{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in now.items()
+            if before.get(name) != value and name.split(".")[0] not in free
+        ]
+        if changes:
+            raise ValueError(
+                f"{run} holds another run: {', '.join(changes)}; give its flags to go on, or another --run"
+            )
+    elif run.exists() and (not run.is_dir() or {entry.name for entry in run.iterdir()} - {f"{CONFIG}.partial", "lock"}):
+        raise ValueError(f"{run} exists and is not a run; choose another --run")
+    run.mkdir(parents=True, exist_ok=True)
+    lock = (run / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise ValueError(f"another process is training in {run}; wait for it, or choose another --run") from error
+    versions = {name: version(name) for name in ("ditx", "jax", "equinox", "optax", "orbax-checkpoint")}
+    _write(file, json.dumps(described | {"versions": versions}, indent=2) + "\n")
+    return lock
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The description of a run. Raises ValueError if there is none, or none that can be read."""
+    try:
+        return json.loads((run / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{run} is not a run that can be read ({error}); give the folder that train.py wrote"
+        ) from error
+
+
+def newest_run(root: Path) -> Path:
+    """The run under `root` that was worked on last. Raises ValueError if there is none."""
+    runs = [file.parent for file in root.glob(f"*/{CONFIG}")]
+    if not runs:
+        raise ValueError(f"there is no run under {root}/; train one with train.py, or give the folder of one")
+    return max(runs, key=lambda run: max(entry.stat().st_mtime for entry in run.iterdir()))
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, less one that a kill may have cut off."""
+    lines, file = [], run / METRICS
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def trim_metrics(run: Path, step: int) -> None:
+    """Drop the lines after `step`, which the run is about to write again."""
+    kept = [json.dumps(line) + "\n" for line in read_metrics(run) if line.get("step", math.inf) <= step]
+    _write(run / METRICS, "".join(kept))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    parts = [_flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in tree.items()]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a whole file or, if killed, nothing."""
+    unfinished = file.with_name(f"{file.name}.partial")
+    unfinished.write_text(text)
+    unfinished.replace(file)
