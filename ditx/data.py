@@ -254,8 +254,6 @@ def batches(
     dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=np.asarray).random_map(read)[start:]
     reading = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain's workers read absl's flags, which nobody but an absl app parses.
-            flags.FLAGS.mark_as_parsed()
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read a flag of absl, which nobody parses here.
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         reading = reading.mp_prefetch(options, worker_init_fn=_leave_interrupts)
