@@ -191,12 +191,11 @@ def open_data(config: Config, preset: str) -> tuple[data.Source, DiTConfig]:
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019) at the configured learning rate."""
-    whole = (
-        optax.constant_schedule(1.0) if config.decay == "constant" else optax.cosine_decay_schedule(1.0, config.steps)
-    )
+    constant = config.decay == "constant"
+    decay = optax.constant_schedule(1.0) if constant else optax.cosine_decay_schedule(1.0, config.steps)
 
     def rate(step):
-        return config.learning_rate * whole(step) * jnp.minimum(1, (step + 1) / max(config.warmup, 1))
+        return config.learning_rate * decay(step) * jnp.minimum(1, (step + 1) / max(config.warmup, 1))
 
     return optax.adamw(rate, b1=0.9, b2=config.beta2, eps=1e-8, weight_decay=config.weight_decay)
 

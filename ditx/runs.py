@@ -56,11 +56,12 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def newest_run(root: Path) -> Path:
-    """The run under `root` that was worked on last. Raises ValueError if there is none."""
+    """The run under `root` that was trained last. Raises ValueError if there is none."""
     runs = [file.parent for file in root.glob(f"*/{CONFIG}")]
     if not runs:
         raise ValueError(f"there is no run under {root}/; train one with train.py, or give the folder of one")
-    return max(runs, key=lambda run: max(entry.stat().st_mtime for entry in run.iterdir()))
+    # Not by the folder's own time, which drawing samples into an older run would renew.
+    return max(runs, key=lambda run: max(file.stat().st_mtime for name in (CONFIG, METRICS) for file in run.glob(name)))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ class SamplingConfig:
 Draw = Callable[[DiT, Int[Array, " b"], Key[Array, " b"]], tuple[Float[Array, "b h w c"], Float[Array, "b T h w c"]]]
 
 
-def make_draw(config: SamplingConfig, model: DiTConfig, objective: str, *, unroll: int = 1) -> Draw:
+def make_draw(config: SamplingConfig, model: DiTConfig, objective: str) -> Draw:
     """The function that draws a batch: `draw(model, labels, keys) -> samples, states`, with a key for each sample.
 
     The states are all those on the way, to be dropped inside `jax.jit` where only samples are wanted.
@@ -80,7 +80,7 @@ def make_draw(config: SamplingConfig, model: DiTConfig, objective: str, *, unrol
         def one(y, key):
             start_key, noise_key = jax.random.split(key)
             predict = guidance.classifier_free(
-                partial(network, unroll=unroll),
+                network,
                 y,
                 null_label=model.null_label,
                 scale=config.guidance_scale,

@@ -363,11 +363,12 @@ def test_sample_k_depends_on_seed_and_k_alone(finished, tmp_path, monkeypatch, c
 def test_newest_run_is_the_default_and_classes_have_names(finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished[0], tmp_path / "runs" / "newer")
     shutil.copytree(finished[0], tmp_path / "runs" / "older")
-    time.sleep(0.01)
-    (tmp_path / "runs" / "newer" / "checkpoints").touch()
     config = json.loads((tmp_path / "runs" / "newer" / "config.json").read_text())
     config["class_names"] = [f"digit {name}" for name in config["class_names"]]
+    time.sleep(0.01)
     (tmp_path / "runs" / "newer" / "config.json").write_text(json.dumps(config))
+    time.sleep(0.01)
+    (tmp_path / "runs" / "older" / "drawn-000.png").touch()  # drawn from since, but not trained
     monkeypatch.chdir(tmp_path)
     code, said = call(sample, monkeypatch, capsys, "--labels", "digit 7", 3, "--num", 4, "--npz")
     assert code == 0 and "runs/newer at step 40: 4 samples" in said, said
