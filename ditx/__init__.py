@@ -4,12 +4,15 @@ from ditx import convert, flops
 from ditx.diffusion import flow, gaussian, guidance, samplers
 from ditx.diffusion.schedule import Schedule, linear_schedule, respace
 from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
+from ditx.nn.vae import AutoencoderKL, VAEConfig
 
 __all__ = [
     "DIT_CONFIGS",
+    "AutoencoderKL",
     "DiT",
     "DiTConfig",
     "Schedule",
+    "VAEConfig",
     "convert",
     "flops",
     "flow",

@@ -1,12 +1,15 @@
 """Weights of other programs as ours, and back: mappings of tensor name to NumPy array, in float32.
 
-A layout is a list of (their name, our attribute path, einops pattern from our array to theirs); swapping the sides of
-the pattern gives the way back. Where their name holds `{}`, they keep one tensor for each block and we one stack.
+A layout is a list of (their name, our attribute path, einops pattern from our array to theirs). A field in braces in
+their name is an axis of the pattern, along which they keep separate tensors where we keep one array; a field that the
+pattern does not have is along which they repeat the same tensor. The way back is the same table, read into place.
 """
 
-from collections.abc import Mapping
-from operator import attrgetter
-from typing import TypeVar
+import dataclasses
+import itertools
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -15,14 +18,20 @@ import numpy as np
 from einops import rearrange
 
 from ditx.nn.dit import DiT, DiTConfig
+from ditx.nn.layers import grid_positions
+from ditx.nn.vae import AutoencoderKL, VAEConfig
 
 StateDict = Mapping[str, np.ndarray]
 Layout = list[tuple[str, str, str]]
+Fields = Mapping[str, Sequence[str | int]]
 Model = TypeVar("Model", bound=eqx.Module)
 
 
-def _linear(theirs: str, ours: str) -> Layout:
-    return [(f"{theirs}.weight", f"{ours}.weight", "i o -> o i"), (f"{theirs}.bias", f"{ours}.bias", "o -> o")]
+def _linear(theirs: str, ours: str, axes: str = "") -> Layout:
+    return [
+        (f"{theirs}.weight", f"{ours}.weight", f"{axes} i o -> {axes} o i"),
+        (f"{theirs}.bias", f"{ours}.bias", f"{axes} o -> {axes} o"),
+    ]
 
 
 _DIT: Layout = [
@@ -31,67 +40,211 @@ _DIT: Layout = [
     *_linear("t_embedder.mlp.0", "time.up"),
     *_linear("t_embedder.mlp.2", "time.down"),
     ("y_embedder.embedding_table.weight", "label.table", "rows d -> rows d"),
-    *_linear("blocks.{}.attn.qkv", "blocks.attention.qkv"),
-    *_linear("blocks.{}.attn.proj", "blocks.attention.out"),
-    *_linear("blocks.{}.mlp.fc1", "blocks.mlp.up"),
-    *_linear("blocks.{}.mlp.fc2", "blocks.mlp.down"),
-    *_linear("blocks.{}.adaLN_modulation.1", "blocks.modulation"),
+    *_linear("blocks.{n}.attn.qkv", "blocks.attention.qkv", "n"),
+    *_linear("blocks.{n}.attn.proj", "blocks.attention.out", "n"),
+    *_linear("blocks.{n}.mlp.fc1", "blocks.mlp.up", "n"),
+    *_linear("blocks.{n}.mlp.fc2", "blocks.mlp.down", "n"),
+    *_linear("blocks.{n}.adaLN_modulation.1", "blocks.modulation", "n"),
     *_linear("final_layer.linear", "final.linear"),
     *_linear("final_layer.adaLN_modulation.1", "final.modulation"),
 ]
+
+_EMBEDDERS = "transformer_blocks.{n}.norm1.emb"  # one for all, which diffusers repeats in every block
+_DIFFUSERS: Layout = [
+    ("pos_embed.proj.weight", "patch.weight", "(p q c) d -> d c p q"),
+    ("pos_embed.proj.bias", "patch.bias", "d -> d"),
+    *_linear(f"{_EMBEDDERS}.timestep_embedder.linear_1", "time.up"),
+    *_linear(f"{_EMBEDDERS}.timestep_embedder.linear_2", "time.down"),
+    (f"{_EMBEDDERS}.class_embedder.embedding_table.weight", "label.table", "rows d -> rows d"),
+    ("transformer_blocks.{n}.attn1.{qkv}.weight", "blocks.attention.qkv.weight", "n i (qkv o) -> n qkv o i"),
+    ("transformer_blocks.{n}.attn1.{qkv}.bias", "blocks.attention.qkv.bias", "n (qkv o) -> n qkv o"),
+    *_linear("transformer_blocks.{n}.attn1.to_out.0", "blocks.attention.out", "n"),
+    *_linear("transformer_blocks.{n}.ff.net.0.proj", "blocks.mlp.up", "n"),
+    *_linear("transformer_blocks.{n}.ff.net.2", "blocks.mlp.down", "n"),
+    *_linear("transformer_blocks.{n}.norm1.linear", "blocks.modulation", "n"),
+    *_linear("proj_out_1", "final.modulation"),
+    *_linear("proj_out_2", "final.linear"),
+]
+
+
+def _conv(theirs: str, ours: str) -> Layout:
+    return [(f"{theirs}.weight", f"{ours}.weight", "h w i o -> o i h w"), (f"{theirs}.bias", f"{ours}.bias", "o -> o")]
+
+
+def _pointwise(theirs: str, ours: str) -> Layout:
+    return [(f"{theirs}.weight", f"{ours}.weight", "i o -> o i 1 1"), (f"{theirs}.bias", f"{ours}.bias", "o -> o")]
+
+
+def _norm(theirs: str, ours: str) -> Layout:
+    return [(f"{theirs}.{name}", f"{ours}.{name}", "c -> c") for name in ("weight", "bias")]
+
+
+def _res_block(theirs: str, ours: str, widens: bool = False) -> Layout:
+    convs = [*_conv(f"{theirs}.conv1", f"{ours}.conv1"), *_conv(f"{theirs}.conv2", f"{ours}.conv2")]
+    norms = [*_norm(f"{theirs}.norm1", f"{ours}.norm1"), *_norm(f"{theirs}.norm2", f"{ours}.norm2")]
+    return convs + norms + (_pointwise(f"{theirs}.conv_shortcut", f"{ours}.shortcut") if widens else [])
+
+
+def _vae(config: VAEConfig) -> Layout:
+    layout = _pointwise("quant_conv", "quant") + _pointwise("post_quant_conv", "post_quant")
+    sides = [
+        ("encoder", "down", config.block_channels, config.layers_per_block),
+        ("decoder", "up", config.block_channels[::-1], config.layers_per_block + 1),
+    ]
+    for side, way, widths, depth in sides:
+        attention, middle = f"{side}.mid_block.attentions.0", f"{side}.middle"
+        layout += _conv(f"{side}.conv_in", f"{side}.conv_in") + _conv(f"{side}.conv_out", f"{side}.conv_out")
+        layout += _norm(f"{side}.conv_norm_out", f"{side}.norm")
+        layout += _res_block(f"{side}.mid_block.resnets.0", f"{middle}.block1")
+        layout += _res_block(f"{side}.mid_block.resnets.1", f"{middle}.block2")
+        layout += _norm(f"{attention}.group_norm", f"{middle}.norm")
+        layout += _linear(f"{attention}.{{out}}", f"{middle}.attention.out")
+        layout += [
+            (f"{attention}.{{qkv}}.weight", f"{middle}.attention.qkv.weight", "i (qkv o) -> qkv o i"),
+            (f"{attention}.{{qkv}}.bias", f"{middle}.attention.qkv.bias", "(qkv o) -> qkv o"),
+        ]
+        for i, width in enumerate(widths):
+            theirs, ours = f"{side}.{way}_blocks.{i}", f"{side}.levels.{i}"
+            for j in range(depth):
+                widens = j == 0 and i > 0 and width != widths[i - 1]
+                layout += _res_block(f"{theirs}.resnets.{j}", f"{ours}.blocks.{j}", widens)
+            if i + 1 < len(widths):
+                layout += _conv(f"{theirs}.{way}samplers.0.conv", f"{ours}.resample")
+    return layout
+
+
+_TO_QKV = ("to_q", "to_k", "to_v")
+_VAE_FIELDS = {"qkv": _TO_QKV, "out": ("to_out.0",)}
+# What diffusers called these before 2023, when the Stable Diffusion files were made.
+_OLD_NAMES = {"qkv": ("query", "key", "value"), "out": ("proj_attn",)}
 
 
 def dit_from_torch(state_dict: StateDict, config: DiTConfig) -> DiT:
     """Read a network from the layout of the authors' checkpoints (their fixed `pos_embed` is ignored).
 
-    Raises ValueError with every missing, surplus and mis-shaped name where the weights are not those of `config`.
+    Raises ValueError with all missing, surplus and mis-shaped names at once, or if the layout has no such blocks.
     """
-    template = jax.eval_shape(lambda key: DiT(config, key=key), jax.random.key(0))
-    state = {name: value for name, value in state_dict.items() if name != "pos_embed"}
-    return _read(state, template, _DIT, {"p": config.patch_size, "q": config.patch_size})
+    return _read(state_dict, _abstract_dit(config), _DIT, _dit_fields(config), ignored={"pos_embed"})
 
 
 def dit_to_torch(model: DiT) -> dict[str, np.ndarray]:
-    """Write a network in the layout of the authors' checkpoints, less their fixed `pos_embed`."""
-    p = model.config.patch_size
-    tensors = _write(model, _DIT, {"p": p, "q": p})
-    return {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
+    """Write a network in the layout of the authors' checkpoints; arrays may be views of the network's.
+
+    Raises ValueError if the layout has no such blocks.
+    """
+    config = model.config
+    positions = grid_positions(config.input_size // config.patch_size, config.hidden_size)
+    return {"pos_embed": positions[None].astype(np.float32), **_write(model, _DIT, _dit_fields(config))}
 
 
-def _write(model: eqx.Module, layout: Layout, sizes: dict[str, int]) -> dict:
-    """Our arrays (or, under `jax.eval_shape`, their shapes) by their names."""
+def dit_from_diffusers(state_dict: StateDict, config: DiTConfig, *, frequency_shift: int = 1) -> DiT:
+    """Read a network from the layout of diffusers' `DiTTransformer2DModel`.
+
+    It computes what diffusers does, which spaces the frequencies of time otherwise than the authors do, whatever
+    `config` says. For weights that were trained in the authors' program, `frequency_shift=0` is what they learnt.
+    Raises ValueError as `dit_from_torch` does, and where the embedders that the blocks repeat are not all the same.
+    """
+    config = dataclasses.replace(config, frequency_shift=frequency_shift)
+    return _read(state_dict, _abstract_dit(config), _DIFFUSERS, _dit_fields(config))
+
+
+def dit_to_diffusers(model: DiT) -> dict[str, np.ndarray]:
+    """Write a network in the layout of diffusers' `DiTTransformer2DModel`; arrays may be views of the network's."""
+    return _write(model, _DIFFUSERS, _dit_fields(model.config))
+
+
+def vae_from_torch(state_dict: StateDict, config: VAEConfig) -> AutoencoderKL:
+    """Read an autoencoder from the layout of diffusers' `AutoencoderKL`, under its names of before or since 2023.
+
+    Raises ValueError with all missing, surplus and mis-shaped names at once.
+    """
+    template = jax.eval_shape(lambda key: AutoencoderKL(config, key=key), jax.random.key(0))
+    fields = _OLD_NAMES if "encoder.mid_block.attentions.0.query.weight" in state_dict else _VAE_FIELDS
+    return _read(state_dict, template, _vae(config), fields)
+
+
+def vae_to_torch(model: AutoencoderKL) -> dict[str, np.ndarray]:
+    """Write an autoencoder in the layout of diffusers' `AutoencoderKL`; arrays may be views of the network's."""
+    return _write(model, _vae(model.config), _VAE_FIELDS)
+
+
+def _abstract_dit(config: DiTConfig) -> DiT:
+    return jax.eval_shape(lambda key: DiT(config, key=key), jax.random.key(0))
+
+
+def _dit_fields(config: DiTConfig) -> Fields:
+    if config.block != "adaln-zero":
+        raise ValueError(f"block is {config.block!r}; other programs have 'adaln-zero' alone, keep this one in ours")
+    return {"n": range(config.depth), "qkv": _TO_QKV, "p": range(config.patch_size), "q": range(config.patch_size)}
+
+
+def _names(theirs: str, pattern: str, fields: Fields) -> dict[str, tuple[int, ...]]:
+    """Each of their names that an entry stands for, and its index along the leading axes of the pattern."""
+    found = [field for _, field, _, _ in string.Formatter().parse(theirs) if field]
+    names = {}
+    for indices in itertools.product(*(range(len(fields[field])) for field in found)):
+        values = {field: fields[field][i] for field, i in zip(found, indices, strict=True)}
+        axes = pattern.split()
+        names[theirs.format(**values)] = tuple(i for field, i in zip(found, indices, strict=True) if field in axes)
+    return names
+
+
+def _view(array: np.ndarray, pattern: str, fields: Fields) -> np.ndarray:
+    """Our array with their axes; a view, so that writing to it writes to ours."""
+    axes = pattern.replace("(", " ").replace(")", " ").split()
+    return rearrange(array, pattern, **{axis: len(values) for axis, values in fields.items() if axis in axes})
+
+
+def _write(model: eqx.Module, layout: Layout, fields: Fields) -> dict[str, np.ndarray]:
+    """Our arrays by their names."""
     tensors = {}
     for theirs, ours, pattern in layout:
-        array = attrgetter(ours)(model)
-        for i, part in enumerate(array if "{}" in theirs else [array]):
-            tensors[theirs.format(i)] = rearrange(part, pattern, **_known(pattern, sizes))
+        view = _view(np.asarray(_get(model, ours), np.float32), pattern, fields)
+        tensors |= {name: view[index] for name, index in _names(theirs, pattern, fields).items()}
     return tensors
 
 
-def _read(state: StateDict, template: Model, layout: Layout, sizes: dict[str, int]) -> Model:
-    """The inverse of `_write`, into the structure of `template`, whose leaves are `jax.ShapeDtypeStruct`s."""
-    expected = jax.eval_shape(lambda model: _write(model, layout, sizes), template)
-    missing = [name for name in expected if name not in state]
-    surplus = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} is {np.shape(state[name])}, not {expected[name].shape}"
-        for name in expected
-        if name in state and np.shape(state[name]) != expected[name].shape
-    ]
-    if missing or surplus or shapes:
-        raise ValueError(
-            "the weights do not fit the configuration: "
-            f"missing {missing or 'none'}; surplus {surplus or 'none'}; wrong shapes {shapes or 'none'}"
-        )
-    arrays = []
+def _read(
+    state: StateDict,
+    template: Model,
+    layout: Layout,
+    fields: Fields,
+    *,
+    ignored: frozenset[str] | set[str] = frozenset(),
+) -> Model:
+    """The inverse of `_write`, into the structure of `template`, whose leaves are `jax.ShapeDtypeStruct`s.
+
+    Tensors are asked for one by one, so that a state which reads them from a file need never be in memory whole.
+    """
+    missing, shapes, differing, arrays, expected = [], [], [], [], set(ignored)
     for theirs, ours, pattern in layout:
-        back = " -> ".join(reversed(pattern.split(" -> ")))
-        depth = attrgetter(ours)(template).shape[0] if "{}" in theirs else 1
-        parts = [np.asarray(state[theirs.format(i)], np.float32) for i in range(depth)]
-        parts = [rearrange(part, back, **_known(pattern, sizes)) for part in parts]
-        arrays.append(jnp.asarray(np.stack(parts) if "{}" in theirs else parts[0]))
-    return eqx.tree_at(lambda model: [attrgetter(ours)(model) for _, ours, _ in layout], template, arrays)
+        array = np.empty(_get(template, ours).shape, np.float32)
+        view, written = _view(array, pattern, fields), set()
+        for name, index in _names(theirs, pattern, fields).items():
+            expected.add(name)
+            if name not in state:
+                missing.append(name)
+                continue
+            tensor = np.asarray(state[name], np.float32)
+            if tensor.shape != view[index].shape:
+                shapes.append(f"{name} is {tensor.shape}, not {view[index].shape}")
+            elif index in written and not np.array_equal(tensor, view[index], equal_nan=True):
+                differing.append(name)
+            else:
+                view[index] = tensor
+                written.add(index)
+        arrays.append(jnp.asarray(array))
+    surplus = [name for name in state if name not in expected]
+    if missing or surplus or shapes or differing:
+        faults = {"missing": missing, "surplus": surplus, "wrong shapes": shapes}
+        faults |= {"not repeated in every block": differing} if differing else {}
+        listed = "; ".join(f"{fault} {names or 'none'}" for fault, names in faults.items())
+        raise ValueError(f"the weights do not fit the configuration: {listed}")
+    return eqx.tree_at(lambda model: [_get(model, ours) for _, ours, _ in layout], template, arrays)
 
 
-def _known(pattern: str, sizes: dict[str, int]) -> dict[str, int]:
-    return {axis: size for axis, size in sizes.items() if axis in pattern.replace("(", " ").split()}
+def _get(model: Any, path: str) -> Any:
+    """The array at a path of attributes and, in tuples, positions."""
+    for step in path.split("."):
+        model = model[int(step)] if step.isdigit() else getattr(model, step)
+    return model

@@ -11,11 +11,14 @@ def macs(config: DiTConfig) -> int:
     This is what the paper's Table 4 calls Gflops (in units of 1e9); FLOPs are twice as many, and a training step costs
     about three forward passes. Element-wise work is not counted.
     """
-    n, d, patch = config.num_tokens, config.hidden_size, config.patch_size**2
-    mlp = int(d * config.mlp_ratio)
-    embeddings = n * patch * config.in_channels * d + 256 * d + d * d
-    block = n * (4 * d * d + 2 * d * mlp) + 2 * n * n * d + 6 * d * d
-    final = 2 * d * d + n * d * patch * config.out_channels
+    tokens, d, patch = config.num_tokens, config.hidden_size, config.patch_size**2
+    n = tokens + (2 if config.block == "in-context" else 0)
+    embeddings = tokens * patch * config.in_channels * d + 256 * d + d * d
+    block = n * (4 * d * d + 2 * d * config.mlp_size) + 2 * n * n * d
+    if config.block == "cross-attention":
+        block += 2 * n * d * d + 2 * 2 * d * d + 2 * n * 2 * d
+    block += {"adaln-zero": 6, "adaln": 4}.get(config.block, 0) * d * d
+    final = (2 * d * d if config.block in ("adaln-zero", "adaln") else 0) + tokens * d * patch * config.out_channels
     return embeddings + config.depth * block + final
 
 

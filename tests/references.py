@@ -39,8 +39,14 @@ def formula(name, shape):
     """Weights drawn from their own name."""
     state = np.random.RandomState(zlib.crc32(name.encode()))
     values = state.standard_normal(int(np.prod(shape))).reshape(shape)
-    scale = 0.1 if len(shape) == 1 else 1 / np.sqrt(np.prod(shape[1:]))
-    return (scale * values).astype(np.float32)
+    if len(shape) > 1:
+        return (values / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+    return (0.1 * values + ("norm" in name and name.endswith("weight"))).astype(np.float32)
+
+
+def weights(golden):
+    """The state dict in a golden file."""
+    return {name.removeprefix("weight/"): golden[name] for name in golden if name.startswith("weight/")}
 
 
 def tiny_dit():
@@ -48,5 +54,16 @@ def tiny_dit():
     golden = load("dit_tiny.npz")
     fields = json.loads(str(golden["config"]))
     fields["label_dropout"] = fields.pop("class_dropout_prob")
-    weights = {name.removeprefix("weight/"): golden[name] for name in golden if name.startswith("weight/")}
-    return ditx.convert.dit_from_torch(weights, ditx.DiTConfig(**fields)), golden
+    return ditx.convert.dit_from_torch(weights(golden), ditx.DiTConfig(**fields)), golden
+
+
+def tiny_diffusers_config():
+    """The configuration of `diffusers_dit_tiny.npz`, less what `dit_from_diffusers` adds."""
+    return ditx.DiTConfig(8, 2, 4, 48, 2, 3, num_classes=10)
+
+
+def tiny_vae():
+    """The reference's tiny autoencoder, without the scale, and its whole golden file."""
+    golden = load("vae_tiny.npz")
+    config = ditx.VAEConfig(block_channels=(16, 32), layers_per_block=1, norm_groups=8, scale=1.0)
+    return ditx.convert.vae_from_torch(weights(golden), config), golden

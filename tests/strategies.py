@@ -1,6 +1,7 @@
 """What the property tests draw, and how they run in double precision."""
 
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import ditx
+from ditx.nn.dit import BlockName
 
 # Networks are compiled anew for each example: few of them, and no search for the smallest that fails.
-NETWORKS = settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
+NETWORKS = settings(max_examples=6, phases=[Phase.explicit, Phase.generate])
 FULL = ditx.linear_schedule()
 SHAPE = (2, 3, 2)
+BLOCKS = get_args(BlockName)
 
 
 def x64(test):
@@ -65,8 +68,8 @@ def images(shape=SHAPE, bound=4):
 
 
 @st.composite
-def configs(draw):
-    """Tiny networks of every kind of size."""
+def configs(draw, blocks=BLOCKS):
+    """Tiny networks of every kind of size and, unless told otherwise, of block."""
     patch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     return ditx.DiTConfig(
         input_size=patch * draw(st.integers(1, 3)),
@@ -79,6 +82,7 @@ def configs(draw):
         num_classes=draw(st.integers(1, 5)),
         label_dropout=draw(st.sampled_from([0.0, 0.1])),
         learn_sigma=draw(st.booleans()),
+        block=draw(st.sampled_from(blocks)),
     )
 
 

@@ -1,7 +1,8 @@
 """The diffusion transformer (Peebles and Xie 2022) and its twelve published configurations."""
 
 import dataclasses
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax
@@ -9,7 +10,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ditx.nn.layers import MLP, Attention, LabelEmbedding, Linear, TimeEmbedding, grid_positions, layer_norm, modulate
+from ditx.nn.blocks import AdaLNBlock, AdaLNFinalLayer, AdaLNZeroBlock, CrossAttentionBlock, FinalLayer, InContextBlock
+from ditx.nn.layers import LabelEmbedding, Linear, TimeEmbedding, grid_positions
+
+BlockName: TypeAlias = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +43,10 @@ class DiTConfig:
     """probability of training without the label; above 0 the label table has a null row, which guidance needs"""
     learn_sigma: bool = True
     """output as many channels again for the variance, as the paper's objective has it"""
-    block: Literal["adaln-zero"] = "adaln-zero"
-    """how time and label enter the blocks"""
+    block: BlockName = "adaln-zero"
+    """how time and label enter: by norms and gates, by norms alone, by attention to them, or as two more tokens"""
+    frequency_shift: int = 0
+    """1 spaces the frequencies of time as diffusers does, from 1 to 1/10000; 0 as the paper's authors do"""
 
     def __post_init__(self):
         sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
@@ -62,10 +68,12 @@ class DiTConfig:
             )
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout is {self.label_dropout}; it is a probability from 0 up to, not with, 1")
-        if int(self.hidden_size * self.mlp_ratio) < 1:
+        if self.mlp_size < 1:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves the MLP no width; the paper has 4.0")
-        if self.block != "adaln-zero":
-            raise ValueError(f"block {self.block!r} is not supported; the choice is 'adaln-zero'")
+        if self.frequency_shift not in (0, 1):
+            raise ValueError(f"frequency_shift is {self.frequency_shift}; it is 0 (the authors') or 1 (diffusers')")
+        if self.block not in get_args(BlockName):
+            raise ValueError(f"there is no block {self.block!r}; choose {', '.join(get_args(BlockName))}")
 
     @property
     def null_label(self) -> int | None:
@@ -79,8 +87,13 @@ class DiTConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one example."""
+        """Tokens of one example, less those of the condition."""
         return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the MLP in each block."""
+        return int(self.hidden_size * self.mlp_ratio)
 
 
 _WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -92,69 +105,38 @@ DIT_CONFIGS = {
 }
 
 
-class Block(eqx.Module):
-    """A transformer block whose norms and residual branches are steered by the condition (adaLN-Zero).
-
-    The steering starts at zero gates, so that a new block is the identity.
-    """
-
-    attention: Attention
-    mlp: MLP
-    modulation: Linear
-
-    def __init__(self, config: DiTConfig, *, key: PRNGKeyArray):
-        attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
-        width = config.hidden_size
-        self.attention = Attention(width, config.num_heads, key=attention_key)
-        self.mlp = MLP(width, int(width * config.mlp_ratio), key=mlp_key)
-        self.modulation = Linear(width, 6 * width, std=0.0, key=modulation_key)
-
-    def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(
-            self.modulation(jax.nn.silu(c)), "(six d) -> six d", six=6
-        )
-        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1))
-        return x + gate2 * self.mlp(modulate(layer_norm(x), shift2, scale2))
-
-
-class FinalLayer(eqx.Module):
-    """The last norm, steered by the condition, and the map from a token to its output patch; starts at zero."""
-
-    modulation: Linear
-    linear: Linear
-
-    def __init__(self, config: DiTConfig, *, key: PRNGKeyArray):
-        width = config.hidden_size
-        self.modulation = Linear(width, 2 * width, std=0.0, key=key)
-        self.linear = Linear(width, config.patch_size**2 * config.out_channels, std=0.0, key=key)
-
-    def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n o"]:
-        shift, scale = rearrange(self.modulation(jax.nn.silu(c)), "(two d) -> two d", two=2)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+_BLOCKS = {
+    "adaln-zero": AdaLNZeroBlock,
+    "adaln": AdaLNBlock,
+    "cross-attention": CrossAttentionBlock,
+    "in-context": InContextBlock,
+}
 
 
 class DiT(eqx.Module):
     """A class-conditional diffusion transformer over one image or latent.
 
     Every array is a parameter. The blocks are stacked on a leading axis and run by one scan; their arrays hence have
-    the shapes of `Block` with `depth` in front.
+    the shapes of a single block's with `depth` in front.
     """
 
     patch: Linear
     time: TimeEmbedding
     label: LabelEmbedding
-    blocks: Block
-    final: FinalLayer
+    blocks: AdaLNZeroBlock | AdaLNBlock | CrossAttentionBlock | InContextBlock
+    final: AdaLNFinalLayer | FinalLayer
     config: DiTConfig = eqx.field(static=True)
 
     def __init__(self, config: DiTConfig, *, key: PRNGKeyArray):
         patch_key, time_key, label_key, blocks_key, final_key = jax.random.split(key, 5)
-        width = config.hidden_size
+        width, out_size = config.hidden_size, config.patch_size**2 * config.out_channels
         self.patch = Linear(config.patch_size**2 * config.in_channels, width, key=patch_key)
-        self.time = TimeEmbedding(width, key=time_key)
+        self.time = TimeEmbedding(width, frequency_shift=config.frequency_shift, key=time_key)
         self.label = LabelEmbedding(config.num_classes, width, null_label=config.null_label is not None, key=label_key)
-        self.blocks = jax.vmap(lambda k: Block(config, key=k))(jax.random.split(blocks_key, config.depth))
-        self.final = FinalLayer(config, key=final_key)
+        block = partial(_BLOCKS[config.block], width, config.num_heads, config.mlp_size)
+        self.blocks = jax.vmap(lambda k: block(key=k))(jax.random.split(blocks_key, config.depth))
+        final = AdaLNFinalLayer if config.block in ("adaln-zero", "adaln") else FinalLayer
+        self.final = final(width, out_size, key=final_key)
         self.config = config
 
     def __call__(
@@ -179,12 +161,17 @@ class DiT(eqx.Module):
         p, side = config.patch_size, config.input_size // config.patch_size
         tokens = self.patch(rearrange(x, "(h p) (w q) c -> (h w) (p q c)", p=p, q=p))
         tokens = tokens + jnp.asarray(grid_positions(side, config.hidden_size), tokens.dtype)
-        c = self.time(jnp.asarray(t)) + self.label(jnp.asarray(y))
+        time, label = self.time(jnp.asarray(t)), self.label(jnp.asarray(y))
+        condition = time + label
+        if config.block == "cross-attention":
+            condition = jnp.stack([time, label])
+        elif config.block == "in-context":
+            tokens = jnp.concatenate([tokens, time[None], label[None]])
 
         def body(tokens, block):
-            return block(tokens, c), None
+            return block(tokens, condition), None
 
         body = jax.checkpoint(body, prevent_cse=False) if remat else body
         tokens, _ = jax.lax.scan(body, tokens, self.blocks, unroll=unroll)
-        patches = self.final(tokens, c)
+        patches = self.final(tokens[: config.num_tokens], condition)
         return rearrange(patches, "(h w) (p q o) -> (h p) (w q) o", h=side, p=p, q=p)

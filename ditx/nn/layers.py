@@ -34,10 +34,23 @@ class Linear(eqx.Module):
 
 def layer_norm(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
     """LayerNorm without affine parameters (Ba et al. 2016), statistics in float32, result in the type of `x`."""
-    wide = x.astype(_at_least_float32(x.dtype))
+    wide = x.astype(at_least_float32(x.dtype))
     centred = wide - wide.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+class LayerNorm(eqx.Module):
+    """LayerNorm with a learned scale, which starts at 1, and a learned shift, which starts at 0."""
+
+    weight: Float[Array, " d"]
+    bias: Float[Array, " d"]
+
+    def __init__(self, hidden_size: int):
+        self.weight, self.bias = jnp.ones(hidden_size), jnp.zeros(hidden_size)
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        return layer_norm(x) * self.weight + self.bias
 
 
 def modulate(x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"]) -> Float[Array, "n d"]:
@@ -59,16 +72,43 @@ class Attention(eqx.Module):
         self.num_heads = num_heads
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        parts = jnp.split(self.qkv(x), 3, axis=-1)
-        if jax.default_backend() == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16):  # all that cuDNN's kernel takes
-            q, k, v = (rearrange(part, "n (heads k) -> n heads k", heads=self.num_heads) for part in parts)
-            mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-            return self.out(rearrange(mixed, "n heads k -> n (heads k)"))
-        q, k, v = (rearrange(part, "n (heads k) -> heads n k", heads=self.num_heads) for part in parts)
-        wide = _at_least_float32(x.dtype)
-        logits = jnp.einsum("hnk,hmk->hnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=wide)
-        mixed = jnp.einsum("hnm,hmk->hnk", jax.nn.softmax(logits).astype(x.dtype), v)
-        return self.out(rearrange(mixed, "heads n k -> n (heads k)"))
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        return self.out(attend(q, k, v, self.num_heads))
+
+
+class CrossAttention(eqx.Module):
+    """Multi-head attention (Vaswani et al. 2017) from the tokens of an image to those of a context."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
+    num_heads: int = eqx.field(static=True)
+
+    def __init__(self, hidden_size: int, num_heads: int, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 4)
+        self.q, self.k, self.v, self.out = (Linear(hidden_size, hidden_size, key=k) for k in keys)
+        self.num_heads = num_heads
+
+    def __call__(self, x: Float[Array, "n d"], context: Float[Array, "m d"]) -> Float[Array, "n d"]:
+        return self.out(attend(self.q(x), self.k(context), self.v(context), self.num_heads))
+
+
+def attend(
+    q: Float[Array, "n d"], k: Float[Array, "m d"], v: Float[Array, "m d"], num_heads: int
+) -> Float[Array, "n d"]:
+    """Scaled dot-product attention (Vaswani et al. 2017, Eq. 1) in each of `num_heads` equal parts of the channels."""
+    width = q.shape[-1] // num_heads
+    # All that cuDNN's kernel takes.
+    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width <= 128 and width % 8 == 0:
+        q, k, v = (rearrange(part, "n (heads k) -> n heads k", heads=num_heads) for part in (q, k, v))
+        mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return rearrange(mixed, "n heads k -> n (heads k)")
+    q, k, v = (rearrange(part, "n (heads k) -> heads n k", heads=num_heads) for part in (q, k, v))
+    wide = at_least_float32(q.dtype)
+    logits = jnp.einsum("hnk,hmk->hnm", q * width**-0.5, k, preferred_element_type=wide)
+    mixed = jnp.einsum("hnm,hmk->hnk", jax.nn.softmax(logits).astype(v.dtype), v)
+    return rearrange(mixed, "heads n k -> n (heads k)")
 
 
 class MLP(eqx.Module):
@@ -91,14 +131,16 @@ class TimeEmbedding(eqx.Module):
 
     up: Linear
     down: Linear
+    frequency_shift: int = eqx.field(static=True)
 
-    def __init__(self, hidden_size: int, *, width: int = 256, key: PRNGKeyArray):
+    def __init__(self, hidden_size: int, *, width: int = 256, frequency_shift: int = 0, key: PRNGKeyArray):
+        self.frequency_shift = frequency_shift
         up_key, down_key = jax.random.split(key)
         self.up = Linear(width, hidden_size, std=0.02, key=up_key)
         self.down = Linear(hidden_size, hidden_size, std=0.02, key=down_key)
 
     def __call__(self, t: Float[Array, ""] | Int[Array, ""]) -> Float[Array, " d"]:
-        waves = sinusoids(t, self.up.weight.shape[0]).astype(self.up.weight.dtype)
+        waves = sinusoids(t, self.up.weight.shape[0], self.frequency_shift).astype(self.up.weight.dtype)
         return self.down(jax.nn.silu(self.up(waves)))
 
 
@@ -114,11 +156,14 @@ class LabelEmbedding(eqx.Module):
         return self.table[y]
 
 
-def sinusoids(t: Float[Array, ""] | Int[Array, ""], width: int) -> Float[Array, " width"]:
-    """Cosines, then sines, of `t` at `width / 2` frequencies from 1 down to nearly 1/10000 (Vaswani et al. 2017)."""
+def sinusoids(t: Float[Array, ""] | Int[Array, ""], width: int, shift: int = 0) -> Float[Array, " width"]:
+    """Cosines, then sines, of `t` at `width / 2` frequencies from 1 down to nearly 1/10000 (Vaswani et al. 2017).
+
+    The last frequency is 1/10000 itself with a `shift` of 1, as diffusers has it.
+    """
     half = width // 2
-    frequencies = np.exp(-math.log(10000) * np.arange(half) / half)
-    dtype = _at_least_float32(t.dtype)  # 999 has no exact bfloat16
+    frequencies = np.exp(-math.log(10000) * np.arange(half) / (half - shift))
+    dtype = at_least_float32(t.dtype)  # 999 has no exact bfloat16
     angles = t.astype(dtype) * jnp.asarray(frequencies, dtype)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
 
@@ -137,5 +182,6 @@ def grid_positions(side: int, hidden_size: int) -> Float[np.ndarray, "n d"]:
     return np.concatenate([column, row], axis=1)
 
 
-def _at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """The type in which sums over many elements are taken."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

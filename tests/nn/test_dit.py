@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from references import assert_close, chw, formula, hwc, load, tiny_dit
-from strategies import NETWORKS, abstract_dit, configs, example, forward, random_dit
+from strategies import BLOCKS, NETWORKS, abstract_dit, configs, example, forward, random_dit
 
 import ditx
 from ditx.nn.layers import grid_positions
@@ -87,8 +87,9 @@ def test_time_is_the_same_whole_or_real():
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
-def test_new_network_puts_out_exactly_zero(learn_sigma):
-    config = dataclasses.replace(SMALL, learn_sigma=learn_sigma)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_new_network_puts_out_exactly_zero(block, learn_sigma):
+    config = dataclasses.replace(SMALL, learn_sigma=learn_sigma, block=block)
     output = forward(new(config), *example(config))
     assert output.shape == (8, 8, 6 if learn_sigma else 3)
     assert not np.any(output)
@@ -102,6 +103,7 @@ def test_new_block_is_the_identity():
 
 def test_initial_weights_have_their_distributions():
     tensors = ditx.convert.dit_to_torch(new())
+    tensors.pop("pos_embed")  # fixed
     for name, value in tensors.items():
         if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
             assert not value.any(), name
@@ -119,7 +121,7 @@ def test_initial_weights_have_their_distributions():
 @given(configs())
 def test_every_leaf_is_a_float32_array(config):
     leaves = jax.tree.leaves(abstract_dit(config))
-    assert len(leaves) == 21
+    assert len(leaves) == {"adaln-zero": 21, "adaln": 21, "cross-attention": 33, "in-context": 23}[config.block]
     for leaf in leaves:
         assert isinstance(leaf, jax.ShapeDtypeStruct) and leaf.dtype == jnp.float32
 
@@ -131,16 +133,18 @@ def test_null_label_is_the_row_after_the_classes(dropout):
     assert (config.null_label, rows) == ((100, 101) if dropout else (None, 100))
 
 
-def test_label_and_time_reach_the_output():
-    model, (x, t, y) = random_dit(SMALL), example(SMALL)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_label_and_time_reach_the_output(block):
+    model, (x, t, y) = random_dit(dataclasses.replace(SMALL, block=block)), example(SMALL)
     outputs = [forward(model, x, *condition) for condition in [(t, y), (t + 1, y), (t, y - 1), (t, jnp.asarray(100))]]
     for i, one in enumerate(outputs):
         for other in outputs[:i]:
             assert np.abs(one - other).max() > 1e-3
 
 
-def test_unrolling_and_rematerialising_change_nothing():
-    model, (x, t, y) = random_dit(SMALL), example(SMALL)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_unrolling_and_rematerialising_change_nothing(block):
+    model, (x, t, y) = random_dit(dataclasses.replace(SMALL, block=block)), example(SMALL)
 
     @functools.partial(jax.jit, static_argnames="remat")
     def gradient(model, remat):
@@ -148,7 +152,11 @@ def test_unrolling_and_rematerialising_change_nothing():
 
     unrolled = jax.jit(functools.partial(model, unroll=2))(x, t, y)
     assert_close(unrolled, forward(model, x, t, y), 1e-5)
-    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), gradient(model, True), gradient(model, False))
+    ours, expected = gradient(model, True), gradient(model, False)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        # The gradient of a key's bias is 0 but for rounding, since it moves all logits of a query alike.
+        np.testing.assert_allclose(a, b, rtol=0, atol=max(1e-5 * np.abs(b).max(), 1e-7 * largest))
 
 
 def test_bfloat16_weights_give_bfloat16_output_near_the_float32_one():
@@ -164,8 +172,9 @@ def test_bfloat16_weights_give_bfloat16_output_near_the_float32_one():
 
 @pytest.mark.parametrize("time_dtype", [jnp.int32, jnp.float32])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_forward_mixes_no_types(dtype, time_dtype):
-    model = jax.tree.map(lambda leaf: leaf.astype(dtype), random_dit(SMALL))
+@pytest.mark.parametrize("block", BLOCKS)
+def test_forward_mixes_no_types(block, dtype, time_dtype):
+    model = jax.tree.map(lambda leaf: leaf.astype(dtype), random_dit(dataclasses.replace(SMALL, block=block)))
     x, t, y = example(SMALL)
     with jax.numpy_dtype_promotion("strict"):
         output = jax.eval_shape(model, x.astype(dtype), t.astype(time_dtype), y)
@@ -242,6 +251,7 @@ def test_final_weights_write_one_pixel_and_channel_of_every_patch():
         ({"hidden_size": 30, "num_heads": 3}, "hidden_size 30 is not divisible by 4.*; try 32"),
         ({"label_dropout": 1.0}, "label_dropout is 1.0; it is a probability"),
         ({"label_dropout": -0.1}, "label_dropout is -0.1; it is a probability"),
+        ({"frequency_shift": 2}, "frequency_shift is 2; it is 0"),
         ({"mlp_ratio": 0.0}, "mlp_ratio 0.0 leaves the MLP no width"),
     ],
 )
