@@ -1,4 +1,4 @@
-"""Draw samples from a trained run: `sample.py [RUN] [--labels 3 7 ...] [--num N] ...`."""
+"""Draw samples from a trained network: `sample.py [RUN | WEIGHTS] [--labels 3 7 ...] [--num N] ...`."""
 
 import math
 import os
@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
@@ -15,24 +16,32 @@ if __name__ == "__main__":
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 from jaxtyping import install_import_hook
 from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
-    from ditx import checkpoint, data, pictures, runs
-    from ditx.nn.dit import DiT, DiTConfig
-    from ditx.sampling import SamplingConfig, make_draw, sample_keys
+    from ditx import data, imagenet, pictures, pretrained, runs
+    from ditx.nn.dit import DiT
+    from ditx.pretrained import Description
+    from ditx.sampling import Decode, SamplingConfig, make_decode, make_draw, sample_keys
     from ditx.sharding import MeshConfig, batch_sharding, make_mesh, place
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to draw. Sampler, steps and guidance not given here are those that the run drew its own pictures with."""
+    """What to draw. Sampler, steps and guidance not given here are those that a run drew its own pictures with.
 
-    run: tyro.conf.Positional[str] = ""
-    """folder of a run; the newest under runs/ if not given"""
+    For the authors' weights they are the paper's: 250 DDPM steps, guidance on the first 3 of 4 channels.
+    """
+
+    source: tyro.conf.Positional[str] = ""
+    """folder of a run, or weights: the authors' .pt, a .safetensors, diffusers' folder; the newest run if not given"""
+    vae: str = ""
+    """what decodes latents: ft-ema, ft-mse, original, or the path of a file or folder; that of the run if not given"""
     labels: tuple[str, ...] = ()
     """classes to draw, by name or number, taken in turn; all of them if not given"""
     num: int = 0
@@ -40,8 +49,10 @@ class Config:
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
     seed: int = 0
     """sample number k depends on this and on k alone"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """what the network computes in; the sampler and the decoder keep float32"""
     out: str = ""
-    """the grid to write, a PNG; a new one in the run's folder if not given"""
+    """the grid to write, a PNG; a new one in the run's folder, or in samples/NAME for weights, if not given"""
     separate: bool = False
     """also write each sample as a PNG, into a folder named after the grid"""
     npz: bool = False
@@ -50,49 +61,47 @@ class Config:
     """also write a .gif named after the grid: the way from noise to samples"""
     batch: int = 100
     """samples drawn at a time; a matter of memory and speed alone"""
+    decode_batch: int = 4
+    """latents decoded at a time on each device; a matter of memory and speed alone"""
 
 
-def read_run(run: Path) -> dict:
-    """The description that train.py wrote, its parts as they were. Raises ValueError if it cannot be read."""
-    described = runs.read_config(run)
-    try:
-        parts = {"model": DiTConfig(**described["model"]), "sampling": SamplingConfig(**described["sampling"])}
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{run} was written by another version of ditx ({error})") from error
-    return described | parts
-
-
-def parse(argv: list[str]) -> tuple[Path, dict, Config]:
-    """The run's folder, its description, and what to draw. Exits with 2 on a bad flag."""
-    # Read twice: the run named on the command line sets the defaults of the other flags.
-    description = "Draw samples from the averaged weights of a run."
+def parse(argv: list[str]) -> tuple[Path, Description, Config]:
+    """The run or weights, their description, and what to draw. Exits with 2 on a bad flag."""
+    # Read twice: what is named on the command line sets the defaults of the other flags.
+    description = "Draw samples from the averaged weights of a run, or from released weights."
     first = tyro.cli(Config, args=argv, prog="sample.py", description=description)
-    run = Path(first.run) if first.run else runs.newest_run(Path("runs"))
-    described = read_run(run)
-    default = Config(sampling=described["sampling"])
-    return run, described, tyro.cli(Config, args=argv, prog="sample.py", default=default, description=description)
+    source = Path(first.source) if first.source else runs.newest_run(Path("runs"))
+    described = pretrained.describe(source)
+    default = Config(sampling=described.sampling, vae=described.vae)
+    return source, described, tyro.cli(Config, args=argv, prog="sample.py", default=default, description=description)
 
 
-def read_labels(names: tuple[str, ...], class_names: list[str]) -> list[int]:
-    """Class indices of names or numbers. Raises ValueError for one that the run does not have."""
+def read_labels(names: tuple[str, ...], class_names: tuple[str, ...]) -> list[int]:
+    """Class indices of names or numbers. Raises ValueError for one that there is not, or that names several classes."""
     labels = []
     for name in names:
-        if name in class_names:
-            labels.append(class_names.index(name))
-        elif name.isascii() and name.isdigit() and int(name) < len(class_names):
-            labels.append(int(name))
+        if name.isascii() and name.isdigit() and name not in class_names:
+            found = [int(name)] if int(name) < len(class_names) else []
         else:
-            known = ", ".join(class_names[:20]) + (", ..." if len(class_names) > 20 else "")
-            raise ValueError(f"there is no class {name!r}; the run has 0 to {len(class_names) - 1}: {known}")
+            called = [{known.lower() for known in imagenet.names_of(one)} for one in class_names]
+            found = [label for label, known in enumerate(called) if name.lower() in known]
+        if not found:
+            known = ", ".join(imagenet.names_of(one)[:2][-1] for one in class_names[:20])
+            known += ", ..." if len(class_names) > 20 else ""
+            raise ValueError(f"there is no class {name!r}; there are 0 to {len(class_names) - 1}: {known}")
+        if len(found) > 1:
+            raise ValueError(f"{name!r} is the name of several classes; give one of {', '.join(map(str, found))}")
+        labels += found
     return labels or list(range(len(class_names)))
 
 
-def outputs(run: Path, config: Config) -> dict[str, Path]:
+def outputs(source: Path, config: Config) -> dict[str, Path]:
     """Where each kind of result goes. Raises ValueError if one of them is there already."""
     grid = Path(config.out) if config.out else None
     if grid is None:
-        taken = {path.stem for path in run.glob("drawn-*")}
-        grid = run / next(f"drawn-{n:03d}.png" for n in range(1_000_000) if f"drawn-{n:03d}" not in taken)
+        folder = source if pretrained.is_run(source) else Path("samples") / source.stem
+        taken = {path.stem for path in folder.glob("drawn-*")}
+        grid = folder / next(f"drawn-{n:03d}.png" for n in range(1_000_000) if f"drawn-{n:03d}" not in taken)
     if grid.suffix != ".png":
         raise ValueError(f"--out is {grid}; give a name that ends in .png")
     wanted = {"grid": grid}
@@ -106,20 +115,30 @@ def outputs(run: Path, config: Config) -> dict[str, Path]:
     return wanted
 
 
-def draw_all(run: Path, described: dict, config: Config, labels: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The samples as uint8 images and, to animate, as many at about 40 moments of the way."""
-    model_config = described["model"]
-    draw = make_draw(config.sampling, model_config, described["objective"])
-    mesh = make_mesh(MeshConfig())
-    abstract = place(jax.eval_shape(lambda key: DiT(model_config, key=key), jax.random.key(0)), mesh)
-    restored = checkpoint.load_newest(run / "checkpoints", {"ema": abstract})
-    if restored is None:
-        raise ValueError(f"{run} has no checkpoint yet; let train.py reach its first")
-    step, trees, damaged = restored
-    for _, sentence in damaged:
-        print(f"warning: {sentence}; passed over", file=sys.stderr)
-    print(f"{run} at step {step:,}: {len(labels):,} samples, {config.sampling}", flush=True)
+def read_networks(source: Path, described: Description, config: Config, mesh: Mesh) -> tuple[DiT, Decode | None]:
+    """The network and, where it makes latents, the function that decodes them."""
+    model, decode = described.model, None
+    if config.vae:
+        vae, name = pretrained.load_vae(config.vae)
+        pretrained.check_scale(vae, name, described.latent_scale)
+        if vae.config.latent_channels != model.in_channels:
+            raise ValueError(
+                f"the autoencoder {name} has latents of {vae.config.latent_channels} channels, the network makes"
+                f" {model.in_channels}; give the one that it was trained with"
+            )
+        decode = make_decode(vae, mesh, config.decode_batch)
+        print(f"decoder  {name}")
+    abstract = place(jax.eval_shape(lambda key: DiT(model, key=key), jax.random.key(0)), mesh)
+    network, note = pretrained.load(source, described, abstract)
+    print(f"weights  {note}")
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.dtype)), network), decode
 
+
+def draw_all(
+    network: DiT, decode: Decode | None, objective: str, config: Config, labels: np.ndarray, mesh: Mesh
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The samples as uint8 images and, to animate, as many at about 40 moments of the way."""
+    draw = make_draw(config.sampling, network.config, objective)
     batch = -(-min(config.batch, len(labels)) // mesh.size) * mesh.size
     stride = max(1, config.sampling.steps // 40)
     rows = batch_sharding(mesh)
@@ -128,32 +147,49 @@ def draw_all(run: Path, described: dict, config: Config, labels: np.ndarray) -> 
         samples, states = draw(network, labels, keys)
         return samples, states[:, ::-stride][:, ::-1] if config.animate else None
 
+    def to_images(samples):
+        return data.to_uint8(decode(np.asarray(samples)) if decode else np.asarray(samples))
+
     compiled = jax.jit(run_batch, in_shardings=(None, rows, rows), out_shardings=rows)
     images, frames = [], []
     for first in tqdm(range(0, len(labels), batch), unit="batch", disable=True if len(labels) <= batch else None):
         # The last batch is filled up, so that one program serves all.
         count = min(batch, len(labels) - first)
         padded = np.resize(labels[first : first + count], batch)
-        samples, states = compiled(trees["ema"], padded, sample_keys(config.seed, first, batch))
-        images.append(data.to_uint8(np.asarray(samples))[:count])
+        samples, states = compiled(network, padded, sample_keys(config.seed, first, batch))
+        images.append(to_images(samples)[:count])
         if states is not None:
-            frames.append(data.to_uint8(np.asarray(states))[:count])
+            frames.append(np.stack([to_images(moment) for moment in states.swapaxes(0, 1)], axis=1)[:count])
     return np.concatenate(images), list(np.concatenate(frames).swapaxes(0, 1)) if frames else []
 
 
 def sample(argv: list[str]) -> int:
     """Draw and write; returns the exit code."""
-    run, described, config = parse(argv)
-    class_names = described["class_names"]
-    wanted = read_labels(config.labels, class_names)
+    source, described, config = parse(argv)
+    wanted = read_labels(config.labels, described.class_names)
     num = config.num or len(wanted) * (10 if len(wanted) <= 20 else 1)
-    if num < 1 or config.batch < 1 or not 0 <= config.seed < 2**32:
-        raise ValueError(
-            f"num is {num}, batch {config.batch}, seed {config.seed}; give at least 1, 1, and 0 to {2**32 - 1}"
-        )
-    paths = outputs(run, config)
+    for name, value in {"num": num, "batch": config.batch, "decode_batch": config.decode_batch}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed is {config.seed}; it goes from 0 to {2**32 - 1}")
+    channels = described.model.in_channels
+    if channels not in (1, 3) and not config.vae:
+        raise ValueError(f"the network makes latents of {channels} channels; decode them with --vae ft-ema, or a path")
+    if channels in (1, 3) and config.vae:
+        raise ValueError(f"vae is {config.vae!r}, but the network makes images of {channels} channels; leave it out")
+    config.sampling.check(described.model, described.objective)
+    mesh = make_mesh(MeshConfig())
+    network, decode = read_networks(source, described, config, mesh)
+    paths = outputs(source, config)
     labels = np.resize(np.array(wanted, np.int32), num)
-    images, frames = draw_all(run, described, config, labels)
+    guided = config.sampling.guidance_channels or channels
+    print(
+        f"draws    {num:,} samples by {config.sampling.sampler} in {config.sampling.steps} steps, guidance"
+        f" {config.sampling.guidance_scale} on {guided} of {channels} channels, computing in {config.dtype}",
+        flush=True,
+    )
+    images, frames = draw_all(network, decode, described.objective, config, labels, mesh)
 
     columns = min(num, len(wanted) if len(wanted) <= 20 else math.isqrt(num - 1) + 1)
     pictures.grid(images, columns).save(paths["grid"])
@@ -165,7 +201,8 @@ def sample(argv: list[str]) -> int:
     if "separate" in paths:
         paths["separate"].mkdir()
         for k, image in enumerate(images):
-            name = re.sub(r"[^\w-]+", "_", class_names[labels[k]])
+            # Of ImageNet's identifier and names, the usual name.
+            name = re.sub(r"[^\w-]+", "_", imagenet.names_of(described.class_names[labels[k]])[:2][-1])
             pictures.to_picture(image).save(paths["separate"] / f"{k:06d}-{name}.png")
     print("\n".join(f"wrote {path}" for path in paths.values()))
     return 0

@@ -153,6 +153,17 @@ def dit_to_diffusers(model: DiT) -> dict[str, np.ndarray]:
     return _write(model, _DIFFUSERS, _dit_fields(model.config))
 
 
+def dit_from_arrays(state_dict: StateDict, config: DiTConfig) -> DiT:
+    """Read a network of any block from arrays as `dit_to_arrays` names them. Raises ValueError as the others do."""
+    template = _abstract_dit(config)
+    return _read(state_dict, template, _own(template), {})
+
+
+def dit_to_arrays(model: DiT) -> dict[str, np.ndarray]:
+    """Our arrays as they are, by the paths of attributes to them: `blocks.attention.qkv.weight`."""
+    return _write(model, _own(model), {})
+
+
 def vae_from_torch(state_dict: StateDict, config: VAEConfig) -> AutoencoderKL:
     """Read an autoencoder from the layout of diffusers' `AutoencoderKL`, under its names of before or since 2023.
 
@@ -170,6 +181,11 @@ def vae_to_torch(model: AutoencoderKL) -> dict[str, np.ndarray]:
 
 def _abstract_dit(config: DiTConfig) -> DiT:
     return jax.eval_shape(lambda key: DiT(config, key=key), jax.random.key(0))
+
+
+def _own(model: DiT) -> Layout:
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(model)]
+    return [(path, path, "... -> ...") for path in paths]
 
 
 def _dit_fields(config: DiTConfig) -> Fields:

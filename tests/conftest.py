@@ -20,3 +20,11 @@ def highest_precision():
     """Matrix products in full float32, as the references on a CPU computed them."""
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Scripts and commands in this process, each call giving exit code and output."""
+    from scripts import Runner  # not before the hook
+
+    return Runner(monkeypatch, capsys)

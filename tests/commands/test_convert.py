@@ -1,0 +1,125 @@
+import json
+import os
+import pickle
+
+import jax
+import numpy as np
+import pytest
+from references import load, weights
+from strategies import random_dit
+
+import ditx
+from ditx import pretrained
+from ditx.pretrained import Description
+from ditx.sampling import SamplingConfig
+from ditx.weights import read, write_safetensors, write_torch
+
+TINY = weights(load("dit_tiny.npz"))
+DIFFUSERS = weights(load("diffusers_dit_tiny.npz"))
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A file as the authors released them."""
+    write_torch(tmp_path / "tiny.pt", TINY)
+    return tmp_path / "tiny.pt"
+
+
+def assert_same(tensors, expected):
+    assert set(tensors) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(tensors[name], value)
+
+
+def test_the_authors_weights_come_back_bit_for_bit(run, released, tmp_path):
+    ours, back = tmp_path / "new" / "ours.safetensors", tmp_path / "back.pt"
+    code, said = run.ditx("convert", released, ours, "--num-heads", 3)
+    assert code == 0 and "in the layout of authors" in said and f"wrote {ours} in the layout of ditx" in said
+    code, said = run.ditx("convert", ours, back)
+    assert code == 0 and "in the layout of authors" in said
+    assert_same(read(back).tensors, TINY)
+    code, _ = run.ditx("convert", back, tmp_path / "back.safetensors", "--to", "authors", "--num-heads", 3)
+    assert code == 0
+    assert_same(read(tmp_path / "back.safetensors").tensors, TINY)
+
+
+def test_a_diffusers_folder_comes_back_bit_for_bit(run, tmp_path):
+    source, ours, back = tmp_path / "source", tmp_path / "ours.safetensors", tmp_path / "back"
+    source.mkdir()
+    config = json.loads(str(load("diffusers_dit_tiny.npz")["config"]))
+    (source / "config.json").write_text(json.dumps(config | {"_class_name": "DiTTransformer2DModel"}))
+    write_safetensors(source / "diffusion_pytorch_model.safetensors", DIFFUSERS)
+    for arguments in ((source, ours), (ours, back, "--to", "diffusers")):
+        code, said = run.ditx("convert", *arguments)
+        assert code == 0 and "spaces the frequencies" not in said, said
+    assert_same(read(back / "diffusion_pytorch_model.safetensors").tensors, DIFFUSERS)
+    written = json.loads((back / "config.json").read_text())
+    assert {name: written[name] for name in config} == config
+    assert pretrained.describe(ours) == pretrained.describe(back)
+    assert pretrained.describe(ours).model.frequency_shift == 1
+
+
+def test_what_differs_in_diffusers_is_said(run, released, tmp_path):
+    code, said = run.ditx("convert", released, tmp_path / "folder", "--num-heads", 3, "--to", "diffusers")
+    assert code == 0 and "diffusers spaces the frequencies of time otherwise" in said
+    folder = tmp_path / "folder"
+    code, said = run.ditx("convert", folder, tmp_path / "back.pt", "--frequency-shift", 0)
+    assert code == 0 and "spaces the frequencies" not in said
+    assert_same(read(tmp_path / "back.pt").tensors, TINY)
+
+
+@pytest.mark.parametrize("block", ["adaln", "cross-attention", "in-context"])
+def test_every_block_is_kept_in_our_layout(tmp_path, block):
+    config = ditx.DiTConfig(8, 2, 4, 24, 2, 2, num_classes=3, block=block)
+    model = random_dit(config)
+    described = Description(config, "flow", SamplingConfig(steps=3, sampler="heun"), ("a", "b", "c"), "ft-mse", 0.2)
+    pretrained.write(tmp_path / "model.safetensors", model, described)
+    assert pretrained.describe(tmp_path / "model.safetensors") == described
+    back, _ = pretrained.load(tmp_path / "model.safetensors", described)
+    jax.tree.map(np.testing.assert_array_equal, back, model)
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(run, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    (tmp_path / "hostile.pt").write_bytes(pickle.dumps({"weight": Hostile()}, protocol=2))
+    code, said = run.ditx("convert", tmp_path / "hostile.pt", tmp_path / "out.safetensors")
+    assert code == 2 and "cannot read weights from" in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out.safetensors").exists()
+
+
+def test_all_faults_of_a_file_are_in_one_sentence(run, tmp_path):
+    state = dict(TINY)
+    del state["blocks.1.attn.qkv.bias"]
+    state |= {"stray": np.zeros(2, np.float32), "t_embedder.mlp.0.bias": np.zeros(47, np.float32)}
+    write_torch(tmp_path / "wrong.pt", state)
+    code, said = run.ditx("convert", tmp_path / "wrong.pt", tmp_path / "out.safetensors", "--num-heads", 3)
+    assert code == 2
+    for fault in (
+        "missing ['blocks.1.attn.qkv.bias']",
+        "surplus ['stray']",
+        "t_embedder.mlp.0.bias is (47,), not (48,)",
+    ):
+        assert fault in said
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_mistakes_are_one_sentence(run, released, tmp_path):
+    (tmp_path / "taken.safetensors").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    write_safetensors(tmp_path / "other.safetensors", {"weight": np.zeros(2, np.float32)})
+    new = tmp_path / "new.safetensors"
+    for arguments, sentence in [
+        ((released, new), "width 48, for which no number of heads is known; convert with --num-heads"),
+        ((released, tmp_path / "taken.safetensors"), "exists already; choose another name"),
+        ((released, tmp_path / "new.bin"), "a name for the layout of ditx has .safetensors"),
+        ((released, tmp_path / "new.pt", "--to", "diffusers"), "has no suffix, for a folder"),
+        ((tmp_path / "missing.pt", new), "there is no such file"),
+        ((tmp_path / "empty", new), "is neither a run nor a folder with diffusion_pytorch_model.safetensors"),
+        ((tmp_path / "other.safetensors", new), "holds no DiT of ditx, of the authors or of diffusers"),
+    ]:
+        code, said = run.ditx("convert", *arguments)
+        assert code == 2 and sentence in said and "Traceback" not in said, said
+    assert (tmp_path / "taken.safetensors").read_text() == "mine" and not new.exists()

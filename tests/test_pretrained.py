@@ -1,0 +1,174 @@
+"""Released weights: described from their shapes, drawn from as the authors do."""
+
+import json
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from references import GOLDEN, assert_close, chw, hwc, load, tiny_vae, weights
+from strategies import random_dit
+
+import ditx
+from ditx import imagenet, pretrained
+from ditx.sampling import SamplingConfig, make_decode
+from ditx.sharding import MeshConfig, make_mesh
+from ditx.weights import write_safetensors, write_torch
+
+# A network of a published width, but small, on 64-pixel images by an autoencoder that halves the sides twice.
+RELEASED = ditx.DiTConfig(input_size=16, patch_size=8, hidden_size=384, depth=1, num_heads=6)
+TINY_VAE = weights(load("vae_tiny.npz"))
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    path = tmp_path_factory.mktemp("released") / "DiT-small-16x16.pt"
+    write_torch(path, ditx.convert.dit_to_torch(random_dit(RELEASED, scale=0.05)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae") / "stable"
+    (folder / "vae").mkdir(parents=True)
+    config = json.loads(str(load("vae_tiny.npz")["config"]))
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKL"}))
+    write_torch(folder / "vae" / "diffusion_pytorch_model.bin", TINY_VAE)
+    return folder
+
+
+def test_released_weights_are_described_by_their_shapes(released):
+    described = pretrained.describe(released)
+    assert described.model == RELEASED and described.objective == "eps"
+    assert described.sampling == SamplingConfig("ddpm", 250, guidance_scale=4.0, guidance_channels=3)
+    assert len(described.class_names) == 1000
+
+
+@pytest.mark.parametrize("name", ["DiT-S/8", "DiT-XL/2"])
+def test_published_networks_are_recognised(tmp_path, name):
+    # Of all tensors, one stored number, so that the file is small.
+    config = ditx.DIT_CONFIGS[name]
+    shapes = load("dit_state_dict_shapes.json")[name]
+    empty = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+    inferred = pretrained._infer(tmp_path, empty, None, {})
+    assert inferred == config
+
+
+def test_sampling_from_released_weights(run, released, vae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw = [released, "--vae", vae, "--steps", 2, "--num", 4, "--npz", "--separate"]
+    code, said = run.sample(*draw, "--labels", "golden retriever", "360")
+    assert code == 0 and "by ddpm in 2 steps, guidance 4.0 on 3 of 4 channels, computing in float32" in said, said
+    folder = tmp_path / "samples" / "DiT-small-16x16"
+    with np.load(folder / "drawn-000.npz") as drawn:
+        images = drawn["arr_0"]
+        assert images.shape == (4, 32, 32, 3) and drawn["labels"].tolist() == [207, 360, 207, 360]
+    with PIL.Image.open(folder / "drawn-000" / "000001-otter.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), images[1])
+    code, said = run.sample(*draw, "--labels", "Lutra lutra", "--dtype", "bfloat16")
+    assert code == 2 and "there is no class 'Lutra lutra'" in said
+    code, said = run.sample(*draw, "--labels", "207", "OTTER", "--dtype", "bfloat16", "--decode-batch", 1)
+    assert code == 0 and "computing in bfloat16" in said
+    with np.load(folder / "drawn-001.npz") as drawn:
+        difference = np.abs(drawn["arr_0"].astype(int) - images).mean()
+        assert 0 < difference < 10  # eight bits of mantissa, guided four times as far
+
+
+def test_mistakes_are_one_sentence_and_write_nothing(run, released, vae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, sentence in [
+        ([released], "the network makes latents of 4 channels; decode them with --vae ft-ema, or a path"),
+        ([released, "--vae", "ft-eme"], "there is no autoencoder 'ft-eme'; give original, ft-ema, ft-mse, or the path"),
+        ([released, "--vae", vae, "--labels", "crane"], "'crane' is the name of several classes; give one of 134, 517"),
+        ([released, "--vae", vae, "--labels", "1000"], "there is no class '1000'; there are 0 to 999: tench, goldfish"),
+        ([released, "--vae", vae, "--decode-batch", 0], "decode_batch is 0"),
+        ([released, "--vae", released], "the weights do not fit the configuration: missing ["),
+        ([released, "--vae", vae, "--sampler", "heun"], "sampler heun does not fit objective eps"),
+        ([tmp_path / "missing.pt", "--vae", vae], "there is no such file"),
+        ([tmp_path, "--vae", vae], "is neither a run nor a folder with diffusion_pytorch_model"),
+    ]:
+        code, said = run.sample(*arguments)
+        assert code == 2 and sentence in said and "Traceback" not in said, said
+        assert not list(tmp_path.iterdir())
+
+
+def test_an_autoencoder_is_read_from_every_kind_of_place(vae, tmp_path):
+    model, _ = tiny_vae()
+    config = (vae / "vae" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    write_safetensors(tmp_path / "renamed.safetensors", TINY_VAE)
+    names = set()
+    for place in (vae, vae / "vae", vae / "vae" / "diffusion_pytorch_model.bin", tmp_path / "renamed.safetensors"):
+        read, name = pretrained.load_vae(str(place))
+        assert read.config == ditx.VAEConfig(block_channels=(16, 32), layers_per_block=1, norm_groups=8)
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(read), jax.tree.leaves(model))
+        names.add(name.removeprefix(str(place)))
+    assert len(names) == 1  # the same checksum
+
+
+def test_the_three_decoders_are_fetched_by_name(monkeypatch, tmp_path):
+    shapes = load("vae_sd_state_dict_shapes.json")
+    write_safetensors(
+        tmp_path / "full.safetensors", {k: np.full(shape, 0.5, np.float32) for k, shape in shapes.items()}
+    )
+    asked = []
+    monkeypatch.setattr("ditx.weights.fetch", lambda *what: asked.append(what) or tmp_path / "full.safetensors")
+    for name in ("original", "ft-ema", "ft-mse"):
+        model, said = pretrained.load_vae(name)
+        assert model.config == ditx.VAEConfig() and said.startswith(f"{name} (CRC-32 ")
+    assert asked == [pretrained.VAES[name] for name in ("original", "ft-ema", "ft-mse")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"shift_factor": 0.1}, "of a kind not supported: shift_factor 0.1"),
+        ({"use_quant_conv": False, "act_fn": "relu"}, "act_fn 'relu', use_quant_conv False"),
+        ({"_class_name": "AutoencoderTiny"}, "_class_name 'AutoencoderTiny'"),
+        ({"norm_num_groups": 5}, "are not multiples of norm_groups 5"),
+        ({"block_out_channels": [16, 64]}, "the weights do not fit the configuration"),
+    ],
+)
+def test_other_autoencoders_are_refused(vae, tmp_path, changes, sentence):
+    config = json.loads((vae / "vae" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", TINY_VAE)
+    with pytest.raises(ValueError, match=sentence):
+        pretrained.load_vae(str(tmp_path))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_decoding_in_batches_equals_the_reference(batch, highest_precision):
+    model, golden = tiny_vae()
+    decode = make_decode(model, make_mesh(MeshConfig()), batch)
+    latents = np.resize(hwc(golden["latent"]), (11, 8, 8, 4))
+    decoded = decode(latents)
+    assert decoded.shape == (11, 16, 16, 3)
+    assert_close(chw(decoded[:2]), golden["decoded"], 1e-5)
+    assert_close(decoded[10], decoded[0], 1e-6)
+
+
+def test_imagenet_has_its_classes():
+    assert len(imagenet.classes()) == 1000
+    names = list(imagenet.classes().values())
+    for label, name in {0: "tench", 1: "goldfish", 207: "golden retriever", 360: "otter", 999: "toilet tissue"}.items():
+        assert names[label][0] == name
+    assert imagenet.names_of("cat") == ("cat",)
+
+
+@given(st.integers(0, 999))
+def test_every_class_is_found_by_identifier_and_number(label):
+    import sample
+
+    class_names = tuple(imagenet.classes())
+    assert sample.read_labels((class_names[label], str(label)), class_names) == [label, label]
+
+
+def test_golden_files_are_small_and_all_read():
+    read = {"dit_tiny.npz", "dit_s8_formula.npz", "diffusion.npz", "diffusers_dit_tiny.npz"}
+    read |= {"vae_tiny.npz", "vae_sd_formula.npz"}
+    read |= {"paper_tables.json", "dit_state_dict_shapes.json", "vae_sd_state_dict_shapes.json"}
+    assert {path.name for path in GOLDEN.iterdir()} == read
+    assert sum(path.stat().st_size for path in GOLDEN.iterdir()) < 3_000_000
