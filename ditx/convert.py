@@ -8,7 +8,7 @@ pattern does not have is along which they repeat the same tensor. The way back i
 import dataclasses
 import itertools
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -40,7 +40,8 @@ _DIT: Layout = [
     *_linear("t_embedder.mlp.0", "time.up"),
     *_linear("t_embedder.mlp.2", "time.down"),
     ("y_embedder.embedding_table.weight", "label.table", "rows d -> rows d"),
-    *_linear("blocks.{n}.attn.qkv", "blocks.attention.qkv", "n"),
+    ("blocks.{n}.attn.qkv.weight", "blocks.attention.qkv.weight", "n i qkv o -> n (qkv o) i"),
+    ("blocks.{n}.attn.qkv.bias", "blocks.attention.qkv.bias", "n qkv o -> n (qkv o)"),
     *_linear("blocks.{n}.attn.proj", "blocks.attention.out", "n"),
     *_linear("blocks.{n}.mlp.fc1", "blocks.mlp.up", "n"),
     *_linear("blocks.{n}.mlp.fc2", "blocks.mlp.down", "n"),
@@ -56,8 +57,8 @@ _DIFFUSERS: Layout = [
     *_linear(f"{_EMBEDDERS}.timestep_embedder.linear_1", "time.up"),
     *_linear(f"{_EMBEDDERS}.timestep_embedder.linear_2", "time.down"),
     (f"{_EMBEDDERS}.class_embedder.embedding_table.weight", "label.table", "rows d -> rows d"),
-    ("transformer_blocks.{n}.attn1.{qkv}.weight", "blocks.attention.qkv.weight", "n i (qkv o) -> n qkv o i"),
-    ("transformer_blocks.{n}.attn1.{qkv}.bias", "blocks.attention.qkv.bias", "n (qkv o) -> n qkv o"),
+    ("transformer_blocks.{n}.attn1.{qkv}.weight", "blocks.attention.qkv.weight", "n i qkv o -> n qkv o i"),
+    ("transformer_blocks.{n}.attn1.{qkv}.bias", "blocks.attention.qkv.bias", "n qkv o -> n qkv o"),
     *_linear("transformer_blocks.{n}.attn1.to_out.0", "blocks.attention.out", "n"),
     *_linear("transformer_blocks.{n}.ff.net.0.proj", "blocks.mlp.up", "n"),
     *_linear("transformer_blocks.{n}.ff.net.2", "blocks.mlp.down", "n"),
@@ -100,8 +101,8 @@ def _vae(config: VAEConfig) -> Layout:
         layout += _norm(f"{attention}.group_norm", f"{middle}.norm")
         layout += _linear(f"{attention}.{{out}}", f"{middle}.attention.out")
         layout += [
-            (f"{attention}.{{qkv}}.weight", f"{middle}.attention.qkv.weight", "i (qkv o) -> qkv o i"),
-            (f"{attention}.{{qkv}}.bias", f"{middle}.attention.qkv.bias", "(qkv o) -> qkv o"),
+            (f"{attention}.{{qkv}}.weight", f"{middle}.attention.qkv.weight", "i qkv o -> qkv o i"),
+            (f"{attention}.{{qkv}}.bias", f"{middle}.attention.qkv.bias", "qkv o -> qkv o"),
         ]
         for i, width in enumerate(widths):
             theirs, ours = f"{side}.{way}_blocks.{i}", f"{side}.levels.{i}"
@@ -206,7 +207,7 @@ def _names(theirs: str, pattern: str, fields: Fields) -> dict[str, tuple[int, ..
 
 
 def _view(array: np.ndarray, pattern: str, fields: Fields) -> np.ndarray:
-    """Our array with their axes; a view, so that writing to it writes to ours."""
+    """Our array with their axes."""
     axes = pattern.replace("(", " ").replace(")", " ").split()
     return rearrange(array, pattern, **{axis: len(values) for axis, values in fields.items() if axis in axes})
 
@@ -220,34 +221,31 @@ def _write(model: eqx.Module, layout: Layout, fields: Fields) -> dict[str, np.nd
     return tensors
 
 
-def _read(
-    state: StateDict,
-    template: Model,
-    layout: Layout,
-    fields: Fields,
-    *,
-    ignored: frozenset[str] | set[str] = frozenset(),
-) -> Model:
+def _read(state: StateDict, template: Model, layout: Layout, fields: Fields, *, ignored: Collection[str] = ()) -> Model:
     """The inverse of `_write`, into the structure of `template`, whose leaves are `jax.ShapeDtypeStruct`s.
 
     Tensors are asked for one by one, so that a state which reads them from a file need never be in memory whole.
     """
     missing, shapes, differing, arrays, expected = [], [], [], [], set(ignored)
     for theirs, ours, pattern in layout:
-        array = np.empty(_get(template, ours).shape, np.float32)
-        view, written = _view(array, pattern, fields), set()
+        array, (left, right) = np.empty(_get(template, ours).shape, np.float32), pattern.split(" -> ")
+        # Less their merging of axes, it is a view, so that writing to it writes to ours.
+        apart = right.replace("(", "").replace(")", "")
+        view, written = _view(array, f"{left} -> {apart}", fields), set()
         for name, index in _names(theirs, pattern, fields).items():
             expected.add(name)
             if name not in state:
                 missing.append(name)
                 continue
-            tensor = np.asarray(state[name], np.float32)
-            if tensor.shape != view[index].shape:
-                shapes.append(f"{name} is {tensor.shape}, not {view[index].shape}")
-            elif index in written and not np.array_equal(tensor, view[index], equal_nan=True):
+            tensor, part = np.asarray(state[name], np.float32), view[index]
+            axes = [" ".join(side.split()[len(index) :]) for side in (apart, right)]
+            shape = rearrange(np.broadcast_to(np.int8(0), part.shape), " -> ".join(axes)).shape
+            if tensor.shape != shape:
+                shapes.append(f"{name} is {tensor.shape}, not {shape}")
+            elif index in written and not np.array_equal(tensor, part, equal_nan=True):
                 differing.append(name)
             else:
-                view[index] = tensor
+                part[...] = tensor.reshape(part.shape)
                 written.add(index)
         arrays.append(jnp.asarray(array))
     surplus = [name for name in state if name not in expected]

@@ -11,25 +11,26 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 class Linear(eqx.Module):
-    """An affine map of the last axis, `x @ weight + bias`.
+    """An affine map of the last axis, `x @ weight + bias`; its output may have several axes, `out_size` a tuple then.
 
     Weights start Xavier uniform (Glorot and Bengio 2010), or normal with standard deviation `std` where it is given
     (0 gives zeros); biases start at 0.
     """
 
-    weight: Float[Array, "i o"]
-    bias: Float[Array, " o"]
+    weight: Float[Array, "i *o"]
+    bias: Float[Array, "*o"]
 
-    def __init__(self, in_size: int, out_size: int, *, std: float | None = None, key: PRNGKeyArray):
+    def __init__(self, in_size: int, out_size: int | tuple[int, ...], *, std: float | None = None, key: PRNGKeyArray):
+        shape = (out_size,) if isinstance(out_size, int) else out_size
         if std is None:
-            bound = math.sqrt(6 / (in_size + out_size))
-            self.weight = jax.random.uniform(key, (in_size, out_size), minval=-bound, maxval=bound)
+            bound = math.sqrt(6 / (in_size + math.prod(shape)))
+            self.weight = jax.random.uniform(key, (in_size, *shape), minval=-bound, maxval=bound)
         else:
-            self.weight = std * jax.random.normal(key, (in_size, out_size))
-        self.bias = jnp.zeros(out_size)
+            self.weight = std * jax.random.normal(key, (in_size, *shape))
+        self.bias = jnp.zeros(shape)
 
-    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-        return x @ self.weight + self.bias
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "..."]:
+        return jnp.tensordot(x, self.weight, 1) + self.bias
 
 
 def layer_norm(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
@@ -59,7 +60,10 @@ def modulate(x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Arr
 
 
 class Attention(eqx.Module):
-    """Multi-head self-attention (Vaswani et al. 2017) with one fused projection to queries, keys and values."""
+    """Multi-head self-attention (Vaswani et al. 2017) with one fused projection to queries, keys and values.
+
+    These are an axis of the projection's output, so that its last axis is that of the heads and can be split by them.
+    """
 
     qkv: Linear
     out: Linear
@@ -67,12 +71,12 @@ class Attention(eqx.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, *, key: PRNGKeyArray):
         qkv_key, out_key = jax.random.split(key)
-        self.qkv = Linear(hidden_size, 3 * hidden_size, key=qkv_key)
+        self.qkv = Linear(hidden_size, (3, hidden_size), key=qkv_key)
         self.out = Linear(hidden_size, hidden_size, key=out_key)
         self.num_heads = num_heads
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        q, k, v = rearrange(self.qkv(x), "n three d -> three n d")
         return self.out(attend(q, k, v, self.num_heads))
 
 

@@ -17,7 +17,7 @@ CONFIG = ditx.DiTConfig(
 
 
 def linear(layer, x):
-    return x @ layer.weight + layer.bias
+    return np.tensordot(x, layer.weight, 1) + layer.bias
 
 
 def silu(x):
@@ -45,7 +45,7 @@ def heads(q, k, v, count):
 
 
 def attention(layer, x):
-    return linear(layer.out, heads(*np.split(linear(layer.qkv, x), 3, axis=-1), layer.num_heads))
+    return linear(layer.out, heads(*np.moveaxis(linear(layer.qkv, x), 1, 0), layer.num_heads))
 
 
 def cross_attention(layer, x, context):
@@ -109,5 +109,5 @@ def test_a_new_network_has_xavier_weights_and_neutral_norms(block):
         elif "bias" in name or "modulation" in name:
             assert not np.any(leaf), name
         else:
-            bound = np.sqrt(6 / (leaf.shape[-2] + leaf.shape[-1]))
+            bound = np.sqrt(6 / (leaf.shape[1] + np.prod(leaf.shape[2:])))
             assert 0.95 * bound < np.abs(leaf).max() <= bound, name
