@@ -1,35 +1,42 @@
 """Image sources and the grain pipeline that turns one into training batches."""
 
+import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import grain
 import numpy as np
-import PIL.Image
 from absl import flags
-from jaxtyping import Float, Float32, Int, Int32, Integer, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int32, Integer, UInt8
+
+from ditx import imagefiles
+from ditx.latents import LatentBatch, LatentSource
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Decoding takes about 10 s for so many bytes on one core, and reading a header about 0.2 ms: up to here, a damaged
 # image is found within seconds of opening the folder, whole or by its header.
 MAX_BYTES_DECODED, MAX_HEADERS_READ = 100_000_000, 20_000
 
 
-class Batch(TypedDict):
+class ImageBatch(TypedDict):
     """Images in [-1, 1] and their class indices."""
 
     x: Float32[np.ndarray, "b h w c"]
     y: Int32[np.ndarray, "b"]
+
+
+Batch: TypeAlias = ImageBatch | LatentBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +78,9 @@ class ArraySource:
     def __getitem__(self, index: int) -> dict[str, UInt8[np.ndarray, "h w c"] | int]:
         return {"image": self.images[index], "label": int(self.labels[index])}
 
-    def take(self, indices: Int[np.ndarray, "b"]) -> tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, "b"]]:
-        """The images and labels at `indices`, by one indexing of the arrays."""
-        return self.images[indices], self.labels[indices].astype(np.int32)
+    def take(self, indices: Int[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]) -> ImageBatch:
+        """The images at `indices`, by one indexing of the arrays, mirrored left to right where so said."""
+        return _batch(self.images[indices], self.labels[indices], mirrored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,17 +110,17 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, UInt8[np.ndarray, "h w c"] | int]:
-        return {"image": _read_image(self.files[index], self.size), "label": int(self.labels[index])}
+        return {"image": imagefiles.read(self.files[index], self.size), "label": int(self.labels[index])}
 
-    def take(self, indices: Int[np.ndarray, "b"]) -> tuple[UInt8[np.ndarray, "b h w c"], Int32[np.ndarray, "b"]]:
-        """The images and labels at `indices`, decoded in parallel threads."""
+    def take(self, indices: Int[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]) -> ImageBatch:
+        """The images at `indices`, decoded in parallel threads, mirrored left to right where so said."""
         # Threads inside a batch rather than across batches: only the batches in the prefetch buffer are ever in memory.
         with ThreadPoolExecutor(min(len(indices), os.cpu_count() or 1)) as pool:
-            images = list(pool.map(lambda index: _read_image(self.files[index], self.size), indices))
-        return np.stack(images), self.labels[indices].astype(np.int32)
+            images = list(pool.map(lambda index: imagefiles.read(self.files[index], self.size), indices))
+        return _batch(np.stack(images), self.labels[indices], mirrored)
 
 
-Source = ArraySource | FolderSource
+Source = ArraySource | FolderSource | LatentSource
 
 
 def digits() -> ArraySource:
@@ -150,47 +157,18 @@ def cifar10(path: str | os.PathLike) -> Source:
 
 
 def images(path: str | os.PathLike, size: int) -> FolderSource:
-    """One class a subfolder, in sorted order, its images sought at any depth.
+    """The images that `imagefiles.listing` finds, of which damaged ones are not passed over.
 
-    Damaged images are found here in up to 100 MB of files, and by their headers in up to 20,000; others when read.
+    They are found here in up to 100 MB of files, and by their headers in up to 20,000; others when read.
     """
     if size < 1:
         raise ValueError(f"image size is {size}; give a side of at least 1 pixel")
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; give one that holds a subfolder of images for each class")
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise ValueError(f"{path} has no class folders; put the images of each class into a subfolder of their own")
-    files: list[str] = []
-    counts = []
-    for folder in folders:
-        found = sorted(
-            os.path.join(parent, name)
-            for parent, _, names in os.walk(folder)
-            for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        )
-        if not found:
-            raise ValueError(f"class folder {folder} holds no images ({' '.join(IMAGE_SUFFIXES)}); fill or remove it")
-        files += found
-        counts.append(len(found))
+    files, labels, class_names = imagefiles.listing(path)
     small = sum(map(os.path.getsize, files)) <= MAX_BYTES_DECODED
     if small or len(files) <= MAX_HEADERS_READ:
         with ThreadPoolExecutor() as pool:
-            list(pool.map(partial(_check, whole=small), files))
-    labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
-    return FolderSource(files, labels, tuple(folder.name for folder in folders), size)
-
-
-def centre_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
-    """The central square at `size` x `size` (Dhariwal and Nichol 2021): box halvings, one bicubic resize, a crop."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
-    scale = size / min(image.size)
-    resized = image.resize((round(image.width * scale), round(image.height * scale)), PIL.Image.Resampling.BICUBIC)
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    return resized.crop((left, top, left + size, top + size))
+            list(pool.map(partial(imagefiles.check, whole=small), files))
+    return FolderSource(files, labels, class_names, size)
 
 
 def to_unit(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
@@ -203,18 +181,27 @@ def to_uint8(x: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     return np.clip(127.5 * x.astype(np.float32) + 128, 0, 255).astype(np.uint8)
 
 
-def _leave_interrupts(worker: int, count: int) -> None:
-    """Ctrl-C reaches a terminal's every process; ending is for the first of them to do."""
+def _follow(worker: int, count: int) -> None:
+    """End with the process that reads, however it ends; and leave Ctrl-C, which reaches every process, to that one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _batch(
+    images: UInt8[np.ndarray, "b h w c"], labels: Integer[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]
+) -> ImageBatch:
+    if mirrored.any():
+        images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+    return {"x": to_unit(images), "y": labels.astype(np.int32)}
 
 
 def _read(
     indices: Int[np.ndarray, "global_batch"], rng: np.random.Generator, *, source: Source, flip: bool, rows: slice
 ) -> Batch:
     # Flips are drawn for the global batch, so that they do not depend on how many processes share it.
-    flipped = (rng.random(len(indices)) < 0.5)[rows, None, None, None]
-    images, labels = source.take(indices[rows])
-    return {"x": to_unit(np.where(flipped, images[:, :, ::-1], images) if flip else images), "y": labels}
+    return source.take(indices[rows], (rng.random(len(indices)) < 0.5)[rows] & flip)
 
 
 def batches(
@@ -253,35 +240,56 @@ def batches(
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=np.asarray).random_map(read)[start:]
     reading = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    if workers:
-        flags.FLAGS.mark_as_parsed()  # Grain's worker processes read a flag of absl, which nobody parses here.
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        reading = reading.mp_prefetch(options, worker_init_fn=_leave_interrupts)
-    return iter(reading)
+    return iter(_in_processes(reading, workers))
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[PIL.Image.Image]:
-    try:
-        with PIL.Image.open(path) as image:
-            if image.mode[0] in "IF":  # Pillow's conversion to RGB would clip these to white.
-                raise ValueError(f"its pixels are of mode {image.mode}, not 8 bits")
-            yield image
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files.
-        raise ValueError(f"cannot read image {path}: {error}; replace or remove it") from error
+def decoded(
+    files: list[str], size: int, *, batch_size: int, workers: int = 0
+) -> Generator[tuple[UInt8[np.ndarray, "b h w 3"], list[str]], None, None]:
+    """All images of `files` in their order, batch by batch, each with what is wrong with it, or nothing.
+
+    Those with which something is wrong are black. Raises OSError where not the image is at fault, but the disk or the
+    machine. Threads decode or, if there are any, `workers` processes; close the generator to end them.
+    """
+    # Two batches at a time, so that no core waits for the last image of one.
+    threads = 1 if workers else os.cpu_count() or 1
+    read = partial(_decode, files=files, size=size, threads=threads)
+    dataset = grain.MapDataset.range(len(files)).batch(batch_size, batch_fn=np.asarray).map(read)
+    # Endless, and left at its end: when grain's processes come to one, they leave shared memory behind.
+    reading = dataset.repeat().to_iter_dataset(
+        grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=4)
+    )
+    with closing(iter(_in_processes(reading, workers))) as batches:
+        yield from islice(batches, len(dataset))
 
 
-def _check(path: str, whole: bool) -> None:
-    with _opened(path) as image:
-        if whole:
-            image.load()
+def _in_processes(reading: grain.IterDataset, workers: int) -> grain.IterDataset:
+    if not workers:
+        return reading
+    flags.FLAGS.mark_as_parsed()  # Grain's worker processes read a flag of absl, which nobody parses here.
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return reading.mp_prefetch(options, worker_init_fn=_follow)
 
 
-def _read_image(path: str, size: int) -> UInt8[np.ndarray, "h w c"]:
-    with _opened(path) as image:
-        if "transparency" in image.info:  # which Pillow drops with a warning otherwise
-            image = image.convert("RGBA")
-        return np.asarray(centre_crop(image.convert("RGB"), size))
+def _decode(
+    indices: Int[np.ndarray, "b"], *, files: list[str], size: int, threads: int
+) -> tuple[UInt8[np.ndarray, "b h w 3"], list[str]]:
+    images, wrong = np.zeros((len(indices), size, size, 3), np.uint8), [""] * len(indices)
+
+    def decode(row):
+        file = files[indices[row]]
+        try:
+            images[row] = imagefiles.read(file, size)
+        except ValueError as error:
+            reason = error.__cause__
+            absent = isinstance(reason, PermissionError) or os.path.islink(file)
+            if isinstance(reason, MemoryError) or (getattr(reason, "errno", None) and not absent):
+                raise OSError(f"{error}") from error
+            wrong[row] = " ".join(str(reason or error).split()) or repr(reason)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(decode, range(len(indices))))
+    return images, wrong
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import math
+import os
+from collections.abc import Collection
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -21,28 +23,16 @@ def open_run(run: Path, described: dict[str, Any], *, free: set[str]) -> IO[str]
     file = run / CONFIG
     described = json.loads(json.dumps(described))
     if file.exists():
-        before, now = _flatten(read_config(run)), _flatten(described)
-        changes = [
-            f"{name} was {before.get(name)!r} and is {value!r}"
-            for name, value in now.items()
-            if before.get(name) != value and name.split(".")[0] not in free
-        ]
-        if changes:
-            raise ValueError(
-                f"{run} holds another run: {', '.join(changes)}; give its flags to go on, or another --run"
-            )
+        changed = changes(read_config(run), described, free=free)
+        if changed:
+            raise ValueError(f"{run} holds another run: {changed}; give its flags to go on, or another --run")
     elif run.exists() and (not run.is_dir() or {entry.name for entry in run.iterdir()} - {f"{CONFIG}.partial", "lock"}):
         raise ValueError(f"{run} exists and is not a run; choose another --run")
     run.mkdir(parents=True, exist_ok=True)
-    lock = (run / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise ValueError(f"another process is training in {run}; wait for it, or choose another --run") from error
+    held = lock(run / "lock", f"another process is training in {run}; wait for it, or choose another --run")
     versions = {name: version(name) for name in ("ditx", "jax", "equinox", "optax", "orbax-checkpoint")}
-    _write(file, json.dumps(described | {"versions": versions}, indent=2) + "\n")
-    return lock
+    write(file, json.dumps(described | {"versions": versions}, indent=2) + "\n")
+    return held
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -76,16 +66,44 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def trim_metrics(run: Path, step: int) -> None:
     """Drop the lines after `step`, which the run is about to write again."""
     kept = [json.dumps(line) + "\n" for line in read_metrics(run) if line.get("step", math.inf) <= step]
-    _write(run / METRICS, "".join(kept))
+    write(run / METRICS, "".join(kept))
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], *, free: Collection[str] = ()) -> str:
+    """The fields in which two descriptions differ, both values told, or nothing; those in `free` may differ."""
+    was = _flatten(before)
+    return ", ".join(
+        f"{name} was {was[name]!r} and is {value!r}"
+        for name, value in _flatten(now).items()
+        # A field that an older version did not write had no choice then.
+        if name in was and was[name] != value and name.split(".")[0] not in free
+    )
+
+
+def lock(file: Path, busy: str | None = None) -> IO[str]:
+    """Lock a file until what is returned is closed or the process ends, however it ends.
+
+    If another process holds it, raises ValueError with the sentence `busy` or, without one, waits.
+    """
+    held = file.open("a")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        # Since it was opened, its holder may have finished and renamed it.
+        if not os.path.samestat(os.fstat(held.fileno()), file.stat()):
+            raise FileNotFoundError(file)
+    except (BlockingIOError, FileNotFoundError) as error:
+        held.close()
+        raise ValueError(busy) from error
+    return held
+
+
+def write(file: Path, text: str) -> None:
+    """Write a whole file or, if killed, nothing."""
+    unfinished = file.with_name(f"{file.name}.partial")
+    unfinished.write_text(text)
+    unfinished.replace(file)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     parts = [_flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in tree.items()]
     return {name: value for part in parts for name, value in part.items()}
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a whole file or, if killed, nothing."""
-    unfinished = file.with_name(f"{file.name}.partial")
-    unfinished.write_text(text)
-    unfinished.replace(file)

@@ -1,16 +1,18 @@
+import errno
 import io
 import itertools
 import os
 import pickle
+import signal
+import subprocess
+import sys
 from typing import ClassVar
 
 import numpy as np
 import PIL.Image
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from ditx import data
+from ditx import data, imagefiles
 
 
 def numbered(count, side=2):
@@ -34,8 +36,9 @@ def indices(found):
 def assert_same(ours, theirs):
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a["x"], b["x"])
-        np.testing.assert_array_equal(a["y"], b["y"])
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
 
 
 def save(path, array):
@@ -57,47 +60,6 @@ def test_every_pixel_value_survives_the_round_trip():
 def test_to_uint8_truncates_and_clamps():
     x = np.array([-5, -1, 0, 0.0039, 0.0079, 1, 5], np.float32)
     np.testing.assert_array_equal(data.to_uint8(x), [0, 0, 128, 128, 129, 255, 255])
-
-
-# centre_crop
-
-
-def expected_crop(array, size):
-    """Box means of 2 x 2 by NumPy, Pillow's bicubic on the rest, and a crop, with sizes worked out on their own."""
-    image = PIL.Image.fromarray(array)
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.size[0] // 2, image.size[1] // 2), PIL.Image.Resampling.BOX)
-    width, height = image.size
-    if width <= height:
-        width, height = size, round(height * size / width)
-    else:
-        width, height = round(width * size / height), size
-    array = np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
-    row, column = (height - size) // 2, (width - size) // 2
-    return array[row : row + size, column : column + size]
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 32), st.integers(0, 2**32 - 1))
-def test_centre_crop_equals_its_description(height, width, size, seed):
-    array = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    cropped = np.asarray(data.centre_crop(PIL.Image.fromarray(array), size))
-    assert cropped.shape == (size, size, 3)
-    np.testing.assert_array_equal(cropped, expected_crop(array, size))
-
-
-def test_centre_crop_halves_by_box_means():
-    array = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
-    wide = array.astype(float)
-    for _ in range(2):  # 32 x 64 -> 16 x 32 -> 8 x 16; Pillow rounds to 8 bits after the columns and after the rows
-        wide = np.floor(wide.reshape(wide.shape[0], wide.shape[1] // 2, 2, 3).mean(2) + 0.5)
-        wide = np.floor(wide.reshape(wide.shape[0] // 2, 2, wide.shape[1], 3).mean(1) + 0.5)
-    np.testing.assert_array_equal(np.asarray(data.centre_crop(PIL.Image.fromarray(array), 8)), wide[:, 4:12])
-
-
-def test_centre_crop_takes_the_centre_unresized_when_the_short_side_fits():
-    array = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(np.asarray(data.centre_crop(PIL.Image.fromarray(array), 9)), array[:, 3:12])
 
 
 # Sources
@@ -247,6 +209,10 @@ def test_cifar10_other_paths(tmp_path):
     assert source.image_shape == (32, 32, 3) and source.class_names == ("cat",)
 
 
+def cropped(array, size=8):
+    return np.asarray(imagefiles.centre_crop(PIL.Image.fromarray(array), size))
+
+
 def test_images(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 11, 17, 3), dtype=np.uint8)
     save(tmp_path / "b" / "1.png", pixels[0])
@@ -260,13 +226,16 @@ def test_images(tmp_path):
     assert source.class_names == ("a", "b", "c") and source.image_shape == (8, 8, 3) and len(source) == 4
     np.testing.assert_array_equal(source.labels, [0, 1, 1, 2])
     grey = np.repeat(pixels[3, :, :, :1], 3, axis=-1)
-    read, labels = source.take(np.array([3, 0, 1, 2]))
-    np.testing.assert_array_equal(labels, [2, 0, 1, 1])
-    for array, got in zip([grey, pixels[2], pixels[0], pixels[1]], read, strict=True):
-        np.testing.assert_array_equal(got, expected_crop(array, 8))
+    read = source.take(np.array([3, 0, 1, 2]), np.array([False, True, False, True]))
+    np.testing.assert_array_equal(read["y"], [2, 0, 1, 1])
+    expected = [cropped(array) for array in (grey, pixels[2], pixels[0], pixels[1])]
+    for array, got in zip(
+        [expected[0], expected[1][:, ::-1], expected[2], expected[3][:, ::-1]], read["x"], strict=True
+    ):
+        np.testing.assert_array_equal(got, data.to_unit(array))
     example = source[2]
     assert example["label"] == 1
-    np.testing.assert_array_equal(example["image"], expected_crop(pixels[1], 8))
+    np.testing.assert_array_equal(example["image"], cropped(pixels[1]))
 
 
 def test_images_refuses_a_bad_folder(tmp_path):
@@ -420,3 +389,56 @@ def test_batches_refuses_bad_arguments(options, says):
 def test_batches_refuses_an_empty_source():
     with pytest.raises(ValueError, match="0 images"):
         data.batches(numbered(0), batch_size=4, seed=0, flip=False)
+
+
+def test_worker_processes_end_with_the_one_that_reads():
+    code = (
+        "import os, signal\n"
+        "from ditx import data\n"
+        "if __name__ == '__main__':\n"
+        "    iterator = data.batches(data.digits(), batch_size=4, seed=0, flip=False, workers=1)\n"
+        "    next(iterator)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    # It waits for all who hold the pipes, and so for the workers.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+# decoded
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Nine images, of which number 4 is damaged and number 7 a link to nowhere."""
+    rng = np.random.default_rng(0)
+    for number in range(9):
+        save(tmp_path / "cat" / f"{number}.png", rng.integers(0, 256, (9 + number, 12, 3), dtype=np.uint8))
+    (tmp_path / "cat" / "4.png").write_bytes(b"no image")
+    (tmp_path / "cat" / "7.png").unlink()
+    (tmp_path / "cat" / "7.png").symlink_to(tmp_path / "nowhere")
+    return imagefiles.listing(tmp_path)[0]
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 0), (20, 0), (4, 2)])
+def test_images_are_decoded_in_order_and_damaged_ones_told(folder, batch_size, workers):
+    found = list(data.decoded(folder, 8, batch_size=batch_size, workers=workers))
+    assert all(len(pixels) == len(wrong) == batch_size for pixels, wrong in found[:-1])
+    pixels, wrong = np.concatenate([p for p, _ in found]), [reason for _, w in found for reason in w]
+    assert [bool(reason) for reason in wrong] == [number in (4, 7) for number in range(9)]
+    assert "cannot identify image file" in wrong[4] and "No such file" in wrong[7]
+    for number, file in enumerate(folder):
+        expected = np.zeros((8, 8, 3)) if wrong[number] else imagefiles.read(file, 8)
+        np.testing.assert_array_equal(pixels[number], expected)
+
+
+@pytest.mark.parametrize(
+    "cause", [OSError(errno.EIO, "Input/output error"), MemoryError(), FileNotFoundError(2, "gone")]
+)
+def test_a_failing_disk_does_not_count_as_a_damaged_image(folder, cause, monkeypatch):
+    def fail(path, mode="rb"):
+        raise cause
+
+    monkeypatch.setattr(PIL.Image, "open", fail)
+    with pytest.raises(OSError, match=r"cannot read image .*0\.png"):
+        list(data.decoded(folder[:1], 8, batch_size=4))

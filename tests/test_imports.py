@@ -8,7 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "ditx").rglob("*.py"))
 SCRIPTS = [path for path in (ROOT / "train.py", ROOT / "sample.py") if path.exists()]
-HOMES = {"grain": {"ditx/data.py"}, "orbax": {"ditx/checkpoint.py"}, "optax": {"ditx/training.py", "train.py"}}
+HOMES = {
+    "grain": {"ditx/data.py"},
+    "array_record": {"ditx/latents.py"},
+    "orbax": {"ditx/checkpoint.py"},
+    "optax": {"ditx/training.py", "train.py"},
+}
 
 
 def imports(path):

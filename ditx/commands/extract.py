@@ -1,0 +1,320 @@
+"""`ditx extract IMAGES OUT`: a folder of images into shards of latents, for `train.py` to train on."""
+
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float16, Int32, UInt8
+from tqdm import tqdm
+
+from ditx import data, imagefiles, latents, runs
+from ditx.nn.vae import AutoencoderKL
+from ditx.pretrained import load_vae
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to encode, and how. The same command, started again, goes on with the first shard that is missing."""
+
+    images: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IMAGES")]
+    """folder with one subfolder of images for each class"""
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """folder to write to, or to go on in"""
+    vae: str = "ft-mse"
+    """autoencoder: ft-mse, ft-ema or original (one encoder, three decoders), or the path of one"""
+    size: int = 256
+    """side of the square that is cut from the centre of each image, in pixels"""
+    batch_size: int = 32
+    """images encoded at a time, each with its mirror image, over all devices of this process"""
+    shard_size: int = 0
+    """images a shard, the most that a kill costs; 0 makes up to 200 shards, of 64 images or more"""
+    workers: int = 0
+    """processes that decode images; 0 decodes in threads"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """what the encoder computes in"""
+    strict: bool = False
+    """end at the first image that cannot be read, rather than leave it out"""
+    process_index: int | None = None
+    """of processes that share a folder, each makes its own part: the number of this one (else JAX's own)"""
+    process_count: int | None = None
+    """how many processes share the folder (else JAX's own count)"""
+
+    def check(self) -> None:
+        """Raise ValueError for values that cannot be."""
+        for name, least in {"size": 1, "batch_size": 1, "shard_size": 0, "workers": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        devices = jax.local_device_count()
+        if self.batch_size % devices:
+            raise ValueError(f"batch_size is {self.batch_size}; make it a multiple of the {devices} devices")
+        images, out = Path(self.images).resolve(), Path(self.out).resolve()
+        if out.is_relative_to(images):
+            raise ValueError(f"{self.out} lies in the folder of images, whose subfolders are classes; choose another")
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a folder in the order of their names, as many as `shard_size` in a row to a shard."""
+
+    files: list[str]
+    names: list[str]
+    """the files' paths within the folder"""
+    labels: Int32[np.ndarray, "n"]
+    class_names: tuple[str, ...]
+    shard_size: int
+
+    @classmethod
+    def find(cls, folder: str, shard_size: int) -> "Images":
+        """List a folder. Raises ValueError if it does not hold a subfolder of images for each class."""
+        root = Path(folder).absolute()
+        files, labels, class_names = imagefiles.listing(root)
+        names = [file[len(str(root)) + 1 :] for file in files]
+        return cls(files, names, labels, class_names, shard_size or max(64, -(-len(files) // 200)))
+
+    @property
+    def shards(self) -> range:
+        """The numbers of all shards."""
+        return range(-(-len(self.files) // self.shard_size))
+
+    def numbers(self, shard: int) -> range:
+        """The numbers of the images of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.files)))
+
+    def checksum(self, shard: int) -> int:
+        """CRC-32 of the names and sizes of the files of a shard."""
+        told = [(self.names[n], _size(self.files[n])) for n in self.numbers(shard)]
+        return zlib.crc32(json.dumps(told).encode())
+
+
+def main(argv: list[str]) -> int:
+    """Encode what is missing; returns the exit code. Raises ValueError or OSError for what a user can mend."""
+    config = tyro.cli(Config, args=argv, prog="ditx extract", description="Images to latents, for train.py.")
+    config.check()
+    index = jax.process_index() if config.process_index is None else config.process_index
+    count = jax.process_count() if config.process_count is None else config.process_count
+    if not 0 <= index < count:
+        raise ValueError(f"process_index is {index} of {count} processes; give 0 to process_count - 1")
+    images, out = Images.find(config.images, config.shard_size), Path(config.out)
+    vae, vae_name = load_vae(config.vae)
+    if config.size % vae.config.downsampling:
+        raise ValueError(f"size is {config.size}; the autoencoder needs a multiple of {vae.config.downsampling}")
+    plan = {
+        "format": latents.FORMAT,
+        "images": len(images.files),
+        "names_checksum": zlib.crc32(json.dumps(images.names).encode()),
+        "shard_size": images.shard_size,
+        "image_size": config.size,
+        "vae": vae_name,
+        "scale": vae.config.scale,
+        "dtype": config.dtype,
+    }
+    open_folder(out, plan)
+    mine = images.shards[index::count]
+    missing = [shard for shard in mine if not is_done(out, images, shard)]
+    left, total = (sum(len(images.numbers(shard)) for shard in shards) for shards in (missing, mine))
+    print(
+        f"images   {len(images.files):,} of {len(images.class_names):,} classes, cut to {config.size}x{config.size}\n"
+        f"encoder  {vae_name}, computing in {config.dtype}\n"
+        f"devices  {jax.local_device_count()} x {jax.local_devices()[0].device_kind}\n"
+        f"plan     {len(missing):,} of {len(mine):,} shards are missing, {left:,} of {total:,} images"
+        + (f", in process {index} of {count}" if count > 1 else "")
+        + f"\nwrites   {out}",
+        flush=True,
+    )
+    try:
+        with stop_signals(), Progress(total - left, total) as progress:
+            extract(config, images, vae, missing, progress)
+    except KeyboardInterrupt as stopped:
+        kept = total - sum(len(images.numbers(shard)) for shard in missing)
+        print(f"stopped with {kept:,} of {total:,} images in finished shards; the same command goes on from there")
+        return 128 + int(stopped.args[0])
+    finish(out, images, plan, vae)
+    return 0
+
+
+def _size(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1
+
+
+def open_folder(out: Path, plan: dict[str, Any]) -> None:
+    """Make the folder of a new extraction, or check that `out` holds the one planned.
+
+    Raises ValueError if it holds another one, or anything else.
+    """
+    file, begun = out / latents.PLAN, {"lock", "shards", f"{latents.PLAN}.partial"}
+    if out.exists() and not file.exists() and (not out.is_dir() or {entry.name for entry in out.iterdir()} - begun):
+        raise ValueError(f"{out} exists and is not of `ditx extract`; choose another folder")
+    (out / "shards").mkdir(parents=True, exist_ok=True)
+    with runs.lock(out / "lock"):  # of processes that start together, one makes the plan
+        if file.exists():
+            changed = runs.changes(json.loads(file.read_text()), plan)
+            if changed:
+                raise ValueError(
+                    f"{out} holds other latents: {changed}; give their flags and images, or another folder"
+                )
+        else:
+            runs.write(file, json.dumps(plan, indent=2) + "\n")
+
+
+def is_done(out: Path, images: Images, shard: int) -> bool:
+    """Whether a shard is finished, as it was written, and of the files that are there now."""
+    found = latents.read_shard(latents.shard_path(out, shard, len(images.shards)))
+    return found is not None and found.files_checksum == images.checksum(shard)
+
+
+def extract(config: Config, images: Images, vae: AutoencoderKL, missing: list[int], progress: "Progress") -> None:
+    """Encode the images of the shards `missing`, one after another; those that are finished leave the list."""
+    files = [images.files[n] for shard in missing for n in images.numbers(shard)]
+    with closing(encoded(config, vae, files)) as results:
+        while missing:
+            path = latents.shard_path(Path(config.out), missing[0], len(images.shards))
+            with closing(latents.ShardWriter(path)) as writer:
+                for n in images.numbers(missing[0]):
+                    values, wrong = next(results)
+                    if values is not None:
+                        writer.write(latents.pack(values, int(images.labels[n]), images.names[n]))
+                    elif config.strict:
+                        raise ValueError(f"cannot read image {images.files[n]}: {wrong}; mend it, or drop --strict")
+                    else:
+                        writer.skip(images.names[n], wrong)
+                    progress.add()
+                writer.finish(images.checksum(missing[0]))
+            missing.pop(0)
+
+
+def encoded(
+    config: Config, vae: AutoencoderKL, files: list[str]
+) -> Generator[tuple[Float16[np.ndarray, "2 2 h w c"] | None, str], None, None]:
+    """For each file, the latents of its image and its mirror image as a shard has them, or None and what is wrong."""
+    # A mesh of this process alone: processes need not know of each other.
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    everywhere, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    weights = jax.device_put(jax.tree.map(lambda leaf: leaf.astype(config.dtype), vae), everywhere)
+    shape = (config.batch_size, config.size, config.size, 3)
+    began = time.perf_counter()
+    lowered = jax.jit(encode, out_shardings=rows).lower(weights, jax.ShapeDtypeStruct(shape, np.uint8, sharding=rows))
+    compiled = lowered.compile()
+    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+
+    def fetched(wrong, values):
+        for reason, array in zip(wrong, np.asarray(values), strict=False):
+            if not np.isfinite(array).all():
+                raise ValueError(
+                    "the autoencoder gives numbers that are not finite; try --dtype float32 or another --vae"
+                )
+            yield (None, reason) if reason else (array, "")
+
+    pending = None
+    with closing(data.decoded(files, config.size, batch_size=config.batch_size, workers=config.workers)) as batches:
+        for pixels, wrong in batches:
+            pixels = np.concatenate([pixels, np.zeros((shape[0] - len(pixels), *shape[1:]), np.uint8)])
+            values = compiled(weights, jax.device_put(pixels, rows))
+            values.copy_to_host_async()
+            # A batch late, so that the device has the next one to do meanwhile.
+            if pending:
+                yield from fetched(*pending)
+            pending = wrong, values
+    if pending:
+        yield from fetched(*pending)
+
+
+def encode(vae: AutoencoderKL, pixels: UInt8[Array, "b h w 3"]) -> Float16[Array, "b 2 2 z z c"]:
+    """[image | mirror][mean | standard deviation] of the latents of images, in whatever the weights are in."""
+    images = pixels.astype(jnp.float32) / 127.5 - 1
+    both = jnp.stack([images, images[:, :, ::-1]], 1).astype(jax.tree.leaves(vae)[0].dtype)
+    mean, log_variance = jax.vmap(jax.vmap(vae.encode))(both)
+    std = jnp.exp(0.5 * log_variance.astype(jnp.float32))
+    return jnp.stack([mean.astype(jnp.float32), std], 2).astype(jnp.float16)
+
+
+def finish(out: Path, images: Images, plan: dict[str, Any], vae: AutoencoderKL) -> None:
+    """Say what was made and, if all shards are there, describe them, which makes them a data set."""
+    found = [latents.read_shard(latents.shard_path(out, shard, len(images.shards))) for shard in images.shards]
+    shards = [shard for shard in found if shard is not None]
+    if len(shards) < len(found):
+        print(f"done     this part; {len(found) - len(shards):,} of {len(found):,} shards are left to other processes")
+        return
+    skipped = {name: reason for shard in shards for name, reason in shard.skipped.items()}
+    count, side = sum(shard.count for shard in shards), plan["image_size"] // vae.config.downsampling
+    if not count:
+        raise ValueError(f"none of the {len(skipped):,} images can be read; the first: {next(iter(skipped.items()))}")
+    described = plan | {
+        "shape": [side, side, vae.config.latent_channels],
+        "count": count,
+        "class_names": images.class_names,
+        "versions": {name: version(name) for name in ("ditx", "jax")},
+        "shards": [{"count": s.count, "size": s.size, "checksum": s.checksum} for s in shards],
+        "skipped": skipped,
+    }
+    file = out / latents.METADATA
+    with runs.lock(out / "lock"):
+        runs.write(file, json.dumps(described, indent=2) + "\n")
+    for name, reason in list(skipped.items())[:10]:
+        print(f"skipped  {name}: {reason}", file=sys.stderr)
+    if skipped:
+        print(f"skipped  {len(skipped):,} images in all, listed in {file}", file=sys.stderr)
+    size = sum(shard.size for shard in shards)
+    print(f"done     {count:,} latents of {side}x{side}x{vae.config.latent_channels} in {out}, {size / 1e9:.2f} GB")
+
+
+class Progress:
+    """A bar or, where nobody watches one, lines: images so far, images a second, and the time left."""
+
+    SECONDS_BETWEEN_LINES = 30
+
+    def __init__(self, done: int, total: int):
+        self._bar = tqdm(total=total, initial=done, unit=" images", disable=None if total > done else True)
+        self._done, self._total = done, total
+        self._clock, self._since = time.perf_counter(), done
+
+    def add(self) -> None:
+        """Count one image."""
+        self._done += 1
+        self._bar.update()
+        now = time.perf_counter()
+        if self._bar.disable and now - self._clock > self.SECONDS_BETWEEN_LINES:
+            speed = (self._done - self._since) / (now - self._clock)
+            left = (self._total - self._done) / speed
+            print(f"{self._done:,} of {self._total:,} images  {speed:.1f} images/s  {left:.0f} s left", flush=True)
+            self._clock, self._since = now, self._done
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Make SIGINT and SIGTERM a KeyboardInterrupt of their number; a second one ends at once."""
+
+    def stop(number, _):
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
