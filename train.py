@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C just ends
@@ -35,8 +35,10 @@ from tqdm import tqdm
 with install_import_hook("ditx", "beartype.beartype"):
     from ditx import checkpoint, data, flops, pictures, runs
     from ditx.diffusion.schedule import linear_schedule
+    from ditx.latents import LatentSource
     from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
-    from ditx.sampling import SamplingConfig, make_draw, sample_keys
+    from ditx.pretrained import check_scale, load_vae
+    from ditx.sampling import SamplingConfig, make_decode, make_draw, sample_keys
     from ditx.sharding import MeshConfig, batch_sharding, make_mesh, place, put_batch
     from ditx.training import TrainState, eps_objective, flow_objective, train_step
 
@@ -45,10 +47,12 @@ with install_import_hook("ditx", "beartype.beartype"):
 class Config:
     """One training run. The defaults are the paper's; a preset changes what its data needs."""
 
-    dataset: Literal["digits", "cifar10", "images"] = "images"
-    """the embedded digits, CIFAR-10, or a folder with one subfolder of images for each class"""
+    dataset: Literal["digits", "cifar10", "images", "latents"] = "images"
+    """the embedded digits, CIFAR-10, a folder with a subfolder of images for each class, or what ditx extract wrote"""
     data_path: str = ""
-    """where CIFAR-10 (its batches, an .npz or a folder) or the image folder lies"""
+    """where CIFAR-10 (its batches, an .npz or a folder), the image folder or the latents lie"""
+    vae: str = ""
+    """latents alone: what decodes the pictures (ft-ema, ft-mse, original, or a path); without it, none are drawn"""
     model: DiTConfig = field(default_factory=DiTConfig)
     objective: Literal["eps", "flow"] = "eps"
     """eps: the paper's noise and variance; flow: the velocity of flow matching (with --model.no-learn-sigma)"""
@@ -94,6 +98,13 @@ class Config:
     """how the pictures are drawn"""
 
 
+def paper(name: str, steps: int = 400_000, **changes: Any) -> Config:
+    """A run of the paper, on latents: what the defaults are made of, and pictures as in the released code."""
+    model = replace(DIT_CONFIGS[name], **changes)
+    sampling = SamplingConfig(guidance_scale=4.0, guidance_channels=3)
+    return Config(dataset="latents", model=model, steps=steps, sampling=sampling)
+
+
 PRESETS = {
     # 5,000 digits, legible after some minutes on two CPU cores: few tokens and small batches, so that there are many
     # updates, and times that lean towards the noise, where the shape of a digit is decided.
@@ -130,10 +141,29 @@ PRESETS = {
         model=replace(DIT_CONFIGS["DiT-B/4"], input_size=64, in_channels=3),
         sampling=SamplingConfig(guidance_scale=1.5),
     ),
+    # The paper's Table 4, with the FID-50K it reports: no guidance, 250 DDPM steps, the ft-MSE decoder.
+    "imagenet256-s8": paper("DiT-S/8"),  # 153.60
+    "imagenet256-s4": paper("DiT-S/4"),  # 100.41
+    "imagenet256-s2": paper("DiT-S/2"),  # 68.40
+    "imagenet256-b8": paper("DiT-B/8"),  # 122.74
+    "imagenet256-b4": paper("DiT-B/4"),  # 68.38
+    "imagenet256-b2": paper("DiT-B/2"),  # 43.47
+    "imagenet256-l8": paper("DiT-L/8"),  # 118.87
+    "imagenet256-l4": paper("DiT-L/4"),  # 45.64
+    "imagenet256-l2": paper("DiT-L/2"),  # 23.33
+    "imagenet256-xl8": paper("DiT-XL/8"),  # 106.41
+    "imagenet256-xl4": paper("DiT-XL/4"),  # 43.01
+    # 19.47 after 400,000 steps, 10.67 after 2,352,000, 9.62 after all; 2.27 with guidance 1.5 and the ft-EMA decoder.
+    "imagenet256-xl2": paper("DiT-XL/2", steps=7_000_000),
+    "imagenet256-xl2-in-context": paper("DiT-XL/2", block="in-context"),  # 35.24
+    "imagenet256-xl2-cross-attention": paper("DiT-XL/2", block="cross-attention"),  # 26.14
+    "imagenet256-xl2-adaln": paper("DiT-XL/2", block="adaln"),  # 25.21
+    # 11.93; with the ft-EMA decoder 12.03, and 3.04 with guidance 1.5.
+    "imagenet512-xl2": paper("DiT-XL/2", steps=3_000_000, input_size=64),
 }
 # What may differ when a run goes on: it changes neither the data nor the arithmetic (beyond rounding).
 FREE = {"preset", "run", "data_path", "log_every", "checkpoint_every", "keep", "sample_every", "sampling", "workers"}
-FREE |= {"mesh", "unroll", "remat"}
+FREE |= {"mesh", "unroll", "remat", "vae"}
 
 
 def parse(argv: list[str]) -> tuple[str, Config]:
@@ -159,6 +189,8 @@ def check(config: Config) -> None:
     for name in ("ema_decay", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it goes from 0 up to, not with, 1")
+    if config.vae and config.dataset != "latents":
+        raise ValueError(f"vae is {config.vae!r}, but dataset {config.dataset} is of pixels; leave it out")
     if config.objective == "flow" and config.model.learn_sigma:
         raise ValueError("objective flow predicts no variance; add --model.no-learn-sigma")
     if config.sample_every:
@@ -169,11 +201,13 @@ def open_data(config: Config, preset: str) -> tuple[data.Source, DiTConfig]:
     """The images, and the model with their number of classes and channels wherever no flag has set these."""
     size = config.model.input_size
     if config.dataset != "digits" and not config.data_path:
-        raise ValueError(f"dataset {config.dataset} needs --data-path, the place where the images lie")
+        raise ValueError(f"dataset {config.dataset} needs --data-path, the place where the {config.dataset} lie")
     if config.dataset == "digits":
         source = data.digits()
     elif config.dataset == "cifar10":
         source = data.cifar10(config.data_path)
+    elif config.dataset == "latents":
+        source = LatentSource(config.data_path)
     else:
         source = data.images(config.data_path, size)
     if len(source) == 0:
@@ -219,15 +253,27 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def make_picture(config: Config, mesh: Mesh) -> Callable[[DiT], Image]:
+def make_picture(config: Config, source: data.Source, mesh: Mesh) -> Callable[[DiT], Image] | None:
     """The function from averaged weights to a grid of samples: the same noise and up to ten classes every time."""
+    if not config.sample_every or (isinstance(source, LatentSource) and not config.vae):
+        return None
+    decode = None
+    if isinstance(source, LatentSource):
+        vae, name = load_vae(config.vae)
+        check_scale(vae, name, source.metadata["scale"])
+        decode = make_decode(vae, mesh)
     columns = min(config.model.num_classes, 10)
     count = -(-4 * columns // mesh.size) * mesh.size
     classes = np.linspace(0, config.model.num_classes - 1, columns).astype(np.int32)
     labels, keys = np.resize(classes, count), sample_keys(config.seed, 0, count)
     draw = make_draw(config.sampling, config.model, config.objective)
     compiled = jax.jit(lambda ema: draw(ema, jnp.asarray(labels), keys)[0], out_shardings=batch_sharding(mesh))
-    return lambda ema: pictures.grid(data.to_uint8(np.asarray(compiled(ema)))[: 4 * columns], columns)
+
+    def picture(ema):
+        samples = np.asarray(compiled(ema))
+        return pictures.grid(data.to_uint8(decode(samples) if decode else samples)[: 4 * columns], columns)
+
+    return picture
 
 
 def train(preset: str, config: Config) -> int:
@@ -239,7 +285,9 @@ def train(preset: str, config: Config) -> int:
     mesh = make_mesh(config.mesh)
     if config.batch_size % mesh.size:
         raise ValueError(f"batch_size is {config.batch_size}; make it a multiple of the {mesh.size} devices")
-    found = {"class_names": source.class_names, "data_checksum": source.checksum}
+    found: dict[str, Any] = {"class_names": source.class_names, "data_checksum": source.checksum}
+    if isinstance(source, LatentSource):
+        found["latents"] = {name: source.metadata[name] for name in ("vae", "scale", "image_size")}
     free = FREE | ({"steps"} if config.decay == "constant" else set())
     with runs.open_run(Path(config.run), {"preset": preset, **asdict(config), **found}, free=free):
         return fit(config, source, mesh)
@@ -248,6 +296,7 @@ def train(preset: str, config: Config) -> int:
 def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
     """Train in a folder that is this run's, and locked; returns the exit code."""
     run, model_config, size = Path(config.run), config.model, config.model.input_size
+    latent = isinstance(source, LatentSource)
     checkpoints, loss_picture = run / "checkpoints", run / "loss.png"
     print(
         f"model    DiT of {flops.parameters(model_config):,} parameters, {flops.macs(model_config) / 1e9:.3f} G"
@@ -258,7 +307,8 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
         f" ({', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())}), computing in {config.dtype}\n"
         f"plan     {config.steps:,} steps of {config.batch_size} images"
         f" ({config.steps * config.batch_size / len(source):,.1f} epochs)\n"
-        f"writes   {run}",
+        f"writes   {run}"
+        + ("; no pictures, for which latents need --vae" if latent and config.sample_every and not config.vae else ""),
         flush=True,
     )
 
@@ -278,10 +328,10 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
     abstract = place(jax.eval_shape(lambda key: create(key=key), init_key), mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     rows = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
-    batch = {
-        "x": rows((config.batch_size, size, size, model_config.in_channels), jnp.float32),
-        "y": rows((config.batch_size,), jnp.int32),
-    }
+    shape = (config.batch_size, size, size, model_config.in_channels)
+    batch = {"x": rows(shape, jnp.float16 if latent else jnp.float32), "y": rows(shape[:1], jnp.int32)}
+    if latent:
+        batch["std"] = rows(shape, jnp.float16)
     # Sums since the last line of metrics; checkpoints keep them, so that a resumed run writes the same lines.
     window = {name: np.zeros(()) for name in ("count", *jax.eval_shape(step_fn, abstract, batch, key)[1])}
 
@@ -306,7 +356,7 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
             aside = checkpoint.set_aside(checkpoints, step)
             print(f"warning: {sentence}; moved to {aside}, going back to step {start:,}", file=sys.stderr)
         print(f"goes on  from step {start:,}", flush=True)
-    draw_picture = make_picture(config, mesh) if config.sample_every else None
+    draw_picture = make_picture(config, source, mesh)
 
     def finish(state):
         """Write the pictures of the last step, where they are missing."""

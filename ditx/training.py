@@ -80,7 +80,8 @@ def train_step(
 ) -> tuple[TrainState, Terms]:
     """One update from `batch` (`x`, float `b h w c` in [-1, 1]; `y`, integer `b`); `key` is that of the whole run.
 
-    The network computes in `dtype`; weights, average, moments, objective and everything returned stay in float32.
+    With `std` beside it, `x` is the mean of latents, of which every step draws a fresh sample. The network computes in
+    `dtype`; weights, average, moments, objective and everything returned stay in float32.
     Returns the terms of the objective as means over the batch, and `grad_norm`.
     """
     config = state.model.config
@@ -89,16 +90,20 @@ def train_step(
     def mean_loss(model):
         model = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
 
-        def example(x0, y, key):
+        def example(x0, std, y, key):
             label_key, key = jax.random.split(key)
             y = drop_label(y, config, key=label_key)
+            if std is not None:
+                posterior_key, key = jax.random.split(key)
+                noise = jax.random.normal(posterior_key, x0.shape)
+                x0 = x0.astype(jnp.float32) + std.astype(jnp.float32) * noise
 
             def predict(x, t):
                 return model(x.astype(dtype), t, y, unroll=unroll, remat=remat).astype(jnp.float32)
 
             return objective(predict, x0, key)
 
-        terms = jax.tree.map(jnp.mean, jax.vmap(example)(batch["x"], batch["y"], keys))
+        terms = jax.tree.map(jnp.mean, jax.vmap(example)(batch["x"], batch.get("std"), batch["y"], keys))
         return terms["loss"], terms
 
     model: Any = state.model  # optax's annotations know no modules
