@@ -148,7 +148,12 @@ def draw_all(
         return samples, states[:, ::-stride][:, ::-1] if config.animate else None
 
     def to_images(samples):
-        return data.to_uint8(decode(np.asarray(samples)) if decode else np.asarray(samples))
+        samples = decode(np.asarray(samples)) if decode else np.asarray(samples)
+        if not np.isfinite(samples).all():
+            raise ValueError(
+                "samples are not finite numbers; try --dtype float32, a lower --guidance-scale, or more steps"
+            )
+        return data.to_uint8(samples)
 
     compiled = jax.jit(run_batch, in_shardings=(None, rows, rows), out_shardings=rows)
     images, frames = [], []

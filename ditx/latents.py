@@ -4,9 +4,11 @@ import json
 import os
 import zlib
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypedDict
@@ -24,20 +26,21 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
-def pack(latents: Float16[np.ndarray, "2 2 h w c"], label: int, name: str) -> bytes:
-    """The record of one image: [image | mirror][mean | std] in float16, its label in 4 bytes, the name of its file.
+def pack(latent: Float16[np.ndarray, "2 h w c"], label: int, name: str) -> bytes:
+    """One record: [mean | standard deviation] in float16, the label in 4 bytes, the name of the image's file.
 
-    Numbers are little-endian; the name, behind them to the end, is UTF-8.
+    Numbers are little-endian; the name, behind them to the end, is UTF-8. An image's record is followed by that of its
+    mirror image. They are two, since only one of them is wanted at a time.
     """
-    return latents.astype("<f2").tobytes() + label.to_bytes(4, "little") + os.fsencode(name)
+    return latent.astype("<f2").tobytes() + label.to_bytes(4, "little") + os.fsencode(name)
 
 
-def unpack(record: bytes, shape: tuple[int, int, int]) -> tuple[Float16[np.ndarray, "2 2 h w c"], int, str]:
+def unpack(record: bytes, shape: tuple[int, int, int]) -> tuple[Float16[np.ndarray, "2 h w c"], int, str]:
     """What `pack` was given, for latents of `shape`. Raises ValueError for a record that is too short."""
-    count = 4 * int(np.prod(shape))
-    latents = np.frombuffer(record, "<f2", count).reshape(2, 2, *shape).astype(np.float16)
+    count = 2 * int(np.prod(shape))
+    latent = np.frombuffer(record, "<f2", count).reshape(2, *shape).astype(np.float16)
     label = int(np.frombuffer(record, "<i4", 1, 2 * count)[0])
-    return latents, label, os.fsdecode(record[2 * count + 4 :])
+    return latent, label, os.fsdecode(record[2 * count + 4 :])
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Shard:
     """A finished shard, as the JSON file beside it has it."""
 
     count: int
-    """records in it"""
+    """images in it, of which each has two records"""
     size: int
     """bytes of its file"""
     checksum: int
@@ -84,13 +87,16 @@ class ShardWriter:
         self._skipped: dict[str, str] = {}
         self._writer = ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
 
-    def write(self, record: bytes) -> None:
-        """Append a record."""
-        self._count, self._checksum = self._count + 1, zlib.crc32(record, self._checksum)
-        try:
-            self._writer.write(record)
-        except RuntimeError as error:
-            raise OSError(f"cannot write {self._partial}: {error}") from error
+    def write(self, latents: Float16[np.ndarray, "2 2 h w c"], label: int, name: str) -> None:
+        """Append [image | mirror image] as `pack` takes each."""
+        self._count += 1
+        for latent in latents:
+            record = pack(latent, label, name)
+            self._checksum = zlib.crc32(record, self._checksum)
+            try:
+                self._writer.write(record)
+            except RuntimeError as error:
+                raise OSError(f"cannot write {self._partial}: {error}") from error
 
     def skip(self, name: str, reason: str) -> None:
         """Leave out a file."""
@@ -143,7 +149,6 @@ class LatentSource:
     """all that is known of them: `vae`, `scale`, `image_size`, `skipped`, ..."""
     _starts: list[int] = field(init=False, repr=False)
     """number of the first record of each shard, and of all records"""
-    _readers: dict[int, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
         metadata = _read_metadata(Path(self.path))
@@ -166,28 +171,37 @@ class LatentSource:
                 raise self._damaged(index, "it is missing") from error
             if size != shard["size"]:
                 raise self._damaged(index, f"it has {size:,} bytes, not {shard['size']:,}")
-            count = self._reader(index).num_records()
-            if count != shard["count"]:
-                raise self._damaged(index, f"it has {count:,} records, not {shard['count']:,}")
+        for index, (shard, reader) in enumerate(zip(shards, self._readers, strict=True)):
+            if reader.num_records() != 2 * shard["count"]:
+                raise self._damaged(index, f"it has {reader.num_records():,} records, not {2 * shard['count']:,}")
+
+    @cached_property
+    def _readers(self) -> list[Any]:
+        # Each holds the index of its records; every process opens its own.
+        return [ArrayRecordReader(str(self._file(k)), READER_OPTIONS) for k in range(len(self.metadata["shards"]))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_readers"}
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The `latents` of one image and its mirror image, as `pack` takes them, its `label` and its file's `name`."""
-        latents, label, name = unpack(self._record(range(len(self))[index]), self.image_shape)
-        return {"latents": latents, "label": label, "name": name}
+        """The `latents` [image | mirror image][mean | standard deviation] of one image, its `label` and `name`."""
+        image = range(len(self))[index]
+        pair = [unpack(record, self.image_shape) for record in self._records([(image, False), (image, True)])]
+        return {"latents": np.stack([latent for latent, _, _ in pair]), "label": pair[0][1], "name": pair[0][2]}
 
     def take(self, indices: Int[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]) -> LatentBatch:
         """The latents at `indices`, those of the mirror images where so said."""
         x, y = np.empty((2, len(indices), *self.image_shape), np.float16), np.empty(len(indices), np.int32)
-        half = x[:, 0].nbytes
+        size = x[:, 0].nbytes
 
         def fill(rows):
-            for row, index, mirror in zip(*(a.tolist() for a in (rows, indices[rows], mirrored[rows])), strict=True):
-                record = self._record(index)
-                x[:, row] = np.ndarray((2, *self.image_shape), "<f2", record, half * mirror)
-                y[row] = int.from_bytes(record[2 * half : 2 * half + 4], "little")
+            wanted = zip(indices[rows].tolist(), mirrored[rows].tolist(), strict=True)
+            for row, record in zip(rows.tolist(), self._records(wanted), strict=True):
+                x[:, row] = np.ndarray((2, *self.image_shape), "<f2", record)
+                y[row] = int.from_bytes(record[size : size + 4], "little")
 
         # More threads than these take longer over what lies in memory, and little less over a disk.
         threads = min(8, os.cpu_count() or 1)
@@ -195,29 +209,21 @@ class LatentSource:
             list(pool.map(fill, np.array_split(np.arange(len(indices)), threads)))
         return {"x": x[0], "std": x[1], "y": y}
 
-    def _record(self, index: int) -> bytes:
-        shard = bisect_right(self._starts, index) - 1
-        try:
-            # Not many at a time: for them, ArrayRecord wakes threads of its own, at twice the cost of reading.
-            return self._reader(shard).read([index - self._starts[shard]])[0]
-        except RuntimeError as error:
-            raise self._damaged(shard, str(error)) from error
+    def _records(self, wanted: Iterable[tuple[int, bool]]) -> Iterator[bytes]:
+        for index, mirrored in wanted:
+            shard = bisect_right(self._starts, index) - 1
+            try:
+                # Not many at a time: for them, ArrayRecord wakes threads of its own, at twice the cost of reading.
+                yield self._readers[shard].read([2 * (index - self._starts[shard]) + mirrored])[0]
+            except RuntimeError as error:
+                raise self._damaged(shard, str(error)) from error
 
     def _file(self, shard: int) -> Path:
         return shard_path(Path(self.path), shard, len(self.metadata["shards"]))
 
-    def _reader(self, shard: int) -> Any:
-        # Opened once in every process, the index of its records with it.
-        if shard not in self._readers:
-            self._readers[shard] = ArrayRecordReader(str(self._file(shard)), READER_OPTIONS)
-        return self._readers[shard]
-
     def _damaged(self, shard: int, what: str) -> ValueError:
         remedy = "without it, the same `ditx extract` makes it again"
         return ValueError(f"shard {self._file(shard)} cannot be used ({what}); {remedy}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_readers": {}}
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

