@@ -96,7 +96,10 @@ def read_labels(names: tuple[str, ...], class_names: tuple[str, ...]) -> list[in
 
 
 def outputs(source: Path, config: Config) -> dict[str, Path]:
-    """Where each kind of result goes. Raises ValueError if one of them is there already."""
+    """Where each kind of result goes, the grid's file made already, so that nobody else takes the name.
+
+    Raises ValueError if one of them is there already.
+    """
     grid = Path(config.out) if config.out else None
     if grid is None:
         folder = source if pretrained.is_run(source) else Path("samples") / source.stem
@@ -112,6 +115,12 @@ def outputs(source: Path, config: Config) -> dict[str, Path]:
         if path.exists():
             raise ValueError(f"{path} exists already; choose another --out")
     grid.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        grid.open("xb").close()
+    except FileExistsError as error:
+        if config.out:
+            raise ValueError(f"{grid} exists already; choose another --out") from error
+        return outputs(source, config)  # another process was quicker; the next name
     return wanted
 
 
@@ -194,7 +203,11 @@ def sample(argv: list[str]) -> int:
         f" {config.sampling.guidance_scale} on {guided} of {channels} channels, computing in {config.dtype}",
         flush=True,
     )
-    images, frames = draw_all(network, decode, described.objective, config, labels, mesh)
+    try:
+        images, frames = draw_all(network, decode, described.objective, config, labels, mesh)
+    except BaseException:
+        paths["grid"].unlink()  # empty as yet
+        raise
 
     columns = min(num, len(wanted) if len(wanted) <= 20 else math.isqrt(num - 1) + 1)
     pictures.grid(images, columns).save(paths["grid"])

@@ -121,7 +121,7 @@ _OLD_NAMES = {"qkv": ("query", "key", "value"), "out": ("proj_attn",)}
 
 
 def dit_from_torch(state_dict: StateDict, config: DiTConfig) -> DiT:
-    """Read a network from the layout of the authors' checkpoints (their fixed `pos_embed` is ignored).
+    """Read a network from the layout of the authors' checkpoints (their `pos_embed`, `fixed_positions`, is ignored).
 
     Raises ValueError with all missing, surplus and mis-shaped names at once, or if the layout has no such blocks.
     """
@@ -133,9 +133,7 @@ def dit_to_torch(model: DiT) -> dict[str, np.ndarray]:
 
     Raises ValueError if the layout has no such blocks.
     """
-    config = model.config
-    positions = grid_positions(config.input_size // config.patch_size, config.hidden_size)
-    return {"pos_embed": positions[None].astype(np.float32), **_write(model, _DIT, _dit_fields(config))}
+    return {"pos_embed": fixed_positions(model.config), **_write(model, _DIT, _dit_fields(model.config))}
 
 
 def dit_from_diffusers(state_dict: StateDict, config: DiTConfig, *, frequency_shift: int = 1) -> DiT:
@@ -182,6 +180,11 @@ def vae_to_torch(model: AutoencoderKL) -> dict[str, np.ndarray]:
 
 def _abstract_dit(config: DiTConfig) -> DiT:
     return jax.eval_shape(lambda key: DiT(config, key=key), jax.random.key(0))
+
+
+def fixed_positions(config: DiTConfig) -> np.ndarray:
+    """The `pos_embed` of the authors' checkpoints, of shape (1, n, d), which we compute and do not keep."""
+    return grid_positions(config.input_size // config.patch_size, config.hidden_size)[None].astype(np.float32)
 
 
 def _own(model: DiT) -> Layout:

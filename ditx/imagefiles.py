@@ -1,14 +1,18 @@
-"""Image files: finding those of a folder, reading them, and the crop of the paper."""
+"""Image files: finding those of a folder, in order and in shards, reading them, and the crop of the paper."""
 
+import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from jaxtyping import Int32, UInt8
 
+MAX_SHARDS = 500  # A reader holds all of them open, and often no more than 1,024 files may be.
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -72,3 +76,48 @@ def read(path: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
         if "transparency" in image.info:  # which Pillow drops with a warning otherwise
             image = image.convert("RGBA")
         return np.asarray(centre_crop(image.convert("RGB"), size))
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a folder in the order of their names, as many as `shard_size` in a row to a shard."""
+
+    files: list[str]
+    names: list[str]
+    """the files' paths within the folder"""
+    labels: Int32[np.ndarray, "n"]
+    class_names: tuple[str, ...]
+    shard_size: int
+
+    @classmethod
+    def find(cls, folder: str, shard_size: int) -> "Images":
+        """List a folder. Raises ValueError if it does not hold a subfolder of images for each class."""
+        root = Path(folder).absolute()
+        files, labels, class_names = listing(root)
+        names = [file[len(str(root)) + 1 :] for file in files]
+        size = shard_size or max(64, -(-len(files) // 200))
+        if len(files) > MAX_SHARDS * size:
+            least = -(-len(files) // MAX_SHARDS)
+            raise ValueError(f"shard_size {size} makes more than {MAX_SHARDS} shards; give {least} or more")
+        return cls(files, names, labels, class_names, size)
+
+    @property
+    def shards(self) -> range:
+        """The numbers of all shards."""
+        return range(-(-len(self.files) // self.shard_size))
+
+    def numbers(self, shard: int) -> range:
+        """The numbers of the images of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.files)))
+
+    def checksum(self, shard: int) -> int:
+        """CRC-32 of the names and sizes of the files of a shard."""
+        told = [(self.names[n], _size(self.files[n])) for n in self.numbers(shard)]
+        return zlib.crc32(json.dumps(told).encode())
+
+
+def _size(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1

@@ -232,6 +232,12 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         metadata = json.loads((folder / METADATA).read_text())
         if metadata["format"] != FORMAT:
             raise ValueError(f"its format is {metadata['format']}, and this ditx reads {FORMAT}")
+        for name, kind in {"shape": list, "class_names": list, "shards": list, "vae": str, "scale": float}.items():
+            if not isinstance(metadata[name], kind):
+                raise ValueError(f"its {name} is {metadata[name]!r}")
+        for shard in metadata["shards"]:
+            if not all(isinstance(shard[name], int) for name in ("count", "size", "checksum")):
+                raise ValueError(f"it describes a shard as {shard}")
     except FileNotFoundError as error:
         if (folder / PLAN).exists():
             raise ValueError(f"{folder} is unfinished; run the same `ditx extract` again, which goes on") from error

@@ -1,9 +1,11 @@
 """Trained networks, wherever they come from: our runs, our files, those of the authors and of diffusers, or the hub."""
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 from ditx import checkpoint, convert, imagenet, runs, weights
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.nn.vae import AutoencoderKL, VAEConfig
-from ditx.sampling import SamplingConfig
+from ditx.sampling import OBJECTIVE_SAMPLERS, SamplingConfig
 from ditx.weights import WeightFile
 
 # Where the three decoders of the paper's Table 5 lie on the Hugging Face hub.
@@ -43,10 +45,10 @@ class Description:
     """that autoencoder's scale, where it is known"""
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any], source: object) -> "Description":
-        """From the fields of a run's configuration. Raises ValueError if another version of ditx wrote them."""
+    def of(cls, fields: Any, source: object) -> "Description":
+        """From the fields of a run's configuration. Raises ValueError if they are none of this version's."""
         try:
-            return cls(
+            described = cls(
                 DiTConfig(**fields["model"]),
                 fields["objective"],
                 SamplingConfig(**fields["sampling"]),
@@ -54,21 +56,34 @@ class Description:
                 fields.get("vae") or fields.get("latents", {}).get("vae", "").rsplit(" (CRC-32", 1)[0],
                 fields.get("latent_scale") or fields.get("latents", {}).get("scale"),
             )
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{source} was written by another version of ditx ({error})") from error
+            if described.objective not in OBJECTIVE_SAMPLERS:
+                raise ValueError(f"objective is {described.objective!r}")
+            if len(described.class_names) != described.model.num_classes:
+                raise ValueError(f"{len(described.class_names)} class names for {described.model.num_classes} classes")
+            return described
+        except Exception as error:  # Of checked types, too, which raise their own kind.
+            what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            raise ValueError(f"{source} was written by another version of ditx, or is damaged ({what})") from error
 
 
 def describe(source: Path, **overrides: int) -> Description:
     """Describe a run's folder or a file of weights, without reading the weights.
 
     `overrides` are fields of `DiTConfig` that files of other programs do not tell: `num_heads` for widths that were
-    never published, `num_classes` where the label table has no null row, `frequency_shift`.
+    never published, `num_classes` where the label table has no null row, `input_size`, `frequency_shift`.
     """
+    fields, file, config = None, None, None
     if is_run(source):
-        return Description.of(runs.read_config(source), source)
-    file, config = _open(source)
-    if _layout(source, file) == "ditx":
-        return Description.of(json.loads(file.metadata[_METADATA]), source)
+        fields = runs.read_config(source)
+    else:
+        file, config = _open(source)
+        if _layout(source, file) == "ditx":
+            with suppress(ValueError):  # Such fields are of no description, as is said below.
+                fields = json.loads(file.metadata[_METADATA])
+    if file is None or _METADATA in file.metadata:
+        if overrides:
+            raise ValueError(f"{source} tells {', '.join(overrides)} itself; leave that out")
+        return Description.of(fields, source)
     model = _infer(source, file.tensors, config, overrides)
     # The settings of the authors' sample.py.
     sampling = SamplingConfig(sampler="ddpm", steps=250, guidance_scale=4.0, guidance_channels=3)
@@ -100,7 +115,16 @@ def load(source: Path, description: Description, places: Any = None) -> tuple[Di
     if layout == "ditx":
         model = convert.dit_from_arrays(file.tensors, description.model)
     elif layout == "authors":
-        model = convert.dit_from_torch(file.tensors, description.model)
+        model, fixed = (
+            convert.dit_from_torch(file.tensors, description.model),
+            convert.fixed_positions(description.model),
+        )
+        found = file.tensors.get("pos_embed", fixed)
+        if found.shape != fixed.shape or not np.allclose(found, fixed, atol=1e-3):  # as much as half precision may lose
+            raise ValueError(
+                f"{source} has a pos_embed of {found.shape} that is not the sine-cosine one of {fixed.shape}; a network"
+                " with positions of its own is not supported"
+            )
     else:
         shift = description.model.frequency_shift
         model = convert.dit_from_diffusers(file.tensors, description.model, frequency_shift=shift)
@@ -120,7 +144,8 @@ def load_vae(source: str) -> tuple[AutoencoderKL, str]:
     Also returns its name or path with the CRC-32 of its weights. Its shape is read from the `config.json` beside the
     weights, and is Stable Diffusion's where there is none.
     """
-    if source in VAES and not Path(source).exists():
+    by_name = source in VAES and not Path(source).exists()
+    if by_name:
         file, config = weights.read(weights.fetch(*VAES[source])), None
     elif not Path(source).exists():
         raise ValueError(f"there is no autoencoder {source!r}; give {', '.join(VAES)}, or the path of a file or folder")
@@ -130,7 +155,7 @@ def load_vae(source: str) -> tuple[AutoencoderKL, str]:
     crc = 0
     for leaf in jax.tree.leaves(model):
         crc = zlib.crc32(np.asarray(leaf).data, crc)
-    return model, f"{source} (CRC-32 {crc:08x})"
+    return model, f"{source if by_name else Path(source).absolute()} (CRC-32 {crc:08x})"
 
 
 def check_scale(vae: AutoencoderKL, name: str, scale: float | None) -> None:
@@ -172,10 +197,12 @@ def _open(source: Path, part: str = "transformer") -> tuple[WeightFile, dict[str
 def _layout(source: Path, file: WeightFile) -> str:
     if _METADATA in file.metadata:
         return "ditx"
-    if "x_embedder.proj.weight" in file.tensors:
-        return "authors"
-    if "pos_embed.proj.weight" in file.tensors:
-        return "diffusers"
+    for layout, beginnings in {
+        "diffusers": ("transformer_blocks.", "pos_embed.proj.", "proj_out_"),
+        "authors": ("x_embedder.", "t_embedder.", "y_embedder.", "blocks.", "final_layer."),
+    }.items():
+        if any(name.startswith(beginnings) for name in file.tensors):
+            return layout
     some = ", ".join(list(file.tensors)[:3])
     raise ValueError(f"{source} holds no DiT of ditx, of the authors or of diffusers; its tensors are {some}, ...")
 
@@ -183,49 +210,81 @@ def _layout(source: Path, file: WeightFile) -> str:
 def _infer(
     source: Path, tensors: Mapping[str, np.ndarray], config: dict[str, Any] | None, overrides: dict[str, int]
 ) -> DiTConfig:
-    """The configuration that the shapes of another program's weights tell."""
-    authors = "x_embedder.proj.weight" in tensors
-    names = (
-        (
-            "x_embedder.proj.weight",
-            "y_embedder.embedding_table.weight",
-            "blocks.0.mlp.fc1.bias",
-            "final_layer.linear.bias",
-        )
+    """The configuration that the shapes of another program's weights tell.
+
+    What tensors that are missing or mis-shaped would tell is that of DiT-XL/2, so that reading can name all faults.
+    """
+
+    def shape(name, rank):
+        found = tensors[name].shape if name in tensors else ()
+        return found if len(found) == rank and all(found) else None
+
+    given = config or {}
+    authors = not any(name.startswith("transformer_blocks.") for name in tensors)
+    time, label, mlp, final, patch = (
+        ("t_embedder.mlp.2", "y_embedder", "blocks.0.mlp.fc1", "final_layer.linear", "x_embedder.proj")
         if authors
         else (
-            "pos_embed.proj.weight",
-            "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
-            "transformer_blocks.0.ff.net.0.proj.bias",
-            "proj_out_2.bias",
+            "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2",
+            "transformer_blocks.0.norm1.emb.class_embedder",
+            "transformer_blocks.0.ff.net.0.proj",
+            "proj_out_2",
+            "pos_embed.proj",
         )
     )
-    missing = [name for name in names if name not in tensors]
-    if missing:
-        raise ValueError(f"{source} is no complete DiT: {', '.join(missing)} missing among {len(tensors)} tensors")
-    (width, channels, patch, _), (rows, _), (mlp,), (out,) = (tensors[name].shape for name in names)
-    depth = len({found[1] for name in tensors if (found := re.match(r"(?:transformer_)?blocks\.(\d+)\.", name))})
-    given = config or {}
-    heads = overrides.get("num_heads") or given.get("num_attention_heads") or _HEADS.get(width)
+    (width,) = shape(f"{time}.bias", 1) or (1152,)
+    _, channels, side, _ = shape(f"{patch}.weight", 4) or (width, 4, 2, 2)
+    rows, _ = shape(f"{label}.embedding_table.weight", 2) or (1001, width)
+    (mlp_size,) = shape(f"{mlp}.bias", 1) or (4 * width,)
+    (out,) = shape(f"{final}.bias", 1) or (2 * channels * side**2,)
+    numbers = [int(found[1]) for name in tensors if (found := re.match(r"(?:transformer_)?blocks\.(\d{1,4})\.", name))]
+    fields: dict[str, Any] = {
+        "patch_size": side,
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": max(numbers, default=27) + 1,
+        "mlp_ratio": mlp_size / width,
+        "learn_sigma": out == 2 * channels * side**2,
+        "frequency_shift": overrides.get("frequency_shift", 0 if authors else 1),
+    }
+    if config is not None:
+        _check_transformer(source, config, fields)
+    heads: Any = overrides.get("num_heads", given.get("num_attention_heads", _HEADS.get(width)))
     if heads is None:
         raise ValueError(f"{source} has width {width}, for which no number of heads is known; convert with --num-heads")
-    side = (
-        round(tensors["pos_embed"].shape[1] ** 0.5) * patch if "pos_embed" in tensors else given.get("sample_size", 32)
-    )
-    classes = overrides.get("num_classes") or given.get("num_embeds_ada_norm") or rows - 1
-    return DiTConfig(
-        input_size=side,
-        patch_size=patch,
-        in_channels=channels,
-        hidden_size=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=mlp / width,
-        num_classes=classes,
-        label_dropout=0.1 if rows > classes else 0.0,
-        learn_sigma=out == 2 * channels * patch**2,
-        frequency_shift=overrides.get("frequency_shift", 0 if authors else 1),
-    )
+    positions = shape("pos_embed", 3)
+    size: Any = overrides.get("input_size", given.get("sample_size"))
+    if size is None and authors:
+        size = math.isqrt(positions[1]) * side if positions else 32
+    if size is None:
+        raise ValueError(f"{source} does not tell its input size; put its config.json beside it, or give --input-size")
+    classes: Any = overrides.get("num_classes", given.get("num_embeds_ada_norm", rows - 1))
+    for name, value in {"num_heads": heads, "input_size": size, "num_classes": classes}.items():
+        if not isinstance(value, int):
+            raise ValueError(f"{source} has {name} {value!r}, which is no whole number; mend its config.json")
+    dropout = 0.1 if rows > classes else 0.0
+    return DiTConfig(input_size=size, num_heads=heads, num_classes=classes, label_dropout=dropout, **fields)
+
+
+def _check_transformer(source: Path, config: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Raise ValueError where diffusers' description is of another network than a DiT, or than the weights beside it."""
+    width, heads = fields["hidden_size"], config.get("num_attention_heads")
+    expected = {
+        "_class_name": "DiTTransformer2DModel",
+        "activation_fn": "gelu-approximate",
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+        "attention_bias": True,
+        "num_layers": fields["depth"],
+        "patch_size": fields["patch_size"],
+        "in_channels": fields["in_channels"],
+        "attention_head_dim": width // heads if isinstance(heads, int) and heads > 0 else None,
+    }
+    differing = [f"{name} {config[name]!r}" for name, value in expected.items() if config.get(name, value) != value]
+    if not 0.5e-6 < float(config.get("norm_eps", 1e-6)) < 2e-6:
+        differing.append(f"norm_eps {config['norm_eps']}")
+    if differing:
+        raise ValueError(f"the config.json of {source} is not that of such a DiT: {', '.join(differing)}")
 
 
 def _vae_config(source: str, config: dict[str, Any]) -> VAEConfig:
@@ -251,5 +310,11 @@ def _vae_config(source: str, config: dict[str, Any]) -> VAEConfig:
         "scaling_factor": "scale",
     }
     fields = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
-    fields |= {"block_channels": tuple(fields["block_channels"])} if "block_channels" in fields else {}
+    for name, value in fields.items():
+        values = value if name == "block_channels" and isinstance(value, list) else [value]
+        kind = int | float if name == "scale" else int
+        if not all(isinstance(each, kind) and not isinstance(each, bool) and math.isfinite(each) for each in values):
+            raise ValueError(f"the autoencoder {source} has {name} {value!r} in its config.json; mend that")
+    if "block_channels" in fields:
+        fields["block_channels"] = tuple(np.atleast_1d(fields["block_channels"]).tolist())
     return VAEConfig(**fields)

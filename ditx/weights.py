@@ -321,10 +321,10 @@ def _new_file(path: PathLike) -> Iterator[BinaryIO]:
     if os.path.lexists(path):
         raise ValueError(f"{name} is there already, and is not overwritten; remove it or give another path")
     try:
-        with open(f"{name}.partial", "wb") as file:
+        with open(f"{name}.{os.getpid()}.partial", "xb") as file:  # The user's own may end in .partial.
             yield file
-        os.rename(f"{name}.partial", path)
+        os.rename(file.name, path)
     except OSError as error:
         raise OSError(f"cannot write {name} ({_line(error)}); make room or give another path") from error
     finally:
-        Path(f"{name}.partial").unlink(missing_ok=True)
+        Path(f"{name}.{os.getpid()}.partial").unlink(missing_ok=True)

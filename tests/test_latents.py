@@ -33,8 +33,8 @@ def write(folder, counts, **changes):
                 number += 1
             shard = writer.finish(0)
         shards.append({name: getattr(shard, name) for name in ("count", "size", "checksum")})
-    metadata = {"format": 1, "shape": SHAPE, "class_names": list("0123456789"), "shards": shards, "vae": "a"}
-    (folder / "metadata.json").write_text(json.dumps(metadata | changes))
+    metadata = {"format": 1, "shape": SHAPE, "class_names": list("0123456789"), "shards": shards}
+    (folder / "metadata.json").write_text(json.dumps(metadata | {"vae": "a", "scale": 0.5} | changes))
     return folder
 
 

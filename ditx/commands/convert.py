@@ -8,8 +8,9 @@ from typing import Literal
 import tyro
 
 from ditx import convert, pretrained, weights
-from ditx.nn.dit import DiTConfig
+from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 
+OVERRIDES = ("num_heads", "num_classes", "input_size", "frequency_shift")
 SUFFIXES = {"ditx": (".safetensors",), "authors": (".pt", ".safetensors"), "diffusers": ("",)}
 
 
@@ -27,6 +28,8 @@ class Config:
     """of a source that does not tell, with a width that was never published"""
     num_classes: int | None = None
     """of a source that was trained without a null label; else its label table has one row more than classes"""
+    input_size: int | None = None
+    """of a file from diffusers without its config.json: side of the latents"""
     frequency_shift: int | None = None
     """of a source from diffusers: 0 if its weights were trained in the authors' program and then converted"""
 
@@ -43,11 +46,24 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"the target is {target}; a name for the layout of {to} has {wanted}")
     if target.exists():
         raise ValueError(f"{target} exists already; choose another name")
-    overrides = {name: getattr(config, name) for name in ("num_heads", "num_classes", "frequency_shift")}
+    overrides = {name: getattr(config, name) for name in OVERRIDES}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     description = pretrained.describe(source, **overrides)
+    if to != "ditx" and description.objective != "eps":
+        raise ValueError(
+            f"{source} was trained with objective {description.objective}, which the layout of {to} cannot tell; write"
+            " a .safetensors of ours"
+        )
     model, note = pretrained.load(source, description)
     print(f"read     {note}", flush=True)
+    known = {(c.hidden_size, c.depth) for c in DIT_CONFIGS.values()}
+    if (
+        model.config.hidden_size in {width for width, _ in known}
+        and (model.config.hidden_size, model.config.depth) not in known
+    ):
+        print(f"note     {model.config.depth} blocks of width {model.config.hidden_size} are no published network")
+    if to != "ditx" and model.config.null_label is None:
+        print(f"note     it has no null label, which the layout of {to} cannot tell; read it with --num-classes")
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "ditx":
         pretrained.write(target, model, description)

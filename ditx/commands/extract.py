@@ -1,7 +1,6 @@
 """`ditx extract IMAGES OUT`: a folder of images into shards of latents, for `train.py` to train on."""
 
 import json
-import os
 import signal
 import sys
 import time
@@ -18,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float16, Int32, UInt8
+from jaxtyping import Array, Float16, UInt8
 from tqdm import tqdm
 
-from ditx import data, imagefiles, latents, runs
+from ditx import data, latents, runs
+from ditx.imagefiles import Images
 from ditx.nn.vae import AutoencoderKL
 from ditx.pretrained import load_vae
 
@@ -66,40 +66,6 @@ class Config:
             raise ValueError(f"{self.out} lies in the folder of images, whose subfolders are classes; choose another")
 
 
-@dataclass(frozen=True)
-class Images:
-    """The images of a folder in the order of their names, as many as `shard_size` in a row to a shard."""
-
-    files: list[str]
-    names: list[str]
-    """the files' paths within the folder"""
-    labels: Int32[np.ndarray, "n"]
-    class_names: tuple[str, ...]
-    shard_size: int
-
-    @classmethod
-    def find(cls, folder: str, shard_size: int) -> "Images":
-        """List a folder. Raises ValueError if it does not hold a subfolder of images for each class."""
-        root = Path(folder).absolute()
-        files, labels, class_names = imagefiles.listing(root)
-        names = [file[len(str(root)) + 1 :] for file in files]
-        return cls(files, names, labels, class_names, shard_size or max(64, -(-len(files) // 200)))
-
-    @property
-    def shards(self) -> range:
-        """The numbers of all shards."""
-        return range(-(-len(self.files) // self.shard_size))
-
-    def numbers(self, shard: int) -> range:
-        """The numbers of the images of a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.files)))
-
-    def checksum(self, shard: int) -> int:
-        """CRC-32 of the names and sizes of the files of a shard."""
-        told = [(self.names[n], _size(self.files[n])) for n in self.numbers(shard)]
-        return zlib.crc32(json.dumps(told).encode())
-
-
 def main(argv: list[str]) -> int:
     """Encode what is missing; returns the exit code. Raises ValueError or OSError for what a user can mend."""
     config = tyro.cli(Config, args=argv, prog="ditx extract", description="Images to latents, for train.py.")
@@ -124,7 +90,9 @@ def main(argv: list[str]) -> int:
     }
     open_folder(out, plan)
     mine = images.shards[index::count]
-    missing = [shard for shard in mine if not is_done(out, images, shard)]
+    missing = [shard for shard in mine if not is_done(out, images, shard, strict=config.strict)]
+    if missing:  # What describes the shards holds no longer, should one be made anew.
+        (out / latents.METADATA).unlink(missing_ok=True)
     left, total = (sum(len(images.numbers(shard)) for shard in shards) for shards in (missing, mine))
     print(
         f"images   {len(images.files):,} of {len(images.class_names):,} classes, cut to {config.size}x{config.size}\n"
@@ -146,13 +114,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _size(file: str) -> int:
-    try:
-        return os.stat(file).st_size
-    except OSError:
-        return -1
-
-
 def open_folder(out: Path, plan: dict[str, Any]) -> None:
     """Make the folder of a new extraction, or check that `out` holds the one planned.
 
@@ -164,7 +125,12 @@ def open_folder(out: Path, plan: dict[str, Any]) -> None:
     (out / "shards").mkdir(parents=True, exist_ok=True)
     with runs.lock(out / "lock"):  # of processes that start together, one makes the plan
         if file.exists():
-            changed = runs.changes(json.loads(file.read_text()), plan)
+            try:
+                before = dict.fromkeys(plan) | json.loads(file.read_text())
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{file} is damaged ({error}); extract into another folder") from error
+            # The weights are told by their checksum, wherever they lie now.
+            changed = runs.changes(before | {"vae": _checksum(before)}, plan | {"vae": _checksum(plan)})
             if changed:
                 raise ValueError(
                     f"{out} holds other latents: {changed}; give their flags and images, or another folder"
@@ -173,10 +139,14 @@ def open_folder(out: Path, plan: dict[str, Any]) -> None:
             runs.write(file, json.dumps(plan, indent=2) + "\n")
 
 
-def is_done(out: Path, images: Images, shard: int) -> bool:
-    """Whether a shard is finished, as it was written, and of the files that are there now."""
+def _checksum(plan: dict[str, Any]) -> str:
+    return str(plan.get("vae")).rsplit(" ", 1)[-1].rstrip(")")
+
+
+def is_done(out: Path, images: Images, shard: int, *, strict: bool = False) -> bool:
+    """Whether a shard is finished, as it was written, of the files that are there now and, if `strict`, of them all."""
     found = latents.read_shard(latents.shard_path(out, shard, len(images.shards)))
-    return found is not None and found.files_checksum == images.checksum(shard)
+    return found is not None and found.files_checksum == images.checksum(shard) and not (strict and found.skipped)
 
 
 def extract(config: Config, images: Images, vae: AutoencoderKL, missing: list[int], total: int) -> None:
@@ -251,7 +221,10 @@ def encode(vae: AutoencoderKL, pixels: UInt8[Array, "b h w 3"]) -> Float16[Array
 
 def finish(out: Path, images: Images, plan: dict[str, Any], vae: AutoencoderKL) -> None:
     """Say what was made and, if all shards are there, describe them, which makes them a data set."""
-    found = [latents.read_shard(latents.shard_path(out, shard, len(images.shards))) for shard in images.shards]
+    found = [
+        latents.read_shard(latents.shard_path(out, shard, len(images.shards))) if is_done(out, images, shard) else None
+        for shard in images.shards
+    ]
     shards = [shard for shard in found if shard is not None]
     if len(shards) < len(found):
         print(f"done     this part; {len(found) - len(shards):,} of {len(found):,} shards are left to other processes")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pickle
@@ -123,3 +124,91 @@ def test_mistakes_are_one_sentence(run, released, tmp_path):
         code, said = run.ditx("convert", *arguments)
         assert code == 2 and sentence in said and "Traceback" not in said, said
     assert (tmp_path / "taken.safetensors").read_text() == "mine" and not new.exists()
+
+
+def test_what_a_layout_cannot_tell_is_refused_or_said(run, tmp_path):
+    config = ditx.DiTConfig(8, 2, 4, 24, 2, 2, num_classes=3, label_dropout=0.0)
+    names = ("a", "b", "c")
+    for objective, dropout in (("flow", 0.1), ("eps", 0.0)):
+        network = random_dit(dataclasses.replace(config, label_dropout=dropout))
+        described = Description(network.config, objective, SamplingConfig(steps=3), names)
+        pretrained.write(tmp_path / f"{objective}.safetensors", network, described)
+    code, said = run.ditx("convert", tmp_path / "flow.safetensors", tmp_path / "flow.pt")
+    assert code == 2 and "objective flow, which the layout of authors cannot tell" in said
+    code, said = run.ditx("convert", tmp_path / "eps.safetensors", tmp_path / "eps.pt")
+    assert code == 0 and "no null label" in said
+    back = tmp_path / "back.safetensors"
+    code, _ = run.ditx("convert", tmp_path / "eps.pt", back, "--num-heads", 2, "--num-classes", 3)
+    assert code == 0 and pretrained.describe(back).model == config
+    code, said = run.ditx("convert", back, tmp_path / "other.pt", "--num-heads", 3)
+    assert code == 2 and "tells num_heads itself" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda s: [s.pop("final_layer.linear.bias"), s.pop("x_embedder.proj.weight")], "'final_layer.linear.bias'"),
+        (
+            lambda s: s.update({"x_embedder.proj.weight": np.zeros((48, 16), np.float32)}),
+            "x_embedder.proj.weight is (48,",
+        ),
+        (lambda s: s.update({"t_embedder.mlp.2.bias": np.zeros(0, np.float32)}), "t_embedder.mlp.2.bias is (0,)"),
+    ],
+)
+def test_key_tensors_that_are_missing_or_mis_shaped_are_listed(run, tmp_path, change, fault):
+    state = dict(TINY)
+    change(state)
+    write_torch(tmp_path / "wrong.pt", state)
+    code, said = run.ditx("convert", tmp_path / "wrong.pt", tmp_path / "out.pt", "--num-heads", 3)
+    assert code == 2 and "the weights do not fit the configuration" in said and fault in said, said
+
+
+@pytest.mark.parametrize("positions", [TINY["pos_embed"] + 1, np.zeros(7, np.float32)])
+def test_positions_of_its_own_are_refused(run, tmp_path, positions):
+    write_torch(tmp_path / "wrong.pt", TINY | {"pos_embed": positions})
+    code, said = run.ditx("convert", tmp_path / "wrong.pt", tmp_path / "out.pt", "--num-heads", 3)
+    assert code == 2 and f"a pos_embed of {positions.shape} that is not the sine-cosine one" in said, said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 3},
+        {"attention_head_dim": 12},
+        {"activation_fn": "gelu"},
+        {"norm_eps": 1e-5},
+        {"_class_name": "PixArtTransformer2DModel"},
+        {"sample_size": "8"},
+        {"num_attention_heads": "3"},
+    ],
+)
+def test_a_description_that_is_not_of_the_weights_is_refused(run, tmp_path, change):
+    config = json.loads(str(load("diffusers_dit_tiny.npz")["config"])) | {"_class_name": "DiTTransformer2DModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", DIFFUSERS)
+    code, said = run.ditx("convert", tmp_path, tmp_path / "out.safetensors")
+    name = {"sample_size": "input_size", "num_attention_heads": "attention_head_dim"}.get(*[next(iter(change))] * 2)
+    assert code == 2 and name in said and "Traceback" not in said, said
+
+
+def test_a_diffusers_file_alone_does_not_tell_its_size(run, tmp_path):
+    write_safetensors(tmp_path / "alone.safetensors", DIFFUSERS)
+    arguments = ("convert", tmp_path / "alone.safetensors", tmp_path / "out.safetensors", "--num-heads", 3)
+    code, said = run.ditx(*arguments)
+    assert code == 2 and "does not tell its input size" in said
+    code, said = run.ditx(*arguments, "--input-size", 8)
+    assert code == 0 and pretrained.describe(tmp_path / "out.safetensors").model.input_size == 8
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {"depth": "2"}}'])
+def test_damaged_descriptions_are_one_sentence(run, tmp_path, text):
+    write_safetensors(tmp_path / "odd.safetensors", {"patch.bias": np.zeros(2, np.float32)}, {"ditx": text})
+    code, said = run.ditx("convert", tmp_path / "odd.safetensors", tmp_path / "out.safetensors")
+    assert code == 2 and "odd.safetensors was written by another version of ditx, or is damaged" in said, said
+    assert len(said) < 400
+
+
+def test_a_users_partial_file_is_left_alone(run, released, tmp_path):
+    (tmp_path / "new.safetensors.partial").write_text("mine")
+    code, _ = run.ditx("convert", released, tmp_path / "new.safetensors", "--num-heads", 3)
+    assert code == 0 and (tmp_path / "new.safetensors.partial").read_text() == "mine"

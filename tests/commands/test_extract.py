@@ -271,7 +271,7 @@ def test_another_plan_is_refused_by_field(encoded, run, photos):
     flags = ("--size", 24, "--batch-size", 8, "--shard-size", 8, "--vae", "ft-ema", "--dtype", "bfloat16")
     code, said = run.ditx("extract", photos, encoded[0], *flags)
     assert code == 2 and "holds other latents: shard_size was 7 and is 8, image_size was 16 and is 24" in said, said
-    assert "vae was 'ft-mse (CRC-32 0)' and is 'ft-ema (CRC-32 0)', dtype was 'float32' and is 'bfloat16'" in said
+    assert "image_size was 16 and is 24, dtype was 'float32' and is 'bfloat16'" in said
     assert files(encoded[0]) == before
 
 
@@ -350,3 +350,37 @@ def test_where_nobody_watches_it_prints_lines(corners, run, photos, tmp_path, mo
     monkeypatch.setattr(extract.Progress, "SECONDS_BETWEEN_LINES", 0)
     code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS)
     assert code == 0 and "24 of 24 images" in said and "images/s 0 s left" in said, said
+
+
+def test_strict_does_not_pass_over_what_was_skipped_before(encoded, run, photos):
+    code, said = run.ditx("extract", photos, encoded[0], *FLAGS, "--strict")
+    assert code == 2 and "13.png" in said and "cannot read image" in said
+
+
+def test_metadata_does_not_outlive_the_shards_it_describes(encoded, run, photos, monkeypatch):
+    next((encoded[0] / "shards").glob("00001-*.array_record")).unlink()
+    monkeypatch.setattr(extract, "finish", lambda *_: None)  # as if killed before it
+    assert run.ditx("extract", photos, encoded[0], *FLAGS)[0] == 0
+    with pytest.raises(ValueError, match="is unfinished"):
+        LatentSource(encoded[0])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "{}"])
+def test_a_damaged_plan_is_said(encoded, run, photos, text):
+    (encoded[0] / "plan.json").write_text(text)
+    code, said = run.ditx("extract", photos, encoded[0], *FLAGS)
+    assert code == 2 and ("plan.json is damaged" in said or "holds other latents" in said), said
+
+
+def test_the_same_weights_elsewhere_are_the_same(encoded, run, photos, monkeypatch):
+    monkeypatch.setattr(extract, "load_vae", lambda name: (Corners(), f"/moved/{name} (CRC-32 0)"))
+    assert run.ditx("extract", photos, encoded[0], *FLAGS)[0] == 0
+    monkeypatch.setattr(extract, "load_vae", lambda name: (Corners(), f"{name} (CRC-32 1)"))
+    code, said = run.ditx("extract", photos, encoded[0], *FLAGS)
+    assert code == 2 and "vae was" in said
+
+
+def test_more_shards_than_can_be_held_open_are_refused(corners, run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(imagefiles, "MAX_SHARDS", 4)
+    code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS[:-1], 5)
+    assert code == 2 and "shard_size 5 makes more than 4 shards; give 6 or more" in said
