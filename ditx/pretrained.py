@@ -181,6 +181,8 @@ def _open(source: Path, part: str = "transformer") -> tuple[WeightFile, dict[str
         if not found:
             raise ValueError(f"{source} is neither a run nor a folder with {' or '.join(names)}")
         file = found[0]
+    elif not source.exists():
+        raise ValueError(f"{source}: there is no such file or folder; give that of a run, or of weights")
     else:
         file = source
     beside = file.with_name("config.json")
