@@ -86,7 +86,7 @@ def read_labels(names: tuple[str, ...], class_names: tuple[str, ...]) -> list[in
             called = [{known.lower() for known in imagenet.names_of(one)} for one in class_names]
             found = [label for label, known in enumerate(called) if name.lower() in known]
         if not found:
-            known = ", ".join(imagenet.names_of(one)[:2][-1] for one in class_names[:20])
+            known = ", ".join(imagenet.usual_name(one) for one in class_names[:20])
             known += ", ..." if len(class_names) > 20 else ""
             raise ValueError(f"there is no class {name!r}; there are 0 to {len(class_names) - 1}: {known}")
         if len(found) > 1:
@@ -219,8 +219,7 @@ def sample(argv: list[str]) -> int:
     if "separate" in paths:
         paths["separate"].mkdir()
         for k, image in enumerate(images):
-            # Of ImageNet's identifier and names, the usual name.
-            name = re.sub(r"[^\w-]+", "_", imagenet.names_of(described.class_names[labels[k]])[:2][-1])
+            name = re.sub(r"[^\w-]+", "_", imagenet.usual_name(described.class_names[labels[k]]))
             pictures.to_picture(image).save(paths["separate"] / f"{k:06d}-{name}.png")
     print("\n".join(f"wrote {path}" for path in paths.values()))
     return 0

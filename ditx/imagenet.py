@@ -15,3 +15,8 @@ def classes() -> dict[str, tuple[str, ...]]:
 def names_of(class_name: str) -> tuple[str, ...]:
     """All names of a class: its own and, if that is an identifier of ImageNet's, WordNet's."""
     return (class_name, *classes().get(class_name, ()))
+
+
+def usual_name(class_name: str) -> str:
+    """The name to show a class by: WordNet's usual one for an identifier of ImageNet's, else its own."""
+    return names_of(class_name)[:2][-1]

@@ -67,7 +67,7 @@ def test_parameters_are_those_of_the_design(config):
     linears = [(patch * config.in_channels, d), (256, d), (d, d)]
     linears += config.depth * [(d, 3 * d), (d, d), (d, mlp), (mlp, d)]
     linears += [(d, patch * config.in_channels * (1 + config.learn_sigma))]
-    steering = {"adaln-zero": [(d, 6 * d)], "adaln": [(d, 4 * d)], "cross-attention": 4 * [(d, d)], "in-context": []}
-    linears += config.depth * steering[config.block] + ([(d, 2 * d)] if config.block.startswith("adaln") else [])
+    condition = {"adaln-zero": [(d, 6 * d)], "adaln": [(d, 4 * d)], "cross-attention": 4 * [(d, d)], "in-context": []}
+    linears += config.depth * condition[config.block] + ([(d, 2 * d)] if config.block.startswith("adaln") else [])
     norms = {"cross-attention": 3 * config.depth + 1, "in-context": 2 * config.depth + 1}.get(config.block, 0)
     assert ditx.flops.parameters(config) == (rows + 2 * norms) * d + sum(i * o + o for i, o in linears)

@@ -52,7 +52,7 @@ def test_published_networks_are_recognised(tmp_path, name):
     config = ditx.DIT_CONFIGS[name]
     shapes = load("dit_state_dict_shapes.json")[name]
     empty = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
-    inferred = pretrained._infer(tmp_path, empty, None, {})
+    inferred = pretrained._infer(tmp_path, "authors", empty, {}, {})
     assert inferred == config
 
 

@@ -56,12 +56,10 @@ def main(argv: list[str]) -> int:
         )
     model, note = pretrained.load(source, description)
     print(f"read     {note}", flush=True)
-    known = {(c.hidden_size, c.depth) for c in DIT_CONFIGS.values()}
-    if (
-        model.config.hidden_size in {width for width, _ in known}
-        and (model.config.hidden_size, model.config.depth) not in known
-    ):
-        print(f"note     {model.config.depth} blocks of width {model.config.hidden_size} are no published network")
+    width, depth = model.config.hidden_size, model.config.depth
+    published = {c.hidden_size: c.depth for c in DIT_CONFIGS.values()}
+    if published.get(width, depth) != depth:
+        print(f"note     the published network of width {width} has {published[width]} blocks, and this one {depth}")
     if to != "ditx" and model.config.null_label is None:
         print(f"note     it has no null label, which the layout of {to} cannot tell; read it with --num-classes")
     target.parent.mkdir(parents=True, exist_ok=True)
