@@ -27,8 +27,9 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx import data, imagenet, pictures, pretrained, runs
     from ditx.nn.dit import DiT
     from ditx.pretrained import Description
-    from ditx.sampling import Decode, SamplingConfig, make_decode, make_draw, sample_keys
-    from ditx.sharding import MeshConfig, batch_sharding, make_mesh, place
+    from ditx.processes import ProcessConfig, connect, end, is_first, together
+    from ditx.sampling import Decode, SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
+    from ditx.sharding import MeshConfig, batch_parts, check_fit, everywhere, make_mesh, place
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Config:
     """samples drawn at a time; a matter of memory and speed alone"""
     decode_batch: int = 4
     """latents decoded at a time on each device; a matter of memory and speed alone"""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    processes: ProcessConfig = field(default_factory=ProcessConfig)
 
 
 def parse(argv: list[str]) -> tuple[Path, Description, Config]:
@@ -70,6 +73,7 @@ def parse(argv: list[str]) -> tuple[Path, Description, Config]:
     # Read twice: what is named on the command line sets the defaults of the other flags.
     description = "Draw samples from the averaged weights of a run, or from released weights."
     first = tyro.cli(Config, args=argv, prog="sample.py", description=description)
+    connect(first.processes)
     source = Path(first.source) if first.source else runs.newest_run(Path("runs"))
     described = pretrained.describe(source)
     default = Config(sampling=described.sampling, vae=described.vae)
@@ -147,13 +151,12 @@ def draw_all(
     network: DiT, decode: Decode | None, objective: str, config: Config, labels: np.ndarray, mesh: Mesh
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The samples as uint8 images and, to animate, as many at about 40 moments of the way."""
-    draw = make_draw(config.sampling, network.config, objective)
-    batch = -(-min(config.batch, len(labels)) // mesh.size) * mesh.size
+    draw = on_mesh(make_draw(config.sampling, network.config, objective), mesh)
+    batch = -(-min(config.batch, len(labels)) // batch_parts(mesh)) * batch_parts(mesh)
     stride = max(1, config.sampling.steps // 40)
-    rows = batch_sharding(mesh)
 
-    def run_batch(network, labels, keys):
-        samples, states = draw(network, labels, keys)
+    def run_batch(network, labels, first):
+        samples, states = draw(network, labels, sample_keys(config.seed, first, batch))
         return samples, states[:, ::-stride][:, ::-1] if config.animate else None
 
     def to_images(samples):
@@ -164,16 +167,18 @@ def draw_all(
             )
         return data.to_uint8(samples)
 
-    compiled = jax.jit(run_batch, in_shardings=(None, rows, rows), out_shardings=rows)
+    compiled = jax.jit(run_batch, out_shardings=everywhere(mesh))
     images, frames = [], []
-    for first in tqdm(range(0, len(labels), batch), unit="batch", disable=True if len(labels) <= batch else None):
+    quiet = len(labels) <= batch or not is_first()
+    for first in tqdm(range(0, len(labels), batch), unit="batch", disable=quiet or None):
         # The last batch is filled up, so that one program serves all.
         count = min(batch, len(labels) - first)
         padded = np.resize(labels[first : first + count], batch)
-        samples, states = compiled(network, padded, sample_keys(config.seed, first, batch))
+        samples, states = compiled(network, padded, np.int32(first))
         images.append(to_images(samples)[:count])
         if states is not None:
-            frames.append(np.stack([to_images(moment) for moment in states.swapaxes(0, 1)], axis=1)[:count])
+            moments = np.asarray(states).swapaxes(0, 1)
+            frames.append(np.stack([to_images(moment) for moment in moments], axis=1)[:count])
     return np.concatenate(images), list(np.concatenate(frames).swapaxes(0, 1)) if frames else []
 
 
@@ -193,9 +198,11 @@ def sample(argv: list[str]) -> int:
     if channels in (1, 3) and config.vae:
         raise ValueError(f"vae is {config.vae!r}, but the network makes images of {channels} channels; leave it out")
     config.sampling.check(described.model, described.objective)
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(config.mesh)
+    check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
     network, decode = read_networks(source, described, config, mesh)
-    paths = outputs(source, config)
+    with together():
+        paths = outputs(source, config) if is_first() else {}
     labels = np.resize(np.array(wanted, np.int32), num)
     guided = config.sampling.guidance_channels or channels
     print(
@@ -206,8 +213,11 @@ def sample(argv: list[str]) -> int:
     try:
         images, frames = draw_all(network, decode, described.objective, config, labels, mesh)
     except BaseException:
-        paths["grid"].unlink()  # empty as yet
+        if paths:
+            paths["grid"].unlink()  # empty as yet
         raise
+    if not is_first():
+        return 0
 
     columns = min(num, len(wanted) if len(wanted) <= 20 else math.isqrt(num - 1) + 1)
     pictures.grid(images, columns).save(paths["grid"])
@@ -231,7 +241,7 @@ def main() -> int:
         return sample(sys.argv[1:])
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
-        return 2
+        return end(2)
     except KeyboardInterrupt:
         return 130
 

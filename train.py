@@ -36,10 +36,21 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx import checkpoint, data, flops, pictures, runs
     from ditx.diffusion.schedule import linear_schedule
     from ditx.latents import LatentSource
-    from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
+    from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig, Remat
     from ditx.pretrained import check_scale, load_vae
-    from ditx.sampling import SamplingConfig, make_decode, make_draw, sample_keys
-    from ditx.sharding import MeshConfig, batch_sharding, make_mesh, place, put_batch
+    from ditx.sampling import SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
+    from ditx.sharding import (
+        MeshConfig,
+        batch_parts,
+        batch_sharding,
+        check_fit,
+        everywhere,
+        local_rows,
+        make_mesh,
+        place,
+        put_batch,
+        table,
+    )
     from ditx.training import TrainState, eps_objective, flow_objective, train_step
 
 
@@ -80,8 +91,10 @@ class Config:
     """of weights, data order, noise: everything random"""
     unroll: int = 1
     """blocks compiled in a row: more is faster on a GPU and slower to compile"""
-    remat: bool = False
-    """recompute each block in the backward pass: less memory, and faster on a CPU"""
+    remat: Remat = "none"
+    """what the backward pass recomputes: none; all but the products with weights (dots); whole blocks (full)"""
+    accumulate: int = 1
+    """parts of a batch that follow each other within one step: less memory, the same result"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     workers: int = 0
     """processes that decode images; 0 decodes in threads"""
@@ -122,7 +135,7 @@ PRESETS = {
         ema_decay=0.995,
         dtype="float32",
         flip=False,
-        remat=True,
+        remat="full",
         log_every=20,
         checkpoint_every=500,
         sample_every=1000,
@@ -163,7 +176,7 @@ PRESETS = {
 }
 # What may differ when a run goes on: it changes neither the data nor the arithmetic (beyond rounding).
 FREE = {"preset", "run", "data_path", "log_every", "checkpoint_every", "keep", "sample_every", "sampling", "workers"}
-FREE |= {"mesh", "unroll", "remat", "vae"}
+FREE |= {"mesh", "unroll", "remat", "accumulate", "vae"}
 
 
 def parse(argv: list[str]) -> tuple[str, Config]:
@@ -178,7 +191,7 @@ def parse(argv: list[str]) -> tuple[str, Config]:
 
 def check(config: Config) -> None:
     """Raise ValueError for values that the parts do not check themselves."""
-    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "unroll"):
+    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "unroll", "accumulate"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for name in ("learning_rate", "warmup", "weight_decay", "sample_every", "workers", "seed"):
@@ -263,11 +276,11 @@ def make_picture(config: Config, source: data.Source, mesh: Mesh) -> Callable[[D
         check_scale(vae, name, source.metadata["scale"])
         decode = make_decode(vae, mesh)
     columns = min(config.model.num_classes, 10)
-    count = -(-4 * columns // mesh.size) * mesh.size
+    count = -(-4 * columns // batch_parts(mesh)) * batch_parts(mesh)
     classes = np.linspace(0, config.model.num_classes - 1, columns).astype(np.int32)
     labels, keys = np.resize(classes, count), sample_keys(config.seed, 0, count)
-    draw = make_draw(config.sampling, config.model, config.objective)
-    compiled = jax.jit(lambda ema: draw(ema, jnp.asarray(labels), keys)[0], out_shardings=batch_sharding(mesh))
+    draw = on_mesh(make_draw(config.sampling, config.model, config.objective), mesh)
+    compiled = jax.jit(lambda ema: draw(ema, jnp.asarray(labels), keys)[0], out_shardings=everywhere(mesh))
 
     def picture(ema):
         samples = np.asarray(compiled(ema))
@@ -283,8 +296,12 @@ def train(preset: str, config: Config) -> int:
     config = replace(config, model=model_config)
     check(config)
     mesh = make_mesh(config.mesh)
-    if config.batch_size % mesh.size:
-        raise ValueError(f"batch_size is {config.batch_size}; make it a multiple of the {mesh.size} devices")
+    check_fit(mesh, num_heads=model_config.num_heads, mlp_size=model_config.mlp_size)
+    if config.batch_size % (batch_parts(mesh) * config.accumulate):
+        parts = f"the {batch_parts(mesh)} devices" + (
+            f" x accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        )
+        raise ValueError(f"batch_size is {config.batch_size}; make it a multiple of {parts}")
     found: dict[str, Any] = {"class_names": source.class_names, "data_checksum": source.checksum}
     if isinstance(source, LatentSource):
         found["latents"] = {name: source.metadata[name] for name in ("vae", "scale", "image_size")}
@@ -322,11 +339,15 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
         dtype=jnp.dtype(config.dtype),
         unroll=config.unroll,
         remat=config.remat,
+        accumulate=config.accumulate,
+        mesh=mesh,
     )
     init_key, key = jax.random.split(jax.random.key(config.seed))
     create = partial(TrainState.create, model_config, optimizer)
     abstract = place(jax.eval_shape(lambda key: create(key=key), init_key), mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if mesh.size > 1:
+        print(table(abstract.model))
     rows = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
     shape = (config.batch_size, size, size, model_config.in_channels)
     batch = {"x": rows(shape, jnp.float16 if latent else jnp.float32), "y": rows(shape[:1], jnp.int32)}
@@ -385,8 +406,7 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
         seed=config.seed,
         flip=config.flip,
         start=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=local_rows(mesh, config.batch_size),
         workers=config.workers,
     )
     bar = tqdm(
@@ -423,7 +443,7 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
 
         for step in range(start + 1, config.steps + 1):
             try:
-                batch = put_batch(next(batches), mesh)
+                batch = put_batch(next(batches), mesh, local_rows(mesh, config.batch_size), config.batch_size)
             except ValueError:  # an image that cannot be read: what was trained is kept
                 count(pending)
                 if step - 1 > saved:

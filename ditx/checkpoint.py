@@ -12,37 +12,59 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-_SEAL = "checksums.json"
+from ditx.processes import from_first, is_first, together
+
+MANIFEST = "manifest.json"
 
 
 class Checkpoints:
-    """The checkpoints in one folder, a subfolder for each step, of which the newest `keep` are kept.
+    """The checkpoints in one folder, a subfolder for each step.
 
-    What is stored is a dictionary of named trees of arrays; each can be read alone. Everything else about a run lies
-    beside them, in plain files.
+    Kept are the newest `keep`, those of every step that `keep_every` divides, and the `keep_best` of the lowest loss.
+    What is stored is a dictionary of named trees of arrays; each can be read alone, on any devices. The manifest of
+    each holds its step, what is `described`, and the checksums of its files. Several processes share the folder.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 3):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 3,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        described: dict[str, Any] | None = None,
+    ):
         # Orbax reports every failed read, which we do too, in one sentence, and much else.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self.folder = folder.absolute()
-        newest: Any = ocp.training.preservation_policies.LatestN(keep)
+        self.folder, self._described = folder.absolute(), described or {}
+        policies: Any = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep)]
+        kept += [policies.EveryNSteps(keep_every)] if keep_every else []
+        # Unless told otherwise, Orbax takes the highest for the best, and keeps all of unknown quality.
+        best = {
+            "get_metric_fn": lambda metrics: metrics["loss"],
+            "reverse": True,
+            "keep_checkpoints_without_metrics": False,
+        }
+        kept += [policies.BestN(n=keep_best, **best)] if keep_best else []
         self._manager = ocp.training.Checkpointer(
             str(self.folder),
             context=ocp.Context(async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)),
-            preservation_policy=newest,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
 
-    def save(self, step: int, trees: dict[str, Any]) -> None:
+    def save(self, step: int, trees: dict[str, Any], *, loss: float | None = None) -> None:
         """Start to write `trees` as step `step`; waits only for the save before it. Raises OSError if that failed."""
         with self._failing():
             # Asked first, since a write that fails half-way has Orbax's threads print their tracebacks.
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-            free = shutil.disk_usage(self.folder).free
-            if free < size:
-                raise OSError(f"it takes {size:,} bytes, and the disk has {free:,} left")
-            self._manager.save_checkpointables_async(step, trees, force=True)
+            with together():
+                free = shutil.disk_usage(self.folder).free
+                if free < size:
+                    raise OSError(f"it takes {size:,} bytes, and the disk has {free:,} left")
+            metrics: Any = None if loss is None else {"loss": loss}
+            self._manager.save_checkpointables_async(step, trees, force=True, metrics=metrics)
 
     def close(self) -> None:
         """Wait until everything is on disk. Raises OSError if it could not be written."""
@@ -60,9 +82,12 @@ class Checkpoints:
             ) from error
 
     def _seal(self) -> None:
-        # Orbax calls this when all is written, just before it renames the folder: the seal is part of the commit.
+        # Orbax calls this in the first process when all have written their parts, just before it renames the folder:
+        # the seal is part of the commit.
         for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            (unfinished / _SEAL).write_text(json.dumps(_checksums(unfinished)))
+            step = int(unfinished.name.split(".")[0])
+            manifest = {"step": step, **self._described, "files": _checksums(unfinished)}
+            (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def steps(folder: Path) -> list[int]:
@@ -75,15 +100,10 @@ def load(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError if it is damaged, or does not hold such trees.
     """
-    path = folder.absolute() / str(step)
-    try:
-        expected, actual = json.loads((path / _SEAL).read_text()), _checksums(path)
-        changed = [name for name in expected if actual.get(name) != expected[name]]
-        if changed:
-            raise ValueError(f"{changed[0]} is missing, truncated or altered")
-        return ocp.load_checkpointables(str(path), abstract)
-    except Exception as error:  # Orbax raises many kinds for damage.
-        raise ValueError(f"checkpoint {path} cannot be read: {_line(error)}") from error
+    with together():
+        if is_first():
+            _verify(folder, step)
+    return _read(folder, step, abstract)
 
 
 def load_newest(folder: Path, abstract: dict[str, Any]) -> tuple[int, dict[str, Any], list[tuple[int, str]]] | None:
@@ -91,15 +111,21 @@ def load_newest(folder: Path, abstract: dict[str, Any]) -> tuple[int, dict[str, 
 
     Returns None where there is no checkpoint. Raises ValueError where there are some and none is sound.
     """
-    damaged = []
-    for step in reversed(steps(folder)):
-        try:
-            return step, load(folder, step, abstract), damaged
-        except ValueError as error:
-            damaged.append((step, str(error)))
-    if damaged:
-        raise ValueError(f"no checkpoint in {folder} can be read: " + "; ".join(sentence for _, sentence in damaged))
-    return None
+    damaged, sound = [], -1
+    with together():
+        for step in reversed(steps(folder)) if is_first() else []:
+            try:
+                _verify(folder, step)
+                sound = step
+                break
+            except ValueError as error:
+                damaged.append((step, str(error)))
+        if damaged and sound < 0:
+            raise ValueError(
+                f"no checkpoint in {folder} can be read: " + "; ".join(sentence for _, sentence in damaged)
+            )
+    sound = from_first(sound)
+    return None if sound < 0 else (sound, _read(folder, sound, abstract), damaged)
 
 
 def set_aside(folder: Path, step: int) -> Path:
@@ -107,6 +133,25 @@ def set_aside(folder: Path, step: int) -> Path:
     path = folder / str(step)
     target = next(candidate for n in range(10_000) if not (candidate := folder / f"damaged-{step}-{n}").exists())
     return path.rename(target)
+
+
+def _verify(folder: Path, step: int) -> None:
+    path = folder.absolute() / str(step)
+    try:
+        expected, actual = json.loads((path / MANIFEST).read_text())["files"], _checksums(path)
+        changed = [name for name in expected if actual.get(name) != expected[name]]
+        if changed:
+            raise ValueError(f"{changed[0]} is missing, truncated or altered")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {_line(error)}") from error
+
+
+def _read(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    path = folder.absolute() / str(step)
+    try:
+        return ocp.load_checkpointables(str(path), abstract)
+    except Exception as error:  # Orbax raises many kinds for damage.
+        raise ValueError(f"checkpoint {path} cannot be read: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
@@ -197,11 +197,20 @@ def _batch(
     return {"x": to_unit(images), "y": labels.astype(np.int32)}
 
 
-def _read(
-    indices: Int[np.ndarray, "global_batch"], rng: np.random.Generator, *, source: Source, flip: bool, rows: slice
-) -> Batch:
+@lru_cache(maxsize=2)  # A batch may lie across two epochs.
+def _order(count: int, seed: int, epoch: int) -> Int[np.ndarray, "count"]:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def _read(step: int, *, source: Source, batch_size: int, seed: int, flip: bool, rows: Int[np.ndarray, "rows"]) -> Batch:
+    epochs, places = np.divmod(step * batch_size + rows, len(source))
+    indices = np.empty_like(rows)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = _order(len(source), seed, int(epoch))[places[here]]
     # Flips are drawn for the global batch, so that they do not depend on how many processes share it.
-    return source.take(indices[rows], (rng.random(len(indices)) < 0.5)[rows] & flip)
+    mirrored = np.random.default_rng((seed, step, 1)).random(batch_size) < 0.5
+    return source.take(indices, mirrored[rows] & flip)
 
 
 def batches(
@@ -211,34 +220,31 @@ def batches(
     seed: int,
     flip: bool,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, "rows"] | None = None,
     workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
     """Endless training batches, shuffled anew each epoch, batch number s depending on the arguments and s alone.
 
     So `start=s` goes on as an uninterrupted run would, and the data position is the training step. `batch_size` is that
-    of all processes together, and may exceed the data set; each process is given its own rows, in process order. `flip`
+    of all processes together, and may exceed the data set; a process is given `rows` of each batch, or all. `flip`
     mirrors images left to right with probability one half. One thread reads ahead; `workers` > 0 reads in that many
     processes instead, for which a script needs the usual `if __name__ == "__main__"`. Close the iterator to end them.
     """
     if len(source) == 0:
         raise ValueError("the data set has 0 images; give one with at least 1")
-    if process_count < 1 or not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index} of {process_count} processes; give 0 to process_count - 1")
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size is {batch_size}; give a positive multiple of the {process_count} processes")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    rows = np.arange(batch_size) if rows is None else rows
+    if len(rows) == 0 or not 0 <= rows.min() <= rows.max() < batch_size:
+        raise ValueError(f"rows are {rows.tolist()}; give at least one, from 0 to {batch_size - 1}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; give 0 to {2**32 - 1}")
     if start < 0 or workers < 0:
         raise ValueError(f"start is {start} and workers {workers}; give neither below 0")
-    share = batch_size // process_count
     # Not a function within this one: worker processes are sent it.
-    read = partial(_read, source=source, flip=flip, rows=slice(process_index * share, (process_index + 1) * share))
-
-    # Grain shuffles and batches bare indices; images are read a batch at a time, at 40 % of the cost of one at a time.
-    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=np.asarray).random_map(read)[start:]
+    read = partial(_read, source=source, batch_size=batch_size, seed=seed, flip=flip, rows=rows)
+    # Grain is given the numbers of batches, not of images, which it would shuffle one by one.
+    dataset = grain.MapDataset.range(start, 2**62).map(read)
     reading = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     return iter(_in_processes(reading, workers))
 

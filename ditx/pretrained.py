@@ -17,6 +17,7 @@ from ditx import checkpoint, convert, imagenet, runs, weights
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.sampling import OBJECTIVE_SAMPLERS, SamplingConfig
+from ditx.sharding import put_whole
 from ditx.weights import WeightFile
 
 # Where the three decoders of the paper's Table 5 lie on the Hugging Face hub.
@@ -130,7 +131,7 @@ def load(source: Path, description: Description, places: Any = None) -> tuple[Di
     else:
         shift = description.model.frequency_shift
         model = convert.dit_from_diffusers(file.tensors, description.model, frequency_shift=shift)
-    model = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), model, places)
+    model = jax.tree.map(lambda leaf, place: put_whole(leaf, place.sharding), model, places)
     return model, f"{source} in the layout of {layout}{', ' + file.note if file.note else ''}"
 
 

@@ -16,7 +16,7 @@ from ditx.diffusion import flow, guidance, samplers
 from ditx.diffusion.schedule import linear_schedule, respace
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.nn.vae import AutoencoderKL
-from ditx.sharding import batch_sharding
+from ditx.sharding import batch_parts, batch_sharding, by_rows, everywhere, make_gather, put_whole
 
 Sampler = Literal["auto", "ddpm", "ddim", "euler", "heun"]
 OBJECTIVE_SAMPLERS = {"eps": ("ddpm", "ddim"), "flow": ("heun", "euler")}
@@ -102,9 +102,22 @@ def make_draw(config: SamplingConfig, model: DiTConfig, objective: str) -> Draw:
     return draw
 
 
-def sample_keys(seed: int, first: int, count: int) -> Key[Array, " b"]:
+def on_mesh(draw: Draw, mesh: Mesh) -> Draw:
+    """The same on a mesh, to be called within `jax.jit`: each device draws its part, with weights as `place` has them.
+
+    The batch must be a multiple of `batch_parts`.
+    """
+
+    def spread(model, labels, keys):
+        gather = make_gather(model, mesh)
+        return by_rows(lambda shards, rows: draw(gather(shards), *rows), model, mesh)(model, (labels, keys))
+
+    return spread
+
+
+def sample_keys(seed: int, first: Int[Array, ""] | int, count: int) -> Key[Array, " b"]:
     """The keys of samples number `first` to `first + count - 1`."""
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(first, first + count))
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(count))
 
 
 Decode = Callable[[Float[np.ndarray, "n h w z"]], Float[np.ndarray, "n h8 w8 c"]]
@@ -115,15 +128,14 @@ def make_decode(vae: AutoencoderKL, mesh: Mesh, batch_size: int = 4) -> Decode:
 
     A decoder's memory grows with its batch: some 0.4 GB for an image of 256 pixels, four times that for 512.
     """
-    count, rows = batch_size * mesh.size, batch_sharding(mesh)
-    compiled = jax.jit(
-        lambda vae, latents: jax.vmap(vae.decode)(latents), in_shardings=(None, rows), out_shardings=rows
-    )
+    count, rows = batch_size * batch_parts(mesh), batch_sharding(mesh)
+    weights = jax.tree.map(lambda leaf: put_whole(leaf, everywhere(mesh)), vae)
+    compiled = jax.jit(lambda vae, latents: jax.vmap(vae.decode)(latents), out_shardings=everywhere(mesh))
 
     def decode(latents):
         # The last batch is filled up, so that one program serves all.
         padded = np.concatenate([latents, np.zeros((-len(latents) % count, *latents.shape[1:]), latents.dtype)])
-        images = [np.asarray(compiled(vae, padded[i : i + count])) for i in range(0, len(padded), count)]
-        return np.concatenate(images)[: len(latents)]
+        parts = [put_whole(padded[first : first + count], rows) for first in range(0, len(padded), count)]
+        return np.concatenate([np.asarray(compiled(weights, part)) for part in parts])[: len(latents)]
 
     return decode

@@ -7,12 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ditx import sharding
 from ditx.diffusion import flow, gaussian
 from ditx.diffusion.gaussian import Image, Predict
 from ditx.diffusion.schedule import Schedule
-from ditx.nn.dit import DiT, DiTConfig
+from ditx.nn.dit import DiT, DiTConfig, Remat
 
 Terms: TypeAlias = dict[str, Float[Array, ""]]
 Objective: TypeAlias = Callable[[Predict, Image, PRNGKeyArray], Terms]
@@ -75,20 +77,26 @@ def train_step(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     dtype: jnp.dtype = jnp.float32,
+    accumulate: int = 1,
     unroll: int = 1,
-    remat: bool = False,
+    remat: Remat = "none",
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Terms]:
     """One update from `batch` (`x`, float `b h w c` in [-1, 1]; `y`, integer `b`); `key` is that of the whole run.
 
     With `std` beside it, `x` is the mean of latents, of which every step draws a fresh sample. The network computes in
-    `dtype`; weights, average, moments, objective and everything returned stay in float32.
-    Returns the terms of the objective as means over the batch, and `grad_norm`.
+    `dtype`; weights, average, moments, objective and everything returned stay in float32. `accumulate` parts of the
+    batch follow each other, and their gradients are added up; on a `mesh`, state and batch lie as `ditx.sharding` has
+    them. Neither changes the result. A step whose loss or gradient is not finite leaves all but `step` as it was.
+    Returns the terms of the objective as means over the batch, `grad_norm`, and `skipped`: 1 after such a step, else 0.
     """
     config = state.model.config
+    gather = sharding.make_gather(state.model, mesh, recomputed=remat != "none")
     keys = jax.random.split(jax.random.fold_in(key, state.step), batch["y"].shape[0])
 
-    def mean_loss(model):
-        model = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+    def mean_loss(model, rows):
+        batch, keys = rows
+        model = gather(jax.tree.map(lambda leaf: leaf.astype(dtype), model))
 
         def example(x0, std, y, key):
             label_key, key = jax.random.split(key)
@@ -106,9 +114,26 @@ def train_step(
         terms = jax.tree.map(jnp.mean, jax.vmap(example)(batch["x"], batch.get("std"), batch["y"], keys))
         return terms["loss"], terms
 
+    def mean_gradients(model, rows):
+        gradients = jax.grad(mean_loss, has_aux=True)
+        if accumulate == 1:
+            return gradients(model, rows)
+        parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), rows)
+        shapes = jax.eval_shape(gradients, model, jax.tree.map(lambda leaf: leaf[0], parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(model, part)), None), zeros, parts
+        )
+        return jax.tree.map(lambda leaf: leaf / accumulate, total)
+
     model: Any = state.model  # optax's annotations know no modules
-    grads, terms = jax.grad(mean_loss, has_aux=True)(model)
+    shared = mean_gradients if mesh is None else sharding.mean_by_rows(mean_gradients, model, mesh)
+    grads, terms = shared(model, (batch, keys))
     updates, opt_state = optimizer.update(grads, state.opt_state, model)
     model = optax.apply_updates(model, updates)
     ema = jax.tree.map(lambda average, new: average + (1 - ema_decay) * (new - average), state.ema, model)
-    return TrainState(state.step + 1, model, ema, opt_state), terms | {"grad_norm": optax.tree.norm(grads)}
+    terms |= {"grad_norm": optax.tree.norm(grads)}
+    finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(terms["grad_norm"])
+    before = (state.model, state.ema, state.opt_state)
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, ema, opt_state), before)
+    return TrainState(state.step + 1, *after), terms | {"skipped": 1.0 - finite}

@@ -351,10 +351,8 @@ def test_a_far_start_costs_nothing():
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_together_see_the_batch_of_one(count):
     options = {"batch_size": 12, "seed": 5, "flip": True, "start": 3}
-    parts = [
-        take(data.batches(numbered(50), process_index=index, process_count=count, **options), 6)
-        for index in range(count)
-    ]
+    rows = np.split(np.arange(12), count)
+    parts = [take(data.batches(numbered(50), rows=part, **options), 6) for part in rows]
     joined = [
         {name: np.concatenate([part[name] for part in step]) for name in "xy"} for step in zip(*parts, strict=True)
     ]
@@ -372,9 +370,8 @@ def test_worker_processes_give_the_same_batches():
     ("options", "says"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"batch_size": 7, "process_count": 2}, "batch_size is 7; give a positive multiple of the 2 processes"),
-        ({"process_index": 2, "process_count": 2}, "process_index is 2 of 2"),
-        ({"process_count": 0}, "of 0 processes"),
+        ({"rows": np.array([3, 8])}, r"rows are \[3, 8\]; give at least one, from 0 to 3"),
+        ({"rows": np.array([], int)}, r"rows are \[\]; give at least one"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"start": -1}, "start is -1"),

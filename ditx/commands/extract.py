@@ -24,6 +24,7 @@ from ditx import data, latents, runs
 from ditx.imagefiles import Images
 from ditx.nn.vae import AutoencoderKL
 from ditx.pretrained import load_vae
+from ditx.processes import launched
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Config:
     strict: bool = False
     """end at the first image that cannot be read, rather than leave it out"""
     process_index: int | None = None
-    """of processes that share a folder, each makes its own part: the number of this one (else JAX's own)"""
+    """of processes that share a folder, each makes its own part: the number of this one; srun and mpirun tell it"""
     process_count: int | None = None
-    """how many processes share the folder (else JAX's own count)"""
+    """how many processes share the folder; srun and mpirun tell it"""
 
     def check(self) -> None:
         """Raise ValueError for values that cannot be."""
@@ -70,8 +71,10 @@ def main(argv: list[str]) -> int:
     """Encode what is missing; returns the exit code. Raises ValueError or OSError for what a user can mend."""
     config = tyro.cli(Config, args=argv, prog="ditx extract", description="Images to latents, for train.py.")
     config.check()
-    index = jax.process_index() if config.process_index is None else config.process_index
-    count = jax.process_count() if config.process_count is None else config.process_count
+    # They need not join each other, and would end together if they did. On a TPU pod, JAX knows them.
+    index, count = launched() if launched()[1] > 1 else (jax.process_index(), jax.process_count())
+    index = index if config.process_index is None else config.process_index
+    count = count if config.process_count is None else config.process_count
     if not 0 <= index < count:
         raise ValueError(f"process_index is {index} of {count} processes; give 0 to process_count - 1")
     images, out = Images.find(config.images, config.shard_size), Path(config.out)

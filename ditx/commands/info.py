@@ -130,7 +130,7 @@ def _table(source: str, config: Config, costs: dict[str, Any]) -> str:
             "held during a step",
             f"  gradients, float32         {_binary(held['gradients']):>14}",
             f"  activations, {kept['dtype']:<14}{_binary(kept['remat none']):>14}",
-            f"  the same with --remat      {_binary(kept['remat blocks']):>14}",
+            f"  the same with --remat full {_binary(kept['remat blocks']):>14}",
         ]
     )
 

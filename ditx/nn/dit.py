@@ -14,6 +14,8 @@ from ditx.nn.blocks import AdaLNBlock, AdaLNFinalLayer, AdaLNZeroBlock, CrossAtt
 from ditx.nn.layers import LabelEmbedding, Linear, TimeEmbedding, grid_positions
 
 BlockName: TypeAlias = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
+Remat: TypeAlias = Literal["none", "dots", "full"]
+"""What the backward pass recomputes: nothing, all of a block but its products with weights, or whole blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,13 +148,13 @@ class DiT(eqx.Module):
         y: Int[Array, ""] | int,
         *,
         unroll: int = 1,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> Float[Array, "h w o"]:
         """Predict noise (and, with `learn_sigma`, the variance fraction) from `x` at time `t` under label `y`.
 
         `t` counts training steps from 0 to 999, whole or not. `y` is not checked, since it may be traced: a label out
         of range would silently read the last row. `unroll` and `remat` change speed and memory, never the result:
-        blocks compiled in a row rather than as a loop, and blocks recomputed in the backward pass.
+        blocks compiled in a row rather than as a loop, and what of them is recomputed in the backward pass.
         """
         config = self.config
         expected = (config.input_size, config.input_size, config.in_channels)
@@ -171,7 +173,10 @@ class DiT(eqx.Module):
         def body(tokens, block):
             return block(tokens, condition), None
 
-        body = jax.checkpoint(body, prevent_cse=False) if remat else body
+        if remat != "none":
+            kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+            # In a loop nothing can be merged with the forward pass, and the barriers against it cost time.
+            body = jax.checkpoint(body, policy=kept, prevent_cse=unroll > 1)
         tokens, _ = jax.lax.scan(body, tokens, self.blocks, unroll=unroll)
         patches = self.final(tokens[: config.num_tokens], condition)
         return rearrange(patches, "(h w) (p q o) -> (h p) (w q) o", h=side, p=p, q=p)

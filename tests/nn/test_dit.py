@@ -152,7 +152,7 @@ def test_unrolling_and_rematerialising_change_nothing(block):
 
     unrolled = jax.jit(functools.partial(model, unroll=2))(x, t, y)
     assert_close(unrolled, forward(model, x, t, y), 1e-5)
-    ours, expected = gradient(model, True), gradient(model, False)
+    ours, expected = gradient(model, "full"), gradient(model, "none")
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         # The gradient of a key's bias is 0 but for rounding, since it moves all logits of a query alike.

@@ -1,0 +1,288 @@
+"""Where arrays lie, and what one step sends between eight devices: read from XLA's own text and figures."""
+
+import dataclasses
+import math
+import re
+from collections import Counter, defaultdict
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ditx import sharding
+from ditx.diffusion.schedule import linear_schedule
+from ditx.nn.dit import DiT, DiTConfig
+from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
+from ditx.sharding import MeshConfig, batch_sharding, check_fit, local_rows, make_mesh, place, put_batch
+from ditx.training import TrainState, eps_objective, train_step
+
+CONFIG = DiTConfig(8, 4, 2, 32, 3, 8, num_classes=7)
+BATCH = 16
+OPTIMIZER = optax.adamw(1e-2)
+MESHES = {
+    "data": MeshConfig(),
+    "fsdp": MeshConfig(data=1, fsdp=8),
+    "tensor": MeshConfig(data=1, tensor=8),
+    "data-fsdp": MeshConfig(data=2, fsdp=4),
+    "all": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+
+
+def make_batch(size=BATCH):
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (size, 8, 8, 2)).astype(np.float32)
+    return {"x": x, "y": rng.integers(0, 7, size).astype(np.int32)}
+
+
+def create(config=CONFIG):
+    return TrainState.create(config, OPTIMIZER, key=jax.random.key(0))
+
+
+def put_state(tree, mesh):
+    return jax.tree.map(lambda leaf, placed: sharding.put_whole(leaf, placed.sharding), tree, place(tree, mesh))
+
+
+def make_step(mesh=None, **options):
+    options = {"objective": eps_objective(linear_schedule()), "optimizer": OPTIMIZER, "ema_decay": 0.9} | options
+    return partial(train_step, mesh=mesh, **options)
+
+
+@cache
+def compiled(name, config=CONFIG, batch=BATCH, **options):
+    mesh = make_mesh(MESHES[name])
+    abstract = place(jax.eval_shape(partial(create, config)), mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    rows = batch_sharding(mesh)
+    data = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), make_batch(batch))
+    step = jax.jit(make_step(mesh, **options), donate_argnums=0, out_shardings=(places, None))
+    return step.lower(abstract, data, jax.random.key(0)).compile()
+
+
+def run_steps(step, state, put, count=3):
+    terms = []
+    for _ in range(count):
+        state, each = step(state, put(make_batch()), jax.random.key(1))
+        terms.append({name: float(value) for name, value in each.items()})
+    return state, terms
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run_steps(jax.jit(make_step()), create(), lambda batch: batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in MESHES),
+        ("fsdp", {"remat": "full"}),
+        ("fsdp", {"remat": "dots", "unroll": 3}),
+        ("data-fsdp", {"accumulate": 2}),
+        ("all", {"accumulate": 2, "remat": "full", "unroll": 3}),
+    ],
+)
+def test_eight_devices_equal_one(alone, name, options):
+    mesh = make_mesh(MESHES[name])
+    state = put_state(create(), mesh)
+    rows = local_rows(mesh, BATCH)
+    step = compiled(name, **options)
+    state, terms = run_steps(step, state, lambda batch: put_batch(batch, mesh, rows, BATCH))
+    for one, eight in zip(alone[1], terms, strict=True):
+        for term in one:
+            np.testing.assert_allclose(eight[term], one[term], rtol=2e-5, atol=1e-7, err_msg=term)
+    for one, eight in zip(jax.tree.leaves(alone[0].ema), jax.tree.leaves(state.ema), strict=True):
+        # Adam divides by the root of a mean square, so that rounding grows where gradients are next to nothing.
+        np.testing.assert_allclose(eight, one, atol=2e-4)
+
+
+COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+def collectives(text):
+    """Shapes of what is sent, by computation and operation; loops are computations of their own."""
+    found, inside = defaultdict(list), ""
+    for line in text.splitlines():
+        if not line.startswith(" ") and line.endswith("{"):
+            inside = "entry" if line.startswith("ENTRY") else line.split(" ")[0]
+        sent = re.search(rf" = (.*?) ({COLLECTIVES})(?:-start)?\(", line)
+        if sent:
+            shapes = [
+                tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w+\[([\d,]*)\]", sent[1])
+            ]
+            found[inside, sent[2]].append(shapes)
+    return dict(found)
+
+
+def sizes(step):
+    """How many numbers are sent by each kind of operation, within loops and outside, in one go through each."""
+    total = Counter()
+    for (inside, operation), groups in collectives(step.as_text()).items():
+        total[inside == "entry", operation] += sum(math.prod(shape) for group in groups for shape in group)
+    return total
+
+
+def leaves(tree):
+    return [leaf.shape for leaf in jax.tree.leaves(tree)]
+
+
+def test_data_parallel_gradients_are_reduced_in_one_operation():
+    model = jax.eval_shape(create).model
+    sent = collectives(compiled("data").as_text())
+    assert set(sent) == {("entry", "all-reduce")}
+    (reduced,) = sent["entry", "all-reduce"]
+    scalars = [shape for shape in reduced if shape == ()]
+    assert Counter(reduced) - Counter(scalars) == Counter(leaves(model)) and len(scalars) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": "full"}, {"remat": "dots"}, {"dtype": jnp.dtype("bfloat16")}])
+def test_fsdp_gathers_each_block_once_a_direction_and_reduces_once(options):
+    state = jax.eval_shape(create)
+    sent = collectives(compiled("fsdp", **options).as_text())
+    block = [shape[1:] for shape in leaves(state.model.blocks)]
+    matrices = [shape[1:] for shape in leaves(state.model.blocks) if len(shape) > 2 and shape[1] != 3]
+    others = Counter(leaves(state.model)) - Counter(leaves(state.model.blocks))
+    loops = {inside for inside, _ in sent} - {"entry"}
+    assert len(loops) == 2
+    split = lambda shapes: Counter(tuple(sorted(shape)) for group in shapes for shape in group)  # noqa: E731
+    sorts = lambda shapes: Counter(tuple(sorted(shape)) for shape in shapes)  # noqa: E731
+    (backward,) = [inside for inside, operation in sent if operation == "reduce-scatter" and inside != "entry"]
+    (forward,) = loops - {backward}
+    assert split(sent[forward, "all-gather"]) == sorts(block)
+    again = split(sent[backward, "all-gather"])
+    assert sorts(matrices) <= again <= sorts(block)  # biases are not needed where nothing is recomputed
+    assert sum(map(len, sent[backward, "reduce-scatter"])) == len(block)
+    assert split(sent["entry", "all-gather"]) == Counter({tuple(sorted(k)): 0 for k in others}) + sorts(
+        others.elements()
+    )
+    assert {operation for _, operation in sent} <= {"all-gather", "reduce-scatter", "all-reduce"}
+    # What is left: leaves that no axis splits, and the squares for the norm.
+    copied = [
+        leaf.shape
+        for leaf in jax.tree.leaves(place(state.model, make_mesh(MESHES["fsdp"])))
+        if "fsdp" not in leaf.sharding.spec
+    ]
+    reduced = Counter(shape for group in sent["entry", "all-reduce"] for shape in group if shape)
+    assert reduced == Counter(copied)
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp", "data-fsdp"])
+def test_twice_the_batch_sends_no_more(name):
+    assert sizes(compiled(name)) == sizes(compiled(name, batch=2 * BATCH))
+
+
+def test_tensor_parallelism_sums_twice_a_block_and_direction_and_moves_no_weights():
+    sent = collectives(compiled("tensor").as_text())
+    tokens = (BATCH, CONFIG.num_tokens, CONFIG.hidden_size)
+    loops = [groups for (inside, _), groups in sent.items() if inside != "entry"]
+    assert loops == [[[tokens]] * 2] * 2
+    assert {operation for _, operation in sent} == {"all-reduce"}
+    assert all(shape == () for group in sent["entry", "all-reduce"] for shape in group)
+
+
+def test_all_three_axes_gather_over_fsdp_alone():
+    state, sent = jax.eval_shape(create), collectives(compiled("all").as_text())
+    mesh = make_mesh(MESHES["all"])
+    parts = [
+        leaf.sharding.shard_shape(leaf.shape)[1:]
+        for leaf in jax.tree.leaves(
+            jax.tree.map(
+                lambda shape, spec: jax.ShapeDtypeStruct(
+                    shape.shape,
+                    shape.dtype,
+                    sharding=jax.NamedSharding(mesh, P(*("tensor" if name == "tensor" else None for name in spec))),
+                ),
+                state.model.blocks,
+                sharding.specs(state.model, mesh).blocks,
+            )
+        )
+    ]
+    for (inside, operation), groups in sent.items():
+        if operation == "all-gather" and inside != "entry":
+            shapes = {tuple(sorted(shape)) for group in groups for shape in group}
+            assert shapes <= {tuple(sorted(part)) for part in parts}, shapes
+    assert {operation for _, operation in sent} <= {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+def test_fsdp_holds_an_eighth_on_each_device_by_xlas_own_figures():
+    config = dataclasses.replace(CONFIG, hidden_size=128, depth=4)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(partial(create, config))))
+    step = compiled("fsdp", config, remat="full")
+    batch = sum(array.nbytes for array in make_batch().values()) / 8
+    held = step.memory_analysis().argument_size_in_bytes - batch
+    assert whole / 8 <= held <= 1.1 * whole / 8
+    # Nor are they gathered all at once: what a step needs besides is less than the weights.
+    assert (
+        step.memory_analysis().temp_size_in_bytes
+        < compiled("data", config, remat="full").memory_analysis().temp_size_in_bytes
+    )
+
+
+def test_every_leaf_of_model_average_and_moments_lies_alike():
+    mesh = make_mesh(MESHES["all"])
+    state = sharding.specs(jax.eval_shape(create), mesh)
+    assert state.model == state.ema == state.opt_state[0].mu == state.opt_state[0].nu
+    blocks = state.model.blocks
+    assert blocks.attention.qkv.weight == P(None, "fsdp", None, "tensor")
+    assert blocks.attention.qkv.bias == P(None, None, "tensor")
+    assert blocks.attention.out.weight == P(None, "tensor", "fsdp") and blocks.attention.out.bias == P(None, "fsdp")
+    assert blocks.mlp.up.weight == P(None, "fsdp", "tensor") and blocks.mlp.down.weight == P(None, "tensor", "fsdp")
+    assert blocks.modulation.weight == P(None, None, "fsdp")
+    assert state.model.time.up.weight == P("fsdp", None)
+    deep = dataclasses.replace(CONFIG, depth=64)
+    assert sharding.specs(
+        jax.eval_shape(partial(create, deep)), make_mesh(MESHES["fsdp"])
+    ).model.blocks.mlp.up.bias == P(None, "fsdp")
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_samples_are_the_same_on_any_mesh(name):
+    model = DiT(CONFIG, key=jax.random.key(0))
+    noisy = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), model)
+    draw = make_draw(SamplingConfig(steps=4, guidance_scale=2.0), CONFIG, "eps")
+    labels, keys = jnp.arange(8) % 7, sample_keys(3, 0, 8)
+    alone = jax.jit(lambda model: draw(model, labels, keys)[0])(noisy)
+    mesh = make_mesh(MESHES[name])
+    together, _ = jax.jit(on_mesh(draw, mesh))(put_state(noisy, mesh), labels, keys)
+    np.testing.assert_allclose(together, alone, atol=3e-6 * float(jnp.abs(alone).max()))
+
+
+def test_batches_are_split_over_all_devices_but_those_that_share_an_example():
+    for name, parts in {"data": 8, "data-fsdp": 8, "all": 4, "tensor": 1}.items():
+        mesh = make_mesh(MESHES[name])
+        rows = local_rows(mesh, BATCH)
+        assert rows.tolist() == list(range(BATCH)) and sharding.batch_parts(mesh) == parts
+        batch = put_batch(make_batch(), mesh, rows, BATCH)
+        assert batch["x"].sharding == batch_sharding(mesh)
+        assert {shard.data.shape[0] for shard in batch["x"].addressable_shards} == {BATCH // parts}
+        np.testing.assert_array_equal(batch["x"], make_batch()["x"])
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(3, -1), MeshConfig(2, 2), MeshConfig(-1, -1), MeshConfig(0, -1), MeshConfig(tensor=3)]
+)
+def test_a_mesh_that_does_not_make_up_the_devices_is_refused(mesh):
+    with pytest.raises(ValueError, match=r"does not make up the 8 devices at hand; use -1"):
+        make_mesh(mesh)
+
+
+def test_what_tensor_does_not_divide_is_refused():
+    mesh = make_mesh(MESHES["tensor"])
+    check_fit(mesh, num_heads=16, mlp_size=64)
+    with pytest.raises(ValueError, match=r"mesh.tensor is 8, which does not divide num_heads, 6"):
+        check_fit(mesh, num_heads=6, mlp_size=64)
+    with pytest.raises(ValueError, match=r"does not divide the width of the MLP, 100"):
+        check_fit(mesh, num_heads=8, mlp_size=100)
+
+
+def test_the_table_tells_every_leaf():
+    placed = place(jax.eval_shape(create).model, make_mesh(MESHES["all"]))
+    lines = sharding.table(placed).splitlines()
+    assert len(lines) == 1 + len(jax.tree.leaves(placed))
+    line = next(line for line in lines if "blocks.mlp.up.weight" in line)
+    assert line.split() == "blocks.mlp.up.weight 3x32x128 axis 1 over fsdp, axis 2 over tensor 12,288 bytes".split()
+    total = sum(int(line.split()[-2].replace(",", "")) for line in lines[1:])
+    assert total == sharding.bytes_per_device(placed)
