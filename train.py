@@ -4,13 +4,12 @@ Top to bottom: configuration, run folder, data, state, compiled step, loop. A ru
 on from its newest checkpoint exactly as if it had never stopped.
 """
 
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -29,20 +28,33 @@ import optax
 import tyro
 from jax.sharding import Mesh
 from jaxtyping import install_import_hook
-from PIL.Image import Image
 from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
     from ditx import checkpoint, data, flops, pictures, runs
     from ditx.diffusion.schedule import linear_schedule
     from ditx.latents import LatentSource
+    from ditx.monitor import Monitor, Profile, check_wandb, memory_of
     from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig, Remat
-    from ditx.pretrained import check_scale, load_vae
+    from ditx.pretrained import check_scale, load_initial, load_vae
+    from ditx.processes import (
+        ProcessConfig,
+        check_alike,
+        connect,
+        end,
+        from_first,
+        in_step,
+        is_first,
+        stop_signals,
+        together,
+        while_all_live,
+    )
     from ditx.sampling import SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
     from ditx.sharding import (
         MeshConfig,
         batch_parts,
         batch_sharding,
+        bytes_per_device,
         check_fit,
         everywhere,
         local_rows,
@@ -65,6 +77,8 @@ class Config:
     vae: str = ""
     """latents alone: what decodes the pictures (ft-ema, ft-mse, original, or a path); without it, none are drawn"""
     model: DiTConfig = field(default_factory=DiTConfig)
+    init_from: str = ""
+    """run or weights to begin from instead of random ones; with other classes, the label table begins anew"""
     objective: Literal["eps", "flow"] = "eps"
     """eps: the paper's noise and variance; flow: the velocity of flow matching (with --model.no-learn-sigma)"""
     flow_time: tuple[float, float] = (0.0, 1.0)
@@ -96,6 +110,7 @@ class Config:
     accumulate: int = 1
     """parts of a batch that follow each other within one step: less memory, the same result"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    processes: ProcessConfig = field(default_factory=ProcessConfig)
     workers: int = 0
     """processes that decode images; 0 decodes in threads"""
     run: str = ""
@@ -105,10 +120,20 @@ class Config:
     checkpoint_every: int = 5_000
     keep: int = 3
     """newest checkpoints to keep"""
+    keep_every: int = 0
+    """of the others, those of every so many steps are kept, too; 0 keeps none"""
+    keep_best: int = 0
+    """of the others, so many of the lowest mean loss are kept, too"""
+    max_skipped: int = 10
+    """updates in a row that are skipped, for a loss or a gradient that is not finite, before the run ends"""
     sample_every: int = 10_000
     """steps between pictures; 0 draws none"""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """how the pictures are drawn"""
+    profile_steps: int = 0
+    """steps, soon after the start, of which a trace is written to the run's folder profile; 0 writes none"""
+    wandb: str = ""
+    """project of Weights and Biases to which metrics and pictures go, too (--extra wandb)"""
 
 
 def paper(name: str, steps: int = 400_000, **changes: Any) -> Config:
@@ -175,8 +200,9 @@ PRESETS = {
     "imagenet512-xl2": paper("DiT-XL/2", steps=3_000_000, input_size=64),
 }
 # What may differ when a run goes on: it changes neither the data nor the arithmetic (beyond rounding).
-FREE = {"preset", "run", "data_path", "log_every", "checkpoint_every", "keep", "sample_every", "sampling", "workers"}
-FREE |= {"mesh", "unroll", "remat", "accumulate", "vae"}
+FREE = {"preset", "run", "data_path", "vae", "workers", "mesh", "processes", "unroll", "remat", "accumulate"}
+FREE |= {"log_every", "checkpoint_every", "keep", "keep_every", "keep_best", "max_skipped", "sample_every", "sampling"}
+FREE |= {"profile_steps", "wandb"}
 
 
 def parse(argv: list[str]) -> tuple[str, Config]:
@@ -191,10 +217,11 @@ def parse(argv: list[str]) -> tuple[str, Config]:
 
 def check(config: Config) -> None:
     """Raise ValueError for values that the parts do not check themselves."""
-    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "unroll", "accumulate"):
+    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "max_skipped", "unroll", "accumulate"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("learning_rate", "warmup", "weight_decay", "sample_every", "workers", "seed"):
+    least_zero = ("learning_rate", "warmup", "weight_decay", "sample_every", "workers", "seed")
+    for name in (*least_zero, "keep_every", "keep_best", "profile_steps"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
     if config.seed >= 2**32:
@@ -208,6 +235,8 @@ def check(config: Config) -> None:
         raise ValueError("objective flow predicts no variance; add --model.no-learn-sigma")
     if config.sample_every:
         config.sampling.check(config.model, config.objective)
+    if config.wandb:
+        check_wandb()
 
 
 def open_data(config: Config, preset: str) -> tuple[data.Source, DiTConfig]:
@@ -247,27 +276,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adamw(rate, b1=0.9, b2=config.beta2, eps=1e-8, weight_decay=config.weight_decay)
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that the loop can end between two steps; a second one ends at once."""
-    received: list[int] = []
-
-    def receive(number, _):
-        if received:
-            os._exit(128 + number)
-        received.append(number)
-        print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def make_picture(config: Config, source: data.Source, mesh: Mesh) -> Callable[[DiT], Image] | None:
-    """The function from averaged weights to a grid of samples: the same noise and up to ten classes every time."""
+def make_picture(config: Config, source: data.Source, mesh: Mesh) -> Callable[[DiT, Path], None] | None:
+    """The function that writes samples of averaged weights: the same noise and up to ten classes every time."""
     if not config.sample_every or (isinstance(source, LatentSource) and not config.vae):
         return None
     decode = None
@@ -282,31 +292,44 @@ def make_picture(config: Config, source: data.Source, mesh: Mesh) -> Callable[[D
     draw = on_mesh(make_draw(config.sampling, config.model, config.objective), mesh)
     compiled = jax.jit(lambda ema: draw(ema, jnp.asarray(labels), keys)[0], out_shardings=everywhere(mesh))
 
-    def picture(ema):
+    def picture(ema, path):
         samples = np.asarray(compiled(ema))
-        return pictures.grid(data.to_uint8(decode(samples) if decode else samples)[: 4 * columns], columns)
+        images = data.to_uint8(decode(samples) if decode else samples)[: 4 * columns]
+        if is_first():
+            path.parent.mkdir(exist_ok=True)
+            pictures.grid(images, columns).save(path)
 
     return picture
 
 
 def train(preset: str, config: Config) -> int:
     """Check everything that a user can get wrong, then run to the last step, or to a signal; returns the exit code."""
-    check(config)
-    source, model_config = open_data(config, preset)
-    config = replace(config, model=model_config)
-    check(config)
-    mesh = make_mesh(config.mesh)
-    check_fit(mesh, num_heads=model_config.num_heads, mlp_size=model_config.mlp_size)
-    if config.batch_size % (batch_parts(mesh) * config.accumulate):
-        parts = f"the {batch_parts(mesh)} devices" + (
-            f" x accumulate {config.accumulate}" if config.accumulate > 1 else ""
-        )
-        raise ValueError(f"batch_size is {config.batch_size}; make it a multiple of {parts}")
+    connect(config.processes)
+    with together():
+        check(config)
+        source, model_config = open_data(config, preset)
+        config = replace(config, model=model_config)
+        check(config)
+        mesh = make_mesh(config.mesh)
+        check_fit(mesh, num_heads=model_config.num_heads, mlp_size=model_config.mlp_size)
+        if config.batch_size % (batch_parts(mesh) * config.accumulate):
+            parts = f"the {batch_parts(mesh)} devices" + (
+                f" x accumulate {config.accumulate}" if config.accumulate > 1 else ""
+            )
+            raise ValueError(f"batch_size is {config.batch_size}; make it a multiple of {parts}")
     found: dict[str, Any] = {"class_names": source.class_names, "data_checksum": source.checksum}
     if isinstance(source, LatentSource):
         found["latents"] = {name: source.metadata[name] for name in ("vae", "scale", "image_size")}
-    free = FREE | ({"steps"} if config.decay == "constant" else set())
-    with runs.open_run(Path(config.run), {"preset": preset, **asdict(config), **found}, free=free):
+    described = {"preset": preset, **asdict(config), **found}
+    check_alike({name: value for name, value in described.items() if name not in ("data_path", "processes")})
+    free, run = FREE | ({"steps"} if config.decay == "constant" else set()), Path(config.run)
+    with ExitStack() as stack:
+        with together():
+            if is_first():
+                stack.enter_context(runs.open_run(run, described, free=free))
+        with together():
+            if not (run / runs.CONFIG).exists():
+                raise ValueError(f"{run} is not where the first process made it; give a --run that all processes share")
         return fit(config, source, mesh)
 
 
@@ -342,25 +365,25 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
         accumulate=config.accumulate,
         mesh=mesh,
     )
-    init_key, key = jax.random.split(jax.random.key(config.seed))
+    init_key, key = jax.jit(lambda: jax.random.split(jax.random.key(config.seed)), out_shardings=everywhere(mesh))()
     create = partial(TrainState.create, model_config, optimizer)
     abstract = place(jax.eval_shape(lambda key: create(key=key), init_key), mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if mesh.size > 1:
         print(table(abstract.model))
+    held = {"weights": abstract.model, "average": abstract.ema, "moments": abstract.opt_state}
+    shares = ", ".join(f"{name} {bytes_per_device(part) / 2**20:,.1f}" for name, part in held.items())
+    print(f"holds    {bytes_per_device(abstract) / 2**20:,.1f} MiB on each device: {shares}", flush=True)
     rows = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
     shape = (config.batch_size, size, size, model_config.in_channels)
     batch = {"x": rows(shape, jnp.float16 if latent else jnp.float32), "y": rows(shape[:1], jnp.int32)}
     if latent:
         batch["std"] = rows(shape, jnp.float16)
-    # Sums since the last line of metrics; checkpoints keep them, so that a resumed run writes the same lines.
-    window = {name: np.zeros(()) for name in ("count", *jax.eval_shape(step_fn, abstract, batch, key)[1])}
+    sums = {name: np.zeros(()) for name in ("count", *jax.eval_shape(step_fn, abstract, batch, key)[1])}
 
     # State: read where it is to live, or born there.
     parts = [part.name for part in fields(TrainState)]
-    restored = checkpoint.load_newest(
-        checkpoints, {part: getattr(abstract, part) for part in parts} | {"window": window}
-    )
+    restored = checkpoint.load_newest(checkpoints, {part: getattr(abstract, part) for part in parts} | {"window": sums})
     if restored is None:
         reached = max((line["step"] for line in runs.read_metrics(run)), default=0)
         # The second save waits for the first, so that a kill alone cannot lead here.
@@ -370,9 +393,14 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
                 " another --run"
             )
         start, state = 0, jax.jit(lambda key: create(key=key), out_shardings=places)(init_key)
+        if config.init_from:
+            with together():
+                model, note = load_initial(Path(config.init_from), state.model, mesh)
+            print(f"begins   from {note}", flush=True)
+            state = replace(state, model=model, ema=jax.tree.map(jnp.copy, model))
     else:
         start, trees, damaged = restored
-        state, window = TrainState(**{part: trees[part] for part in parts}), jax.tree.map(np.asarray, trees["window"])
+        state, sums = TrainState(**{part: trees[part] for part in parts}), jax.tree.map(np.asarray, trees["window"])
         for step, sentence in damaged:
             aside = checkpoint.set_aside(checkpoints, step)
             print(f"warning: {sentence}; moved to {aside}, going back to step {start:,}", file=sys.stderr)
@@ -381,11 +409,12 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
 
     def finish(state):
         """Write the pictures of the last step, where they are missing."""
-        last = run / "samples" / f"step-{config.steps:07d}.png"
-        last.parent.mkdir(exist_ok=True)
-        if draw_picture and not last.exists():
-            draw_picture(state.ema).save(last)
-        if not loss_picture.exists():
+        missing, last = [], run / "samples" / f"step-{config.steps:07d}.png"
+        with together():
+            missing = [path for path in (last, loss_picture) if is_first() and not path.exists()]
+        if draw_picture and from_first(last in missing):
+            draw_picture(state.ema, last)
+        if loss_picture in missing:
             lines = runs.read_metrics(run)
             steps, losses = (np.array([line[name] for line in lines], np.float64) for name in ("step", "loss"))
             pictures.loss_curve(steps, losses).save(loss_picture)
@@ -394,12 +423,15 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
         finish(state)
         print(f"{run} has all its {config.steps:,} steps; draw from it with sample.py, or train anew in another --run")
         return 0
-    loss_picture.unlink(missing_ok=True)  # of a shorter run that now goes on
 
     began = time.perf_counter()
     compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None)).lower(abstract, batch, key).compile()
-    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
-    runs.trim_metrics(run, start)
+    took, needs = time.perf_counter() - began, memory_of(compiled) / 2**20
+    print(f"compiled in {took:.1f} s; a step takes {needs:,.1f} MiB on each device", flush=True)
+    with together():
+        if is_first():
+            loss_picture.unlink(missing_ok=True)  # of a shorter run that now goes on
+            runs.trim_metrics(run, start)
     batches = data.batches(
         source,
         batch_size=config.batch_size,
@@ -409,80 +441,94 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
         rows=local_rows(mesh, config.batch_size),
         workers=config.workers,
     )
+    monitor = Monitor(
+        run,
+        sums,
+        step=start,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        max_skipped=config.max_skipped,
+        wandb=config.wandb,
+        config=asdict(config),
+    )
+    manager = checkpoint.Checkpoints(
+        checkpoints,
+        keep=config.keep,
+        keep_every=config.keep_every,
+        keep_best=config.keep_best,
+        described=runs.read_config(run),
+    )
     bar = tqdm(
         total=config.steps,
         initial=start,
-        disable=None,  # where nobody watches; lines are printed instead
+        disable=None if is_first() else True,  # None: where nobody watches; lines are printed instead
         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
     )
     with (
         stop_signals() as stopped,
         closing(batches),
-        closing(checkpoint.Checkpoints(checkpoints, keep=config.keep)) as manager,
-        (run / runs.METRICS).open("a") as log,
+        closing(manager),
+        closing(monitor),
+        closing(Profile(run / "profile", start + 1, config.profile_steps)) as profile,
         bar,
+        while_all_live(),
     ):
-        pending, clock, since, saved = None, time.perf_counter(), start, start
+        pending, failure, step, saved = None, None, start, start
+        feed = in_step(monitor.waiting(batches), mesh, stopped)
 
-        def count(terms):
-            """Add the terms of one step, if there are any, to the sums of the window."""
-            nonlocal window
-            if terms is not None:
-                terms = {"count": 1, **jax.device_get(terms)}
-                if not np.isfinite(terms["loss"]):
-                    raise ValueError(
-                        f"the loss is {terms['loss']} by step {step:,}; the newest checkpoint is of step {saved:,}; try"
-                        " a lower --learning-rate in another --run"
-                    )
-                window = {name: total + terms[name] for name, total in window.items()}
+        def settle():
+            """Count what the last step returned, which is read late, so that the host does not wait at every step."""
+            nonlocal pending
+            if pending is not None:
+                terms, pending = jax.device_get(pending), None
+                monitor.add(step, terms)
 
-        def save(step):
+        def save():
             nonlocal saved
-            manager.save(step, {part: getattr(state, part) for part in parts} | {"window": window})
+            settle()
+            trees = {part: getattr(state, part) for part in parts} | {"window": monitor.sums}
+            manager.save(step, trees, loss=monitor.mean_loss())
             saved = step
 
-        for step in range(start + 1, config.steps + 1):
+        while step < config.steps:
             try:
-                batch = put_batch(next(batches), mesh, local_rows(mesh, config.batch_size), config.batch_size)
-            except ValueError:  # an image that cannot be read: what was trained is kept
-                count(pending)
-                if step - 1 > saved:
-                    save(step - 1)
-                raise
-            state, terms = compiled(state, batch, key)
-            ends = step == config.steps or bool(stopped)
-            logs = step % config.log_every == 0 or step == config.steps
-            saves = step % config.checkpoint_every == 0 or ends
-            # Terms are read a step late, so that the host does not wait for the device at every step.
-            count(pending)
-            pending = terms
-            if logs or saves:
-                count(pending)
-                pending = None
-            speed = (step - since) * config.batch_size / (time.perf_counter() - clock)
-            if window["count"]:
-                bar.set_postfix_str(f"loss {window['loss'] / window['count']:.4f}, {speed:.0f} images/s", refresh=False)
-            bar.update()
-            if logs:
-                means = {name: float(total / window["count"]) for name, total in window.items() if name != "count"}
-                log.write(json.dumps({"step": step, **means, "images_per_second": round(speed, 1)}) + "\n")
-                log.flush()
-                if bar.disable:
-                    left = (config.steps - step) * config.batch_size / speed
-                    print(
-                        f"step {step:,}  loss {means['loss']:.4f}  {speed:.0f} images/s  {left:.0f} s left", flush=True
-                    )
-                window = {name: np.zeros(()) for name in window}
-                clock, since = time.perf_counter(), step
-            if saves:
-                save(step)
-            if draw_picture and step % config.sample_every == 0:
-                (run / "samples").mkdir(exist_ok=True)
-                draw_picture(state.ema).save(run / "samples" / f"step-{step:07d}.png")
-                clock, since = time.perf_counter(), step
-            if ends:
+                batch = next(feed)
+            except StopIteration:
                 break
-    if stopped and saved < config.steps:
+            except (ValueError, OSError) as error:  # an image that cannot be read: what was trained is kept
+                failure = error
+                break
+            profile.before(step + 1)
+            batch = put_batch(batch, mesh, local_rows(mesh, config.batch_size), config.batch_size)
+            state, terms = compiled(state, batch, key)
+            settle()
+            step, pending = step + 1, terms
+            profile.after(step, terms)
+            speed = monitor.measure(step)
+            loss = monitor.mean_loss()
+            if loss is not None:
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+            bar.update()
+            if step % config.log_every == 0 or step == config.steps:
+                settle()
+                line = monitor.write(step)
+                if bar.disable:
+                    left = (config.steps - step) * config.batch_size / monitor.speed
+                    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+                    print(f"step {step:,}  loss {loss}  {monitor.speed:.0f} images/s  {left:.0f} s left", flush=True)
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                save()
+            if draw_picture and step % config.sample_every == 0:
+                settle()
+                with monitor.paused(step):
+                    picture = run / "samples" / f"step-{step:07d}.png"
+                    draw_picture(state.ema, picture)
+                    monitor.show(step, picture)
+        if saved < step:
+            save()
+        if failure:
+            raise failure
+    if stopped and step < config.steps:
         print(f"stopped after step {saved:,}; the same command goes on from there")
         return 128 + stopped[0]
     finish(state)
@@ -496,9 +542,16 @@ def main() -> int:
         return train(*parse(sys.argv[1:]))
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        return end(2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        line = str(error).splitlines()[0][:200]
+        remedy = "try --remat full, a higher --accumulate, --mesh.fsdp, or a smaller --batch-size"
+        print(f"train.py: the devices have too little memory ({line}); {remedy}", file=sys.stderr)
+        return end(2)
     except KeyboardInterrupt:
-        return 130
+        return end(130)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ditx import checkpoint, convert, imagenet, runs, weights
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.sampling import OBJECTIVE_SAMPLERS, SamplingConfig
-from ditx.sharding import put_whole
+from ditx.sharding import place, put_whole
 from ditx.weights import WeightFile
 
 # Where the three decoders of the paper's Table 5 lie on the Hugging Face hub.
@@ -133,6 +135,26 @@ def load(source: Path, description: Description, places: Any = None) -> tuple[Di
         model = convert.dit_from_diffusers(file.tensors, description.model, frequency_shift=shift)
     model = jax.tree.map(lambda leaf, place: put_whole(leaf, place.sharding), model, places)
     return model, f"{source} in the layout of {layout}{', ' + file.note if file.note else ''}"
+
+
+def load_initial(source: Path, fresh: DiT, mesh: Mesh) -> tuple[DiT, str]:
+    """The averaged weights of a run or file for a network like `fresh` to begin with, and a sentence on what was read.
+
+    The label table is that of `fresh` where its rows differ. Raises ValueError where anything else does.
+    """
+    described = describe(source)
+    rows = ("num_classes", "label_dropout")
+    wanted = replace(fresh.config, **{name: getattr(described.model, name) for name in rows})
+    changed = runs.changes(asdict(described.model), asdict(wanted))
+    if changed:
+        raise ValueError(f"{source} holds another network: {changed}; give the flags that make the two agree")
+    shapes = jax.eval_shape(lambda key: DiT(described.model, key=key), jax.random.key(0))
+    model, note = load(source, described, place(shapes, mesh))
+    if model.label.table.shape != fresh.label.table.shape:
+        had, has = model.label.table.shape[0], fresh.label.table.shape[0]
+        model = eqx.tree_at(lambda m: m.label.table, model, fresh.label.table)
+        note += f"; its label table had {had:,} rows and now has {has:,}, which begin anew"
+    return jax.tree.unflatten(jax.tree.structure(fresh), jax.tree.leaves(model)), note
 
 
 def write(path: Path, model: DiT, description: Description) -> None:

@@ -1,18 +1,26 @@
-"""Several processes as one program: how they find each other, agree, and fail together."""
+"""Several processes as one program: how they find each other, agree, stop and fail together."""
 
+import json
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 # What srun and mpirun tell the processes that they start: the number of each, and how many there are.
 _LAUNCHERS = (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
 _MAX_SENTENCE = 1000
+_FAILED = 1000  # above every signal
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,8 @@ def connect(config: ProcessConfig) -> None:
     given = {}
     if config.coordinator not in ("", "auto"):
         given = {"coordinator_address": config.coordinator, "num_processes": config.count, "process_id": config.index}
+    # It would take SIGTERM for itself, which `stop_signals` answers.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **given, heartbeat_timeout_seconds=config.heartbeat, shutdown_timeout_seconds=config.heartbeat
@@ -103,10 +113,98 @@ def together() -> Iterator[None]:
 
 
 def from_first(number: int) -> int:
-    """The number that the first process has."""
+    """The number, below 2**31, that the first process has."""
     if jax.process_count() == 1:
         return number
-    return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def check_alike(described: Any) -> None:
+    """Raise ValueError, in every process, where they were started for different things."""
+    if jax.process_count() == 1:
+        return
+    mine = np.uint32(zlib.crc32(json.dumps(described, sort_keys=True).encode()))
+    sums = np.asarray(multihost_utils.process_allgather(mine))
+    others = np.flatnonzero(sums != sums[0])
+    if len(others):
+        raise ValueError(f"process {others[0]} has other flags or other data than process 0; start all of them alike")
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that a loop can end between two steps; a second one ends at once.
+
+    SIGTERM is how preempted machines, Kubernetes and SLURM give notice.
+    """
+    received: list[int] = []
+
+    def receive(number, _):
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def in_step(batches: Iterator[Any], mesh: Mesh, received: list[int]) -> Iterator[Any]:
+    """`batches`, ended at the same one in every process: where one has `received` a signal, or cannot read on.
+
+    The signal is in everybody's `received` then; a ValueError or OSError of one process is raised in all of them. What
+    is agreed on was sent while the step before was computed, so that no device waits for it.
+    """
+    agree = _make_agree(mesh)
+
+    def read():
+        batch, error = None, None
+        try:
+            batch = next(batches)
+        except (ValueError, OSError) as caught:
+            error = caught
+        return batch, error, agree(_FAILED if error else max(received, default=0))
+
+    ahead = read()
+    while True:
+        batch, error, agreed = ahead
+        code = int(agreed)
+        if code == _FAILED:
+            with together():
+                if error:
+                    raise error
+        if code:
+            received[:] = [code]
+            return
+        ahead = read()
+        yield batch
+
+
+def _make_agree(mesh: Mesh) -> Callable[[int], Any]:
+    """The function from a number to the highest that a process has, which is not waited for."""
+    if jax.process_count() == 1:
+        return lambda number: number
+    mine, everywhere = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
+    highest = jax.jit(jnp.max, out_shardings=everywhere)
+    shape = (mesh.size,)
+    return lambda number: highest(jax.make_array_from_callback(shape, mine, lambda index: np.full(1, number, np.int32)))
+
+
+@contextmanager
+def while_all_live() -> Iterator[None]:
+    """End this process at once where another one has gone, since nothing that needs it can be finished."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        line = next(iter(str(error).splitlines()), "")[:200]
+        remedy = "start all of them again, to go on from the newest checkpoint"
+        print(f"another process has gone ({line}); {remedy}", file=sys.stderr)
+        end(os.EX_TEMPFAIL)
 
 
 def end(code: int) -> int:

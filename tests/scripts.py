@@ -1,6 +1,8 @@
 """Scripts and commands as a user runs them, in this process or in one of their own."""
 
 import gc
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,10 +48,20 @@ class Runner:
         return call(ditx.__main__, self.monkeypatch, self.capsys, *arguments)
 
 
-def start(*arguments):
-    """A script in a process of its own, with one device."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(*arguments, devices=1):
+    """A script in a process of its own, with so many devices."""
+    command, output = [sys.executable, *map(str, arguments)], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **output)
+
+
+def start_together(*arguments, count=2, devices=4):
+    """A script as several processes on this machine, which find each other, with so many devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = ["--processes.coordinator", place, "--processes.count", count]
+    return [start(*arguments, *flags, "--processes.index", index, devices=devices) for index in range(count)]
 
 
 def finish(process):

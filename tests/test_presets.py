@@ -52,4 +52,4 @@ def test_preset_builds_and_is_the_papers(name):
     after, terms = jax.eval_shape(step, state, batch, jax.random.key(0))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert {leaf.dtype for leaf in jax.tree.leaves(after.model)} == {jnp.dtype("float32")}
-    assert set(terms) == {"mse", "vb", "loss", "grad_norm"}
+    assert set(terms) == {"mse", "vb", "loss", "grad_norm", "skipped"}

@@ -137,11 +137,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     # Files may not grow beyond 4 kB once the first checkpoint lies there: what a full disk does to a write.
     limited += (
         "import pathlib; from ditx import checkpoint; save = checkpoint.Checkpoints.save\n"
-        "def full(self, step, trees):\n"
+        "def full(self, step, trees, loss):\n"
         "    if step == 10:\n"
         "        self._manager.wait()\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "    save(self, step, trees)\n"
+        "    save(self, step, trees, loss=loss)\n"
         "checkpoint.Checkpoints.save = full\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -179,11 +179,18 @@ def test_pictures_that_a_kill_prevented_are_made_up_for(finished, tmp_path, monk
     assert (run / "samples" / "step-0000040.png").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, capsys):
-    flags = [*TINY, "--steps", 40, "--run", tmp_path / "run", "--learning-rate", 1e30]
+def test_updates_that_are_no_numbers_are_skipped_and_end_the_run(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    flags = [*TINY, "--steps", 40, "--run", run, "--learning-rate", 1e30, "--max-skipped", 7, "--keep", 5]
     code, said = call(train, monkeypatch, capsys, *flags)
-    assert code == 2 and "the loss is" in said and "try a lower --learning-rate" in said, said
-    assert all(np.isfinite(loss) for _, loss, _ in losses(tmp_path / "run"))
+    assert code == 2 and said.count("its update is skipped") == 6, said
+    assert "7 updates in a row were skipped, up to step 9 (loss" in said and "seed 0" in said, said
+    assert "try a lower --learning-rate" in said
+    lines = runs.read_metrics(run)
+    assert [(line["step"], line["skipped"]) for line in lines] == [(4, 2), (8, 4)]
+    assert np.isfinite(lines[0]["loss"]) and lines[1]["loss"] is lines[1]["grad_norm"] is None
+    assert "NaN" not in (run / "metrics.jsonl").read_text()
+    assert checkpoint.steps(run / "checkpoints") == [5]
 
 
 def test_a_folder_left_by_a_kill_at_the_very_start_is_used(tmp_path, monkeypatch, capsys):

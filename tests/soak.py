@@ -1,0 +1,148 @@
+"""Kill a run of two processes at random moments, again and again, and see that nothing is lost.
+
+`uv run python tests/soak.py --kills 50` takes about half an hour on two cores. Every restart must go on from the
+newest complete checkpoint, every line of metrics must be readable, and the final weights, moments and averages must be,
+bit for bit, those of a run that nobody disturbed.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import resave
+import scripts
+
+from ditx import checkpoint
+from ditx.sharding import MeshConfig, make_mesh
+
+FLAGS = (
+    "digits --model.hidden-size 16 --model.depth 1 --model.num-heads 8 --model.patch-size 14 --batch-size 8"
+    " --sample-every 0 --log-every 4 --checkpoint-every 5 --processes.heartbeat 4"
+).split()
+SURVIVORS_END_WITHIN = 20  # seconds, of which the heartbeat is 4
+
+
+def launch(run, steps, flags):
+    return scripts.start_together(scripts.ROOT / "train.py", *FLAGS, *flags, "--steps", steps, "--run", run)
+
+
+def complete(processes):
+    outputs = [scripts.finish(process) for process in processes]
+    assert all(code == 0 for code, _ in outputs), outputs
+    return outputs
+
+
+def disturb(processes, run, rng, span):
+    """Kill one process or both, at any moment within `span` seconds or while a checkpoint is being written.
+
+    Says which, or None if the run was quicker.
+    """
+    saving = lambda: any((run / "checkpoints").glob("*tmp*"))  # noqa: E731
+    wait_for, wait = rng.choice([(lambda: True, rng.uniform(0, span)), (saving, rng.uniform(0, 0.2))])
+    while not wait_for() or wait > 0:
+        if any(process.poll() is not None for process in processes):
+            return None
+        wait -= 0.01 if wait_for() else 0
+        time.sleep(0.01)
+    which = rng.choice([[0], [1], [0, 1]])
+    for index in which:
+        processes[index].send_signal(signal.SIGKILL)
+    end = time.monotonic() + SURVIVORS_END_WITHIN
+    for process in processes:
+        try:  # Those that were spared end by themselves, ...
+            process.communicate(timeout=max(1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            assert "Gloo" not in output, output  # ... unless they were still to meet the others, which takes longer.
+    return which
+
+
+def check_left(run):
+    """What a kill has left: the newest complete checkpoint, and whether there is one half-written."""
+    lines = run / "metrics.jsonl"
+    for line in lines.read_text().splitlines() if lines.exists() else []:
+        json.loads(line)
+    folder = run / "checkpoints"
+    return max(checkpoint.steps(folder), default=0), any(folder.glob("*tmp*"))
+
+
+def arrays(run, step):
+    """The state in a checkpoint, on one device."""
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    return checkpoint.load(run / "checkpoints", step, resave.abstract_state(run, one))
+
+
+def assert_same(run, other, step):
+    a, b = arrays(run, step), arrays(other, step)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+    written = [
+        [(line["step"], line["loss"]) for line in map(json.loads, (each / "metrics.jsonl").read_text().splitlines())]
+        for each in (run, other)
+    ]
+    assert written[0] == written[1], written
+
+
+def soak(folder, *, kills, steps, seed, flags=(), say=lambda line: None):
+    """Disturb runs of `steps` steps with so many kills in all; returns what happened. Raises AssertionError."""
+    rng, told = random.Random(seed), dict.fromkeys(("kills", "of both", "half-written", "went on", "runs"), 0)
+    began = time.monotonic()
+    complete(launch(folder / "undisturbed", steps, flags))
+    span = time.monotonic() - began
+    say(f"the undisturbed run took {span:.0f} s")
+    while told["kills"] < kills:
+        run, newest, which = folder / f"disturbed-{told['runs']}", 0, []
+        while which is not None:
+            processes = launch(run, steps, flags)
+            which = disturb(processes, run, rng, span) if told["kills"] < kills else None
+            if which is not None:
+                before, (newest, half) = newest, check_left(run)
+                assert newest >= before, f"checkpoint {before} is lost, {newest} is left"
+                told["kills"] += 1
+                told["of both"] += len(which) == 2
+                told["half-written"] += half
+                say(f"kill {told['kills']}, of {which}: checkpoint {newest} is left{' and a part of one' * half}")
+        (_, output), _ = complete(processes)
+        if newest:
+            words = "has all its" if newest == steps else f"goes on  from step {newest:,}\n"
+            assert words in output and "warning" not in output, (newest, output)
+            told["went on"] += 1
+        assert_same(run, folder / "undisturbed", steps)
+        shutil.rmtree(run)
+        told["runs"] += 1
+    return told | {"seconds": round(time.monotonic() - began)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="SIGKILLs in all (50)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each run (300)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument("flags", nargs="*", help="more flags for train.py, behind --")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        told = soak(
+            Path(folder),
+            kills=given.kills,
+            steps=given.steps,
+            seed=given.seed,
+            flags=given.flags,
+            say=lambda line: print(line, flush=True),
+        )
+    print(json.dumps(told))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
