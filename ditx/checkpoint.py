@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from ditx.processes import from_first, is_first, together
 
 MANIFEST = "manifest.json"
+_SLICE = 1 << 20  # bytes
 
 
 class Checkpoints:
@@ -49,7 +50,13 @@ class Checkpoints:
         kept += [policies.BestN(n=keep_best, **best)] if keep_best else []
         self._manager = ocp.training.Checkpointer(
             str(self.folder),
-            context=ocp.Context(async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal)),
+            context=ocp.Context(
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+                # Slicing a copied array, for each device to write a part of it, is a program to compile.
+                array_options=ocp.options.ArrayOptions(
+                    saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=_SLICE)
+                ),
+            ),
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
