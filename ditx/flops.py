@@ -27,22 +27,6 @@ def training_step(config: DiTConfig, batch_size: int) -> int:
     return 6 * batch_size * macs(config)
 
 
-def activations(config: DiTConfig, batch_size: int, *, remat: bool, itemsize: int = 2) -> int:
-    """Bytes that the forward pass leaves for the backward one, at `itemsize` bytes a number.
-
-    Counted are the tensors as large as the tokens which the gradients of products, norms, gates and GELU need, each
-    once, with attention that keeps no logits; with `remat`, the inputs of all blocks and all that one block leaves.
-    """
-    ratio = config.mlp_size / config.hidden_size
-    tokens = config.num_tokens + (2 if config.block == "in-context" else 0)
-    # Attention: its norm's input and output, q, k, v, and the mixed values; MLP: the same two, and GELU's two.
-    block = 6 + 2 + 2 * ratio
-    # The gates' inputs; or, of cross-attention, its norm's input and output, queries and mixed values.
-    block += {"adaln-zero": 2, "cross-attention": 4}.get(config.block, 0)
-    blocks = config.depth + block if remat else config.depth * block
-    return int(batch_size * tokens * config.hidden_size * (blocks + 2) * itemsize)
-
-
 def parameters(config: DiTConfig) -> int:
     """Trainable parameters, without building them."""
     template = jax.eval_shape(lambda key: DiT(config, key=key), jax.random.key(0))

@@ -5,10 +5,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import tyro
 
 from ditx import flops, pretrained
-from ditx.nn.dit import DIT_CONFIGS, BlockName, DiTConfig
+from ditx.memory import step_memory
+from ditx.nn.dit import DIT_CONFIGS, BlockName, DiTConfig, Remat
+from ditx.sharding import MeshConfig
 
 # Table 4 of Peebles and Xie 2022: what was printed for each network (block, side of the latent, G multiply-adds,
 # millions of parameters).
@@ -32,6 +36,19 @@ TABLE_4: list[tuple[str, BlockName, int, float, int]] = [
 ]
 
 
+DEVICE = {
+    "weights": "weights",
+    "ema": "ema",
+    "moments": "moments",
+    "batch": "batch",
+    "gradients": "gradients",
+    "activations": "kept for the backward pass",
+    "working_room": "working room",
+    "copies": "copies, which CPUs make",
+    "total": "in all, at the peak",
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """Which network, and how it is trained. Flags change single fields of the network."""
@@ -40,9 +57,17 @@ class Config:
     """a published network (DiT-S/8 to DiT-XL/2), the folder of a run, or a file of weights"""
     model: tyro.conf.OmitArgPrefixes[DiTConfig] = field(default_factory=DiTConfig)
     batch_size: int = 256
-    """images a training step"""
+    """images a training step, over all devices"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """what the network computes in, for the activations"""
+    """what the network computes in"""
+    unroll: int = 1
+    """blocks compiled in a row"""
+    remat: Remat = "none"
+    """what the backward pass recomputes: none; all but the products with weights (dots); whole blocks (full)"""
+    accumulate: int = 1
+    """parts of a batch that follow each other within one step"""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """devices, which need not be at hand; without --mesh.data, there is one copy of the weights"""
     paper: bool = False
     """print the paper's Table 4 beside our counts instead"""
     json: bool = False
@@ -56,20 +81,28 @@ def main(argv: list[str]) -> int:
     model = DIT_CONFIGS[source] if source in DIT_CONFIGS else _described(source)
     # Read twice: the network named on the command line sets the defaults of the other flags.
     config = tyro.cli(Config, args=argv, prog=prog, default=Config(model=model), description=description)
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size is {config.batch_size}; it must be at least 1")
+    for name in ("batch_size", "unroll", "accumulate"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.paper:
         rows = paper()
         print(json.dumps(rows, indent=2) if config.json else _paper_table(rows))
     else:
-        costs = info(config.model, config.batch_size, config.dtype)
+        costs = info(config)
         print(json.dumps(costs, indent=2) if config.json else _table(source, config, costs))
     return 0
 
 
-def info(model: DiTConfig, batch_size: int, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
-    """All costs: multiply-adds of one image; FLOPs and bytes of a training step of `batch_size` images."""
-    count, itemsize = flops.parameters(model), 2 if dtype == "bfloat16" else 4
+def info(config: Config) -> dict[str, Any]:
+    """All costs: multiply-adds of one image; FLOPs and bytes of a training step, all in all and for one device."""
+    model, batch_size = config.model, config.batch_size
+    count, mesh = flops.parameters(model), asdict(config.mesh)
+    mesh["data"] = 1 if mesh["data"] == -1 else mesh["data"]  # the rest of devices that nobody has counted
+    for name, size in mesh.items():
+        if size < 1:
+            raise ValueError(f"mesh.{name} is {size}; the devices need not be at hand, so give their number, 1 or more")
+    options = {name: getattr(config, name) for name in ("unroll", "remat", "accumulate")}
+    device = step_memory(model, batch_size=batch_size, mesh=mesh, dtype=jnp.dtype(config.dtype), **options)
     return {
         "config": asdict(model),
         "parameters": count,
@@ -77,11 +110,11 @@ def info(model: DiTConfig, batch_size: int, dtype: Literal["float32", "bfloat16"
         "batch_size": batch_size,
         "training_step_flops": flops.training_step(model, batch_size),
         "bytes": {"weights": 4 * count, "ema": 4 * count, "moments": 8 * count, "gradients": 4 * count},
-        "activation_bytes": {
-            "dtype": dtype,
-            "remat none": flops.activations(model, batch_size, remat=False, itemsize=itemsize),
-            "remat blocks": flops.activations(model, batch_size, remat=True, itemsize=itemsize),
-        },
+        "mesh": mesh,
+        "dtype": config.dtype,
+        **options,
+        "backend": jax.default_backend(),
+        "device_bytes": device | {"total": sum(device.values())},
     }
 
 
@@ -114,7 +147,8 @@ def _described(source: str) -> DiTConfig:
 
 
 def _table(source: str, config: Config, costs: dict[str, Any]) -> str:
-    model, held, kept = config.model, costs["bytes"], costs["activation_bytes"]
+    model, held, device = config.model, costs["bytes"], costs["device_bytes"]
+    mesh = " x ".join(f"{name} {size}" for name, size in costs["mesh"].items())
     macs, step_flops = _scaled(costs["multiply_adds"]), _scaled(costs["training_step_flops"])
     changed = "" if DIT_CONFIGS.get(source) == model else ", with other fields" if source in DIT_CONFIGS else ""
     return "\n".join(
@@ -127,10 +161,9 @@ def _table(source: str, config: Config, costs: dict[str, Any]) -> str:
             f"a training step of {config.batch_size:<10,}{step_flops:>14}FLOP  (6 a multiply-add)",
             "held all through, float32",
             *(f"  {name:<27}{_binary(held[name]):>14}" for name in ("weights", "ema", "moments")),
-            "held during a step",
-            f"  gradients, float32         {_binary(held['gradients']):>14}",
-            f"  activations, {kept['dtype']:<14}{_binary(kept['remat none']):>14}",
-            f"  the same with --remat full {_binary(kept['remat blocks']):>14}",
+            f"one device of {mesh}, on {costs['backend']}, with {config.dtype}, remat {config.remat},"
+            f" accumulate {config.accumulate}, unroll {config.unroll}",
+            *(f"  {text:<27}{_binary(device[name]):>14}" for name, text in DEVICE.items() if device[name]),
         ]
     )
 

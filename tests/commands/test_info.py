@@ -5,7 +5,8 @@ from references import load
 
 import ditx
 from ditx import flops
-from ditx.commands.info import TABLE_4, info
+from ditx.commands.info import TABLE_4
+from ditx.memory import step_memory
 
 
 def test_the_papers_table_is_beside_our_counts(run):
@@ -43,13 +44,19 @@ def test_flags_change_single_fields(run):
     assert json.loads(said)["multiply_adds"] == flops.macs(config)
 
 
-@pytest.mark.parametrize("block", ["adaln-zero", "adaln", "cross-attention", "in-context"])
-def test_activations_grow_with_the_batch_and_shrink_with_remat(block):
-    config = ditx.DiTConfig(block=block)
-    small, large = (info(config, n, "bfloat16")["activation_bytes"] for n in (1, 8))
-    assert large["remat none"] == 8 * small["remat none"]
-    assert small["remat blocks"] < 0.15 * small["remat none"]
-    assert info(config, 1, "float32")["activation_bytes"]["remat none"] == 2 * small["remat none"]
+def test_bytes_of_one_device_of_a_mesh_that_is_not_at_hand(run):
+    flags = ("--mesh.data", 64, "--mesh.fsdp", 4, "--batch-size", 1024, "--remat", "full", "--accumulate", 2)
+    code, said = run.ditx("info", "DiT-XL/2", *flags, "--dtype", "float32", "--json")
+    assert code == 0
+    costs, mesh = json.loads(said), {"data": 64, "fsdp": 4, "tensor": 1}
+    device = costs["device_bytes"]
+    assert device.pop("total") == sum(device.values())
+    assert device == step_memory(ditx.DiTConfig(), batch_size=1024, mesh=mesh, accumulate=2, remat="full")
+    assert (costs["mesh"], costs["remat"], costs["backend"]) == (mesh, "full", "cpu")
+    code, said = run.ditx("info", "DiT-XL/2", *flags)
+    assert "one device of data 64 x fsdp 4 x tensor 1, on cpu, with bfloat16, remat full" in said
+    assert "in all, at the peak" in said
+    assert "one device of data 1 x fsdp 8 x tensor 1" in run.ditx("info", "DiT-S/8", "--mesh.fsdp", 8)[1]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +65,11 @@ def test_activations_grow_with_the_batch_and_shrink_with_remat(block):
         (["info", "DiT-XXL/2"], "there is no network 'DiT-XXL/2'; give DiT-S/8"),
         (["info", "--patch-size", 5], "patch_size 5 does not divide input_size 32"),
         (["info", "--batch-size", 0], "batch_size is 0"),
+        (["info", "--accumulate", 0], "accumulate is 0; it must be at least 1"),
+        (["info", "--mesh.fsdp", -1], "mesh.fsdp is -1; the devices need not be at hand, so give their number"),
+        (["info", "--mesh.data", 0], "mesh.data is 0"),
+        (["info", "--mesh.tensor", 3], "mesh.tensor is 3, which does not divide num_heads, 16"),
+        (["info", "--mesh.fsdp", 6], "batch_size is 256; make it a multiple of the 6 devices"),
         (["inform"], "there is no verb 'inform'; choose convert, extract, info"),
     ],
 )
