@@ -15,7 +15,7 @@ FAILED = {"loss": np.float32(np.nan), "grad_norm": np.float32(np.inf), "skipped"
 
 
 @pytest.fixture
-def make():
+def make(tmp_path):
     """Monitors of one run, closed at the end."""
     with ExitStack() as stack:
 
@@ -108,6 +108,7 @@ def test_lines_go_to_wandb_under_one_name(make, tmp_path, monkeypatch):
     )
 
 
-def test_wandb_that_is_not_there_is_said():
+def test_wandb_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="wandb is not installed; put --extra wandb"):
         check_wandb()
