@@ -1,4 +1,4 @@
-"""Metrics of generated images as functions of their features; the protocol is the ADM suite's (Dhariwal and Nichol 2021).
+"""Metrics of generated images as functions of their features, as the ADM suite has them (Dhariwal and Nichol 2021).
 
 Features are rows of numbers, as `ditx.nn.inception` gives them, of NumPy or JAX. What is summed over all images is in
 float64 and NumPy; the distances between all pairs are in float32 and JAX, on its first device. Every function raises
@@ -71,7 +71,7 @@ def frechet_distance(mean_a: Numbers, cov_a: Numbers, mean_b: Numbers, cov_b: Nu
     mean_b, factor_b = _gaussian("second", mean_b, cov_b)
     if mean_a.shape != mean_b.shape:
         raise ValueError(
-            f"the first distribution is of {mean_a.size} features, the second of {mean_b.size}; both must be of the same"
+            f"the first distribution is of {mean_a.size} features, the second of {mean_b.size}; give two of one kind"
         )
     # The squares of these are the eigenvalues of sqrt(A) B sqrt(A), but small ones do not drown in rounding.
     root = np.linalg.svd(factor_a.T @ factor_b, compute_uv=False).sum() if factor_a.size and factor_b.size else 0.0
@@ -104,7 +104,7 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(reference: Numbers, samples: Numbers, k: int = 3, *, half: bool = True) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al. 2019) of features (n, d) and (m, d), which need not be as many.
+    """Improved precision and recall (Kynkäänniemi et al. 2019) of features (n, d) and (m, d), of any n and m.
 
     A row is near a set if it is within the distance from any of the set's rows to that row's k-th nearest neighbour.
     The ADM suite rounds features and distances to half precision, unless they are too large for it, and so does this;
@@ -122,7 +122,7 @@ def precision_recall(reference: Numbers, samples: Numbers, k: int = 3, *, half: 
 
 
 def squared_radii(features: Numbers, k: int = 3, *, half: bool = True) -> Float[np.ndarray, " n"]:
-    """Squared distance of each row of features (n, d) to its `k`-th nearest other row, rounded as above."""
+    """Squared distance of each row of features (n, d) to its `k`-th nearest other, as for `precision_recall`."""
     x = _matrix("features", features)
     _check_neighbours("features", x, k)
     (x,), half = _points(x, half=half)
@@ -136,8 +136,8 @@ def _matrix(name: str, array: Numbers) -> np.ndarray:
     finite = np.isfinite(x).all(1)
     if not finite.all():
         raise ValueError(
-            f"{name} are not finite in {np.sum(~finite)} of {len(x)} rows, first in row {np.argmin(finite)}; leave those"
-            " samples out, or mend what made them"
+            f"{name} are not finite in {(~finite).sum()} of {len(x)} rows, first in row {finite.argmin()}; leave those"
+            " out, or mend what made them"
         )
     return x
 
@@ -146,7 +146,9 @@ def _gaussian(name: str, mean: Numbers, cov: Numbers) -> tuple[np.ndarray, np.nd
     """The mean and a factor F of the covariance F F^T, (d, rank), in float64."""
     mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
     if mean.ndim != 1 or cov.shape != 2 * mean.shape or not mean.size:
-        raise ValueError(f"the {name} mean and covariance have shapes {mean.shape} and {cov.shape}, not (d,) and (d, d)")
+        raise ValueError(
+            f"the {name} mean and covariance have shapes {mean.shape} and {cov.shape}, not (d,) and (d, d)"
+        )
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(f"the {name} mean or covariance is not finite; compute it anew, without samples that are not")
     values, vectors = np.linalg.eigh((cov + cov.T) / 2)
@@ -168,14 +170,16 @@ def _log_sum_exp(x: np.ndarray, axis: int) -> np.ndarray:
 
 def _check_neighbours(name: str, x: np.ndarray, k: int) -> None:
     if not 1 <= k < len(x):
-        raise ValueError(f"{name} have {len(x)} rows; a neighbour of rank {k} needs at least {max(k, 1) + 1}, and rank 1")
+        raise ValueError(
+            f"{name} have {len(x)} rows; a neighbour of rank {k} needs at least {max(k, 1) + 1}, and rank 1"
+        )
 
 
 def _points(*sets: np.ndarray, half: bool) -> tuple[list[Float[Array, "n d"]], bool]:
     """Sets in float32, ready for distances, and whether these are to be rounded to half precision."""
     with np.errstate(over="ignore"):
         largest = max(float(np.square(x, dtype=np.float32).sum(1).max()) for x in sets)
-    if half and 4 * largest < np.finfo(np.float16).max:  # a bound of all distances
+    if half and 4 * largest < float(np.finfo(np.float16).max):  # a bound of all distances
         return [jnp.asarray(x.astype(np.float16), jnp.float32) for x in sets], True
     # Moved so that squares are small, since distances are their differences.
     centre = sets[0].mean(0, dtype=np.float64)

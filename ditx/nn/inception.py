@@ -50,8 +50,8 @@ def _e(pool: Pool) -> dict[str, str]:
     }
 
 
-# Of each block the branches, whose outputs lie side by side in this order. A branch is a pool or none, then convolutions
-# of so many channels by height and width, "/2" at every second position; two with "+" see the same input.
+# Each block's branches, whose outputs lie side by side in this order. A branch is a pool or none, then convolutions to
+# so many channels by height and width, "/2" at every second position; two joined by "+" see the same input.
 _BLOCKS: dict[str, dict[str, str]] = {
     "Mixed_5b": _a(32),
     "Mixed_5c": _a(64),
@@ -69,7 +69,6 @@ _BLOCKS: dict[str, dict[str, str]] = {
     "Mixed_7b": _e("avg"),
     "Mixed_7c": _e("max"),
 }
-_SPATIAL = "Mixed_6d"  # of whose output the first channels, those of its 1 x 1 branch, are the spatial features
 
 
 class ConvUnit(eqx.Module):
@@ -114,35 +113,34 @@ class ConvUnit(eqx.Module):
 
 
 class Branch(eqx.Module):
-    """A pool or none, then steps of one convolution, or of two with their outputs side by side."""
+    """A pool or none, then steps of one convolution, or of two whose outputs lie side by side, as the table says."""
 
     steps: tuple[tuple[ConvUnit, ...], ...]
     pool: Pool | None = eqx.field(static=True)
+    out_channels: int = eqx.field(static=True)
 
     def __init__(self, name: str, description: str, in_channels: int, *, key: PRNGKeyArray):
-        """As in the table above; a lone convolution has the branch's name, others also their numbers and letters."""
-        words = description.split()
+        """A lone convolution is called as the branch is, others with their number in it and, of two, their letter."""
+        words, steps = description.split(), []
         self.pool = next((pool for pool in get_args(Pool) if pool == words[0]), None)
-        words, steps = words[self.pool is not None :], []
+        words = words[self.pool is not None :]
         for number, word in enumerate(words, 1):
             step, parts = [], word.split("+")
             for letter, part in zip("ab", parts, strict=False):
-                channels, height, width, stride = map(int, re.findall(r"\d+", part if "/" in part else f"{part}/1"))
-                suffix = f"_{number}" * (len(words) > 1) + letter * (len(parts) > 1)
-                padding = "SAME" if stride == 1 else "VALID"
+                channels, height, width, *stride = map(int, re.split("[:x/]", part))
+                unit = name + f"_{number}" * (len(words) > 1) + letter * (len(parts) > 1)
+                how = (stride[0], "VALID") if stride else (1, "SAME")
                 key, unit_key = jax.random.split(key)
-                step.append(
-                    ConvUnit(name + suffix, in_channels, channels, (height, width), stride, padding, key=unit_key)
-                )
+                step.append(ConvUnit(unit, in_channels, channels, (height, width), *how, key=unit_key))
             steps.append(tuple(step))
             in_channels = sum(unit.bias.size for unit in step)
-        self.steps = tuple(steps)
+        self.steps, self.out_channels = tuple(steps), in_channels
 
     def __call__(self, x: Float[Array, "h w i"]) -> Float[Array, "h2 w2 o"]:
         if self.pool == "avg":
             x = average_pool(x)
         elif self.pool is not None:
-            x = max_pool(x, 2) if self.pool == "max/2" else max_pool(x)
+            x = max_pool(x, 2 if self.pool == "max/2" else 1)
         for step in self.steps:
             x = jnp.concatenate([unit(x) for unit in step], axis=-1)
         return x
@@ -154,7 +152,7 @@ class Features(NamedTuple):
     pool: Float[Array, "*n 2048"]
     """for FID, precision and recall: means over the positions of the last block's output"""
     spatial: Float[Array, "*n 2023"]
-    """for sFID: 7 channels at 17 x 17 positions, the channels of one position next to each other"""
+    """for sFID: the first 7 channels of Mixed_6d's 1 x 1 branch at 17 x 17 positions, those of one side by side"""
     logits: Float[Array, "*n 1008"] | None
     """for the Inception Score: without bias, as the ADM suite has them"""
 
@@ -183,12 +181,11 @@ class Inception(eqx.Module):
                 blocks_key, branch_key = jax.random.split(blocks_key)
                 block.append(Branch(f"{name}.{branch}", description, channels, key=branch_key))
             blocks.append(tuple(block))
-            # A branch without convolutions passes its input on.
-            channels = sum(sum(u.bias.size for u in b.steps[-1]) if b.steps else channels for b in block)
+            channels = sum(branch.out_channels for branch in block)
         self.blocks = tuple(blocks)
         self.logits = jax.random.normal(logits_key, (channels, 1008)) / channels**0.5 if logits else None
 
-    def __call__(self, image: Float[Array, "h w 3"] | UInt8[Array, "h w 3"], *, resize: Resize = "adm") -> Features:
+    def __call__(self, image: Float[Array, "h w c"] | UInt8[Array, "h w c"], *, resize: Resize = "adm") -> Features:
         """Features of an image in 0..255; for the meaning of `resize` see `prepare`."""
         x = prepare(image, resize).astype(self.stem[0].weight.dtype)
         for unit in self.stem[:3]:
@@ -196,25 +193,26 @@ class Inception(eqx.Module):
         x = max_pool(x, 2)
         for unit in self.stem[3:]:
             x = unit(x)
-        x, spatial = max_pool(x, 2), x
+        x = max_pool(x, 2)
+        outputs = {}
         for name, block in zip(_BLOCKS, self.blocks, strict=True):
-            x = jnp.concatenate([branch(x) for branch in block], axis=-1)
-            spatial = x[..., :7] if name == _SPATIAL else spatial
-        pool = reduce(x, "h w c -> c", "mean")
-        logits = None
-        if self.logits is not None:
-            logits = jnp.matmul(pool, self.logits, precision=jax.lax.Precision.HIGHEST)
+            outputs[name] = x = jnp.concatenate([branch(x) for branch in block], axis=-1)
+        pool, spatial = reduce(x, "h w c -> c", "mean"), outputs["Mixed_6d"][..., :7]
+        highest = jax.lax.Precision.HIGHEST
+        logits = None if self.logits is None else jnp.matmul(pool, self.logits, precision=highest)
         return Features(pool, spatial.reshape(-1), logits)
 
 
-def prepare(image: Float[Array, "h w 3"] | UInt8[Array, "h w 3"], resize: Resize = "adm") -> Float[Array, "299 299 3"]:
+def prepare(image: Float[Array, "h w c"] | UInt8[Array, "h w c"], resize: Resize = "adm") -> Float[Array, "299 299 3"]:
     """An image in 0..255 of any size as the network's input: interpolated linearly, without antialiasing, then scaled.
 
     "adm" is what the TensorFlow graph itself does, and so the ADM suite: output position i is input position i h / 299,
     and values become (x - 128) / 128. In "pytorch-fid" these are the centres of pixels, and (x - 127.5) / 127.5.
     """
     if image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-        raise ValueError(f"the image has shape {image.shape}; give height, width and 3 channels (of grey, repeat its one)")
+        raise ValueError(
+            f"the image has shape {image.shape}; give height, width and 3 channels (of grey, repeat its one)"
+        )
     if resize not in get_args(Resize):
         raise ValueError(f"resize is {resize!r}; it must be one of {', '.join(get_args(Resize))}")
     x = jnp.asarray(image).astype(at_least_float32(image.dtype))
@@ -234,24 +232,17 @@ def _resized(x: Float[Array, "h w c"], axis: int, shift: float) -> Float[Array, 
 
 
 def max_pool(x: Float[Array, "h w c"], stride: int = 1) -> Float[Array, "h2 w2 c"]:
-    """The largest of 3 x 3 positions; at every `stride`-th position, without a border unless that is 1."""
-    return _windows(x, jnp.maximum, -jnp.inf, stride)
+    """The largest of 3 x 3 positions, around each or, within the image, around every `stride`-th."""
+    return _windows(x, jax.lax.max, -jnp.inf, stride)
 
 
 def average_pool(x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
     """The mean of 3 x 3 positions, at the border of those that there are."""
-    count = _windows(jnp.ones((*x.shape[:2], 1), x.dtype), jnp.add, 0.0, 1)
-    return _windows(x, jnp.add, 0.0, 1) / count
+    return _windows(x, jax.lax.add, 0.0, 1) / _windows(jnp.ones((*x.shape[:2], 1), x.dtype), jax.lax.add, 0.0, 1)
 
 
 def _windows(
     x: Float[Array, "h w c"], combine: Callable[[Array, Array], Array], border: float, stride: int
 ) -> Float[Array, "h2 w2 c"]:
-    """Combine 3 x 3 positions, rows and then columns (on CPUs, several times as fast as `lax.reduce_window`)."""
-    if stride == 1:
-        x = jnp.pad(x, ((1, 1), (1, 1), (0, 0)), constant_values=border)
-    height, width, _ = x.shape
-    top, middle, bottom = (x[i : height - 2 + i : stride] for i in range(3))
-    x = combine(combine(top, middle), bottom)
-    left, middle, right = (x[:, i : width - 2 + i : stride] for i in range(3))
-    return combine(combine(left, middle), right)
+    padding = "SAME" if stride == 1 else "VALID"
+    return jax.lax.reduce_window(x, jnp.asarray(border, x.dtype), combine, (3, 3, 1), (stride, stride, 1), padding)
