@@ -1,9 +1,10 @@
 """ditx: diffusion transformers in JAX and Equinox."""
 
-from ditx import convert, flops
+from ditx import convert, flops, metrics
 from ditx.diffusion import flow, gaussian, guidance, samplers
 from ditx.diffusion.schedule import Schedule, linear_schedule, respace
 from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
+from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "AutoencoderKL",
     "DiT",
     "DiTConfig",
+    "Inception",
     "Schedule",
     "VAEConfig",
     "convert",
@@ -19,6 +21,7 @@ __all__ = [
     "gaussian",
     "guidance",
     "linear_schedule",
+    "metrics",
     "respace",
     "samplers",
 ]

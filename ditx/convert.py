@@ -18,6 +18,7 @@ import numpy as np
 from einops import rearrange
 
 from ditx.nn.dit import DiT, DiTConfig
+from ditx.nn.inception import ConvUnit, Inception
 from ditx.nn.layers import grid_positions
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 
@@ -114,6 +115,18 @@ def _vae(config: VAEConfig) -> Layout:
     return layout
 
 
+def _inception(model: Inception) -> Layout:
+    """Its units tell their names; pytorch-fid's file has no others."""
+    layout: Layout = [] if model.logits is None else [("fc.weight", "logits", "i o -> o i")]
+    for path, unit in jax.tree.leaves_with_path(model, is_leaf=lambda part: isinstance(part, ConvUnit)):
+        if isinstance(unit, ConvUnit):
+            ours = jax.tree_util.keystr(path, simple=True, separator=".")
+            layout.append((f"{unit.name}.conv.weight", f"{ours}.weight", "h w i o -> o i h w"))
+            names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "variance"}
+            layout += [(f"{unit.name}.bn.{theirs}", f"{ours}.{name}", "o -> o") for theirs, name in names.items()]
+    return layout
+
+
 _TO_QKV = ("to_q", "to_k", "to_v")
 _VAE_FIELDS = {"qkv": _TO_QKV, "out": ("to_out.0",)}
 # What diffusers called these before 2023, when the Stable Diffusion files were made.
@@ -176,6 +189,22 @@ def vae_from_torch(state_dict: StateDict, config: VAEConfig) -> AutoencoderKL:
 def vae_to_torch(model: AutoencoderKL) -> dict[str, np.ndarray]:
     """Write an autoencoder in the layout of diffusers' `AutoencoderKL`; arrays may be views of the network's."""
     return _write(model, _vae(model.config), _VAE_FIELDS)
+
+
+def inception_from_torch(state_dict: StateDict) -> Inception:
+    """Read the FID network from the layout of pytorch-fid's file, whose bias of the logits is of no use.
+
+    It has no logits where the file has no `fc.weight`, and no scales but 1 where that has no `bn.weight` at all. Raises
+    ValueError with all missing, surplus and mis-shaped names at once.
+    """
+    logits = "fc.weight" in state_dict
+    template = jax.eval_shape(lambda key: Inception(logits=logits, key=key), jax.random.key(0))
+    layout = _inception(template)
+    if not any(name.endswith(".bn.weight") for name in state_dict):
+        ones = {theirs: np.ones(_get(template, ours).shape) for theirs, ours, _ in layout if ours.endswith(".scale")}
+        state_dict = {**state_dict, **ones}
+    ignored = {"fc.bias", *(name for name in state_dict if name.endswith(".bn.num_batches_tracked"))}
+    return _read(state_dict, template, layout, {}, ignored=ignored)
 
 
 def _abstract_dit(config: DiTConfig) -> DiT:

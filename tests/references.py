@@ -39,9 +39,22 @@ def formula(name, shape):
     """Weights drawn from their own name."""
     state = np.random.RandomState(zlib.crc32(name.encode()))
     values = state.standard_normal(int(np.prod(shape))).reshape(shape)
+    if name.endswith("running_var"):
+        return (0.5 + np.abs(values)).astype(np.float32)
     if len(shape) > 1:
         return (values / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
-    return (0.1 * values + ("norm" in name and name.endswith("weight"))).astype(np.float32)
+    return (0.1 * values + (("norm" in name or "bn" in name) and name.endswith("weight"))).astype(np.float32)
+
+
+def inception_weights():
+    """The state dict of `inception_formula.npz`, larger than the formula's so that signals last through the layers."""
+    state = {name: formula(name, shape) for name, shape in load("inception_state_dict_shapes.json").items()}
+    for name, value in state.items():
+        if value.ndim == 4:
+            state[name] = value * np.float32(np.sqrt(2))
+        elif name.endswith(".bn.weight"):
+            state[name] = np.abs(value)
+    return state
 
 
 def weights(golden):

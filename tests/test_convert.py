@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import given
-from references import assert_close, chw, hwc, load, tiny_diffusers_config, tiny_dit, tiny_vae, weights
+from references import assert_close, chw, formula, hwc, load, tiny_diffusers_config, tiny_dit, tiny_vae, weights
 from strategies import NETWORKS, configs, example, forward, random_dit
 
 import ditx
@@ -13,6 +13,7 @@ from ditx.convert import (
     dit_from_torch,
     dit_to_diffusers,
     dit_to_torch,
+    inception_from_torch,
     vae_from_torch,
     vae_to_torch,
 )
@@ -107,6 +108,46 @@ def test_old_names_of_the_autoencoders_attention_are_read():
             if f".{now}." in name:
                 old[name.replace(now, before)] = old.pop(name)
     jax.tree.map(np.testing.assert_array_equal, vae_from_torch(old, model.config), model)
+
+
+def test_every_tensor_of_the_inception_file_lies_where_its_name_says():
+    shapes = load("inception_state_dict_shapes.json")
+    state = empty(shapes) | {"Mixed_7b.branch3x3dbl_3b.bn.num_batches_tracked": np.int64(1)}
+    units = ["Conv2d_3b_1x1", "Mixed_6c.branch7x7dbl_2", "Mixed_7b.branch3x3dbl_3b", "Mixed_5d.branch_pool"]
+    kinds = ["conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"]
+    state |= {name: formula(name, shapes[name]) for unit in units for name in [f"{unit}.{kind}" for kind in kinds]}
+    model = inception_from_torch(state)
+    ours = [
+        model.stem[3],
+        model.blocks[5][2].steps[1][0],
+        model.blocks[9][2].steps[2][1],
+        model.blocks[2][3].steps[0][0],
+    ]
+    for name, unit in zip(units, ours, strict=True):
+        arrays = [np.moveaxis(unit.weight, (3, 2), (0, 1)), unit.scale, unit.bias, unit.mean, unit.variance]
+        for kind, array in zip(kinds, arrays, strict=True):
+            np.testing.assert_array_equal(array, state[f"{name}.{kind}"])
+    # The bias of the logits is not read, all else is.
+    assert sum(leaf.size for leaf in jax.tree.leaves(model)) == sum(map(np.prod, shapes.values())) - 1008
+
+
+def test_inception_files_may_lack_scales_and_logits():
+    state = empty(load("inception_state_dict_shapes.json"))
+    without = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    model = inception_from_torch({k: v.astype(np.float16) for k, v in without.items() if not k.endswith("bn.weight")})
+    assert model.logits is None and {leaf.dtype for leaf in jax.tree.leaves(model)} == {np.dtype("float32")}
+    assert (model.stem[0].scale == 1).all() and (model.blocks[0][0].steps[0][0].scale == 1).all()
+    # But not some of them; and torchvision's network, of 1000 classes, is another.
+    del without["Conv2d_1a_3x3.bn.weight"], without["Mixed_5b.branch1x1.conv.weight"]
+    without |= {"fc.weight": np.zeros((1000, 2048)), "AuxLogits.fc.bias": np.zeros(1000)}
+    with pytest.raises(ValueError, match="do not fit") as error:
+        inception_from_torch(without)
+    for fault in [
+        "missing ['Conv2d_1a_3x3.bn.weight', 'Mixed_5b.branch1x1.conv.weight']",
+        "surplus ['AuxLogits.fc.bias']",
+        "wrong shapes ['fc.weight is (1000, 2048), not (1008, 2048)']",
+    ]:
+        assert fault in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["DiT-S/8", "DiT-XL/2"])

@@ -55,6 +55,10 @@ def test_networks_and_diffusion_import_nothing_of_ours_but_themselves(package):
         assert "ditx" not in ours(path), f"{relative(path)} imports the whole package"
 
 
+def test_metrics_import_nothing_of_ours():
+    assert not ours(ROOT / "ditx/metrics.py")
+
+
 @pytest.mark.parametrize("library", sorted(HOMES))
 def test_heavy_libraries_stay_in_their_files(library):
     users = {relative(path) for path in FILES + SCRIPTS if within(imports(path), library)}
