@@ -1,8 +1,8 @@
 """ditx: diffusion transformers in JAX and Equinox."""
 
 from ditx import convert, flops
-from ditx.diffusion import flow, gaussian, guidance, samplers
-from ditx.diffusion.schedule import Schedule, linear_schedule, respace
+from ditx.diffusion import flow, gaussian, guidance, predictions, samplers
+from ditx.diffusion.schedule import Schedule, cosine_schedule, linear_schedule, respace, spaced
 from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 
@@ -14,11 +14,14 @@ __all__ = [
     "Schedule",
     "VAEConfig",
     "convert",
+    "cosine_schedule",
     "flops",
     "flow",
     "gaussian",
     "guidance",
     "linear_schedule",
+    "predictions",
     "respace",
     "samplers",
+    "spaced",
 ]
