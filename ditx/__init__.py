@@ -1,7 +1,7 @@
 """ditx: diffusion transformers in JAX and Equinox."""
 
 from ditx import convert, flops
-from ditx.diffusion import flow, gaussian, guidance, predictions, samplers
+from ditx.diffusion import flow, gaussian, guidance, likelihood, predictions, samplers, weightings
 from ditx.diffusion.schedule import Schedule, cosine_schedule, linear_schedule, respace, spaced
 from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
 from ditx.nn.vae import AutoencoderKL, VAEConfig
@@ -19,9 +19,11 @@ __all__ = [
     "flow",
     "gaussian",
     "guidance",
+    "likelihood",
     "linear_schedule",
     "predictions",
     "respace",
     "samplers",
     "spaced",
+    "weightings",
 ]
