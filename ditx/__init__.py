@@ -1,6 +1,6 @@
 """ditx: diffusion transformers in JAX and Equinox."""
 
-from ditx import convert, flops
+from ditx import convert, ema, flops
 from ditx.diffusion import flow, gaussian, guidance, likelihood, predictions, samplers, weightings
 from ditx.diffusion.schedule import Schedule, cosine_schedule, linear_schedule, respace, spaced
 from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
@@ -15,6 +15,7 @@ __all__ = [
     "VAEConfig",
     "convert",
     "cosine_schedule",
+    "ema",
     "flops",
     "flow",
     "gaussian",
