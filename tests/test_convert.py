@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -56,6 +57,19 @@ def test_output_of_diffusers_weights_is_theirs(highest_precision):
     other = dit_from_diffusers(state, tiny_diffusers_config(), frequency_shift=0)
     errors = np.abs(chw(jax.vmap(other)(hwc(golden["x"]), golden["t"], golden["y"])) - golden["output"]).max((1, 2, 3))
     assert golden["t"][0] == 0 and errors[0] < 1e-4 and (errors[1:] > 0.1).all()
+
+
+def test_network_of_sit_is_drawn_from_as_sit_does(highest_precision):
+    """Ma et al. 2024: fed t from 0 (noise) to 1 (data), velocity data - noise, its doubled channels dropped."""
+    model, golden = tiny_dit()  # the same names and shapes
+    x = expected = jnp.asarray(hwc(golden["x"])[0])
+    for step in range(5):
+        expected = expected + forward(model, expected, jnp.asarray(step / 5), 3)[..., : x.shape[-1]] / 5
+    grid = ditx.flow.uniform_grid(5, sit=True)
+    drawn, _ = ditx.samplers.sample(
+        ditx.samplers.euler_step, lambda x, t: model(x, t, 3), grid, x, key=jax.random.key(0)
+    )
+    assert_close(drawn, expected, 1e-5)
 
 
 def test_embedders_that_differ_between_blocks_are_named():

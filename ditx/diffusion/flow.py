@@ -2,41 +2,44 @@
 
 `s` runs from 0 at the data to 1 at the noise: x_s = (1 - s) x_0 + s noise, with velocity dx/ds = noise - x_0. The
 network is fed 1000 s, in the units of the schedules of `ditx.diffusion.schedule`, and predicts the velocity.
+
+SiT (Ma et al. 2024) runs the other way: its networks are fed 1 - s itself and predict x_0 - noise, behind which, on as
+many channels, nothing has been trained. With `sit=True`, levels and grids are those of its released networks.
 """
 
-import equinox as eqx
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ditx.diffusion.gaussian import Image, Predict
-from ditx.diffusion.schedule import Table
+from ditx.diffusion.gaussian import split_variance
+from ditx.diffusion.predictions import Image, Level, Predict, Prediction, compose, loss_ratio, noised
+from ditx.diffusion.schedule import Schedule, from_levels
 
 TIME_SCALE = 1000
+Times = TypeVar("Times", Float[Array, ""], Float[np.ndarray, " T"])
 
 
-class FlowGrid(eqx.Module):
-    """The steps of a sampler through `s`, index 0 next to the data: step i leads from `start[i]` to `end[i]`."""
-
-    start: Table
-    end: Table
-
-    def __len__(self) -> int:
-        return self.start.shape[0]
+def level(s: Float[Array, ""], *, sit: bool = False) -> Level:
+    """The level of noise at `s`."""
+    one = jnp.ones_like(s)
+    return Level(1 - s, 1 - s, s, one, -one) if sit else Level(TIME_SCALE * s, 1 - s, s, -one, one)
 
 
-def uniform_grid(steps: int) -> FlowGrid:
-    """`steps` equal steps from noise to data. Raises ValueError below one step."""
+def uniform_grid(steps: int, *, shift: float = 1.0, prediction: Prediction = "velocity", sit: bool = False) -> Schedule:
+    """`steps` equal steps from noise to data, or, with a `shift`, equal ones of what `shifted` is given.
+
+    Raises ValueError below one step, and for a shift that is not above 0.
+    """
     if steps < 1:
         raise ValueError(f"cannot sample in {steps} steps; give at least 1")
-    edges = np.linspace(0, 1, steps + 1)
-    return FlowGrid(start=edges[1:], end=edges[:-1])
-
-
-def interpolate(x0: Image, s: Float[Array, ""], noise: Image) -> Image:
-    """The point at `s` on the straight path from `x0` to `noise`."""
-    return (1 - s) * x0 + s * noise
+    if not shift > 0:
+        raise ValueError(f"shift is {shift}; give a number above 0, 1 for none")
+    s = shifted(np.linspace(0, 1, steps + 1)[1:], shift)
+    time, sign = (1 - s, -1.0) if sit else (TIME_SCALE * s, 1.0)
+    return from_levels(time, 1 - s, s, path="linear", prediction=prediction, sign=sign)
 
 
 def logit_normal(mean: float = 0.0, std: float = 1.0, *, key: PRNGKeyArray) -> Float[Array, ""]:
@@ -44,7 +47,28 @@ def logit_normal(mean: float = 0.0, std: float = 1.0, *, key: PRNGKeyArray) -> F
     return jax.nn.sigmoid(mean + std * jax.random.normal(key))
 
 
-def training_loss(predict: Predict, x0: Image, s: Float[Array, ""], noise: Image) -> dict[str, Float[Array, ""]]:
-    """Mean squared error of the velocity at `s` (Lipman et al. 2023, Eq. 14 for the straight path)."""
-    velocity = predict(interpolate(x0, s, noise), TIME_SCALE * s)
-    return {"loss": jnp.square(velocity - (noise - x0)).mean()}
+def shifted(s: Times, shift: float) -> Times:
+    """Move `s` towards the noise, for larger images: sigma / alpha grows `shift` times (Esser et al. 2024, Eq. 23)."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def training_loss(
+    predict: Predict,
+    x0: Image,
+    s: Float[Array, ""],
+    noise: Image,
+    *,
+    prediction: Prediction = "velocity",
+    sit: bool = False,
+    floor: float = 0.05,
+) -> dict[str, Float[Array, ""]]:
+    """Mean squared error of the velocity at `s` (Lipman et al. 2023, Eq. 14 for the straight path).
+
+    A network that predicts something else, as the data, is held to the velocity which that means; of the data, this
+    divides its error by `s`, or by `floor` where `s` is less (Li and He 2025).
+    """
+    here = level(s, sit=sit)
+    x = noised(here, x0, noise)
+    predicted, _ = split_variance(predict(x, here.time), x)
+    error = jnp.square(predicted - compose(prediction, x0, noise, here)).mean()
+    return {"loss": loss_ratio(prediction, "velocity", here, floor=floor) * error}

@@ -1,22 +1,18 @@
 """The paper's diffusion: noise prediction and a learned variance on a discrete schedule.
 
-Ho et al. 2020 (noise prediction), Nichol and Dhariwal 2021 (variance between two bounds). All steps are indices into
-the schedule at hand.
+Ho et al. 2020 (noise prediction), Nichol and Dhariwal 2021 (variance between two bounds). A schedule says whether the
+network predicts the noise, as the paper's does, or something else. All steps are indices into the schedule at hand.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from ditx.diffusion.schedule import Schedule, at
-
-Predict: TypeAlias = Callable[[Float[Array, "h w c"], Float[Array, ""]], Float[Array, "h w o"]]
-Image: TypeAlias = Float[Array, "h w c"]
-Index: TypeAlias = Int[Array, ""] | int
+from ditx.diffusion.predictions import Image, Predict, components, compose, loss_ratio, noised
+from ditx.diffusion.schedule import Index, Schedule, at, level
 
 
 class Gaussian(NamedTuple):
@@ -29,18 +25,13 @@ class Gaussian(NamedTuple):
 
 def q_sample(schedule: Schedule, x0: Image, i: Index, noise: Image) -> Image:
     """Draw x_t given x_0 with the standard normal `noise` (Ho et al. 2020, Eq. 4)."""
-    return at(schedule.sqrt_alpha_bar, i) * x0 + at(schedule.sqrt_one_minus_alpha_bar, i) * noise
+    return noised(level(schedule, i), x0, noise)
 
 
-def x0_from_noise(schedule: Schedule, x: Image, i: Index, noise: Image) -> Image:
-    """The x_0 that gives `x` with `noise`; the inverse of `q_sample`."""
-    return at(schedule.sqrt_recip_alpha_bar, i) * x - at(schedule.sqrt_recip_alpha_bar_minus_one, i) * noise
-
-
-def noise_from_x0(schedule: Schedule, x: Image, i: Index, x0: Image) -> Image:
-    """The noise that gives `x` from `x0`; the other inverse of `q_sample`."""
-    scale = at(schedule.sqrt_recip_alpha_bar_minus_one, i)
-    return (at(schedule.sqrt_recip_alpha_bar, i) * x - x0) / scale
+def predicted(schedule: Schedule, predict: Predict, x: Image, i: Index) -> tuple[Image, Image]:
+    """The data and the noise that a network sees in `x`, whatever it is that it predicts."""
+    prediction, _ = split_variance(predict(x, at(schedule.time, i)), x)
+    return components(prediction, schedule.prediction, x, level(schedule, i))
 
 
 def posterior(schedule: Schedule, x0: Image, x: Image, i: Index) -> Gaussian:
@@ -50,14 +41,16 @@ def posterior(schedule: Schedule, x0: Image, x: Image, i: Index) -> Gaussian:
 
 
 def p_mean_variance(schedule: Schedule, output: Float[Array, "h w o"], x: Image, i: Index) -> Gaussian:
-    """p(x_{t-1} | x_t) from the network's output: noise, then, if it has twice the channels of `x`, the variance.
+    """p(x_{t-1} | x_t) from the output: the prediction, then, if it has twice the channels of `x`, the variance.
 
     The log variance is interpolated between that of the posterior (at -1) and log beta (at 1), without clamping
-    (Nichol and Dhariwal 2021, Eq. 15); a network without variance channels gets the posterior's.
+    (Nichol and Dhariwal 2021, Eq. 15). A network without variance channels gets the posterior's, and so does a flow,
+    which trains none.
     """
-    noise, fraction = split_variance(output, x)
-    gaussian = posterior(schedule, x0_from_noise(schedule, x, i, noise), x, i)
-    if fraction is None:
+    prediction, fraction = split_variance(output, x)
+    x0, _ = components(prediction, schedule.prediction, x, level(schedule, i))
+    gaussian = posterior(schedule, x0, x, i)
+    if fraction is None or schedule.path == "linear":
         return gaussian
     upper = (fraction + 1) / 2
     log_variance = upper * at(schedule.log_beta, i) + (1 - upper) * at(schedule.posterior_log_variance, i)
@@ -90,28 +83,37 @@ def variational_bound(
 
 def prior_bpd(schedule: Schedule, x0: Image) -> Float[Array, ""]:
     """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension: the bound's constant term."""
-    mean = at(schedule.sqrt_alpha_bar, -1) * x0
-    log_variance = jnp.full_like(x0, jnp.log1p(-at(schedule.alpha_bar, -1)))
+    mean = at(schedule.alpha, -1) * x0
+    log_variance = jnp.full_like(x0, 2 * jnp.log(at(schedule.sigma, -1)))
     return normal_kl(mean, log_variance, jnp.zeros_like(x0), jnp.zeros_like(x0)).mean() / math.log(2)
 
 
 def training_loss(
-    schedule: Schedule, predict: Predict, x0: Image, i: Index, noise: Image
+    schedule: Schedule,
+    predict: Predict,
+    x0: Image,
+    i: Index,
+    noise: Image,
+    *,
+    weight: Float[Array, ""] | float | None = None,
 ) -> dict[str, Float[Array, ""]]:
-    """The paper's loss at step `i`: `loss` = `mse` of the noise + `vb`, the bound's term in bits per dimension.
+    """The paper's loss at step `i`: `loss` = `mse` of the prediction + `vb`, the bound's term in bits per dimension.
 
-    The bound trains the variance alone: the noise prediction inside it is held constant (Nichol and Dhariwal 2021,
-    section 3.1), and it is not scaled by the number of steps. A network without variance channels has no `vb`.
+    The bound trains the variance alone: the prediction inside it is held constant (Nichol and Dhariwal 2021, section
+    3.1), and it is not scaled by the number of steps. A network without variance channels has no `vb`, nor has a flow.
+    With a `weight` the error in `loss` is instead that of the noise, times `weight`, whatever the network predicts.
     """
-    x = q_sample(schedule, x0, i, noise)
-    output = predict(x, at(schedule.time, i))
-    predicted, fraction = split_variance(output, x)
-    mse = jnp.square(noise - predicted).mean()
-    if fraction is None:
-        return {"loss": mse, "mse": mse}
-    frozen = jnp.concatenate([jax.lax.stop_gradient(predicted), fraction], -1)
+    here = level(schedule, i)
+    x = noised(here, x0, noise)
+    output = predict(x, here.time)
+    prediction, fraction = split_variance(output, x)
+    mse = jnp.square(prediction - compose(schedule.prediction, x0, noise, here)).mean()
+    error = mse if weight is None else weight * loss_ratio(schedule.prediction, "eps", here) * mse
+    if fraction is None or schedule.path == "linear":
+        return {"loss": error, "mse": mse}
+    frozen = jnp.concatenate([jax.lax.stop_gradient(prediction), fraction], -1)
     vb = variational_bound(schedule, frozen, x0, x, i)
-    return {"loss": mse + vb, "mse": mse, "vb": vb}
+    return {"loss": error + vb, "mse": mse, "vb": vb}
 
 
 def normal_kl(mean1: Image, log_variance1: Image, mean2: Image, log_variance2: Image) -> Image:

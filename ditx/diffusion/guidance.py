@@ -1,12 +1,31 @@
 """Guidance: predictors in, a predictor out."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ditx.diffusion.gaussian import Image, Predict
+from ditx.diffusion.predictions import Image, Predict
+
+Scale: TypeAlias = int | float | Float[Array, ""]
+Interval: TypeAlias = tuple[float, float]
+
+
+def guide(
+    predict: Predict, weaker: Predict, *, scale: Scale, channels: int | None = None, interval: Interval | None = None
+) -> Predict:
+    """Move a prediction away from that of a weaker predictor (autoguidance, Karras et al. 2024a, Eq. 4).
+
+    `weaker` is whatever errs alike but more: a smaller or an earlier network, or the same one without the label. The
+    result is `weaker + scale * (predict - weaker)` on the first `channels` channels, and `predict` on the others; by
+    default these are all channels of the prediction and never those of the variance. Within the `interval` of times
+    alone, ends included, where it is given (Kynkaanniemi et al. 2024, whose levels of noise
+    `ditx.diffusion.schedule.time_at` has as times): outside it, `weaker` is not evaluated. A Python `scale` of 1 is no
+    guidance and costs no second evaluation.
+    """
+    return _guided(predict, lambda x, t: (predict(x, t), weaker(x, t)), scale, channels, interval)
 
 
 def classifier_free(
@@ -14,31 +33,45 @@ def classifier_free(
     y: int | Int[Array, ""],
     *,
     null_label: int | None,
-    scale: int | float | Float[Array, ""],
+    scale: Scale,
     channels: int | None = None,
+    interval: Interval | None = None,
 ) -> Predict:
-    """Move a prediction for label `y` away from that for no label (Ho and Salimans 2022, Eq. 6).
+    """Move a prediction for label `y` away from that for no label (Ho and Salimans 2022, Eq. 6), as `guide` does.
 
-    The result is `without + scale * (with - without)` on the first `channels` channels, and the labelled prediction on
-    the others. By default these are all channels of the noise (or velocity) and never those of the variance; the
-    authors' released code guides the first 3 of 4, and the paper's numbers with guidance are made so. A Python
-    `scale` of 1 is no guidance and costs no second evaluation.
+    Both are evaluated as a batch of two. The authors' released code guides the first 3 of 4 channels, and the paper's
+    numbers with guidance are made so.
 
     Raises ValueError where the network has no null label (`null_label` None) and the scale is not 1.
     """
-    if isinstance(scale, int | float) and scale == 1:
-        return lambda x, t: predict(x, t, jnp.asarray(y))
-    if null_label is None:
+    if null_label is None and not _is_one(scale):
         raise ValueError(
             f"guidance with scale {scale} needs a network with a null label, and this one was trained with"
             " label_dropout 0; use scale 1"
         )
 
-    def guided(x: Image, t: Float[Array, ""]) -> Float[Array, "h w o"]:
-        labels = jnp.array([y, null_label], jnp.int32)
-        conditional, unconditional = jax.vmap(lambda label: predict(x, t, label))(labels)
-        count = x.shape[-1] if channels is None else channels
-        moved = unconditional + scale * (conditional - unconditional)
-        return jnp.where(jnp.arange(conditional.shape[-1]) < count, moved, conditional)
+    def both(x, t):
+        return tuple(jax.vmap(lambda label: predict(x, t, label))(jnp.array([y, null_label], jnp.int32)))
 
-    return guided
+    return _guided(lambda x, t: predict(x, t, jnp.asarray(y)), both, scale, channels, interval)
+
+
+def _is_one(scale: Scale) -> bool:
+    return isinstance(scale, int | float) and scale == 1
+
+
+def _guided(alone: Predict, both: Callable, scale: Scale, channels: int | None, interval: Interval | None) -> Predict:
+    if _is_one(scale):
+        return alone
+
+    def moved(x, t):
+        strong, weak = both(x, t)
+        # A weaker network may lack the variance that the other predicts.
+        count = x.shape[-1] if channels is None else channels
+        first = weak[..., :count] + scale * (strong[..., :count] - weak[..., :count])
+        return jnp.concatenate([first, strong[..., count:]], -1)
+
+    if interval is None:
+        return moved
+    low, high = interval
+    return lambda x, t: jax.lax.cond((low <= t) & (t <= high), moved, alone, x, t)

@@ -1,33 +1,41 @@
 """Noise schedules: tables over the steps of a diffusion, and shorter schedules made from longer ones."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ditx.diffusion.predictions import Level, Prediction
+
 Table: TypeAlias = Float[Array | np.ndarray, " T"]
+Index: TypeAlias = Int[Array, ""] | int
+Spacing: TypeAlias = Literal["time", "log-snr", "karras"]
 
 
 class Schedule(eqx.Module):
-    """The tables of a Gaussian diffusion of `T` steps (Ho et al. 2020), index 0 next to the data.
+    """The levels of noise that a sampler walks through, index 0 next to the data, and what the network does there.
 
-    Made in NumPy's float64; they are rounded to JAX's default type once, where they meet JAX. `time` is what the
-    network is fed, so that a respaced schedule is nothing but a shorter schedule.
+    At level `i` an image is `alpha x0 + sigma noise`; step `i` leads to the level below or, at 0, to the data. The
+    other tables are those of the discrete diffusion between the levels (Ho et al. 2020; Kingma et al. 2021, appendix
+    A). Made in NumPy's float64; they are rounded to JAX's default type once, where they meet JAX.
     """
 
     time: Table
-    """t for the network: the index of the step in the schedule of training"""
+    """t for the network, in its own units: a respaced schedule is nothing but a shorter schedule"""
+    alpha: Table
+    """scale of the data"""
+    sigma: Table
+    """standard deviation of the noise"""
+    alpha_rate: Table
+    """derivative of alpha by the time that velocities mean: on the path vp, the angle, so that they are v"""
+    sigma_rate: Table
+    log_snr: Table
+    """log(alpha^2 / sigma^2)"""
     beta: Table
     """variance that step t adds"""
-    alpha_bar: Table
-    """share of the data's variance left after step t"""
-    sqrt_alpha_bar: Table
-    sqrt_one_minus_alpha_bar: Table
-    sqrt_recip_alpha_bar: Table
-    sqrt_recip_alpha_bar_minus_one: Table
     log_beta: Table
     posterior_variance: Table
     """variance of q(x_{t-1} | x_t, x_0), 0 at the first step (Ho et al. 2020, Eq. 7)"""
@@ -37,17 +45,31 @@ class Schedule(eqx.Module):
     """weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)"""
     posterior_mean_xt: Table
     """weight of x_t in that mean"""
+    path: Literal["vp", "linear"] = eqx.field(static=True)
+    """alpha^2 + sigma^2 = 1 (variance preserving), or alpha + sigma = 1"""
+    prediction: Prediction = eqx.field(static=True)
+    """what the network predicts"""
 
     def __len__(self) -> int:
         return self.beta.shape[0]
 
+    @property
+    def alpha_bar(self) -> Table:
+        """Share of the data's variance left after step t."""
+        return self.alpha**2
 
-def at(table: Table, i: Int[Array, ""] | int) -> Float[Array, ""]:
+
+def at(table: Table, i: Index) -> Float[Array, ""]:
     """Entry `i` of a table of a schedule, in JAX's default type; `i` may be traced."""
     return jnp.asarray(table)[i]
 
 
-def linear_schedule(steps: int = 1000) -> Schedule:
+def level(schedule: Schedule, i: Index) -> Level:
+    """Level `i` of a schedule."""
+    return Level(*(at(getattr(schedule, name), i) for name in Level._fields))
+
+
+def linear_schedule(steps: int = 1000, *, prediction: Prediction = "eps") -> Schedule:
     """Variances that rise linearly from 1e-4 to 0.02 in 1000 steps, and inversely to `steps` otherwise.
 
     This is the schedule of Ho et al. 2020 and of the DiT paper. Raises ValueError below 21 steps, where it would
@@ -55,7 +77,118 @@ def linear_schedule(steps: int = 1000) -> Schedule:
     """
     if steps < 21:
         raise ValueError(f"a linear schedule of {steps} steps has variances above 1; respace one of 1000 steps instead")
-    return _from_betas(np.linspace(0.1, 20.0, steps) / steps, np.arange(steps))
+    return _from_betas(np.linspace(0.1, 20.0, steps) / steps, prediction)
+
+
+def cosine_schedule(steps: int = 1000, *, prediction: Prediction = "eps") -> Schedule:
+    """`alpha_bar` falls as a squared cosine; variances are at most 0.999 (Nichol and Dhariwal 2021, Eq. 17).
+
+    Raises ValueError below two steps.
+    """
+    if steps < 2:
+        raise ValueError(f"a cosine schedule of {steps} steps has no way from data to noise; respace one of 1000 steps")
+    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return _from_betas(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999), prediction)
+
+
+def _from_betas(beta: np.ndarray, prediction: Prediction) -> Schedule:
+    time, alpha_bar = np.arange(len(beta), dtype=np.float64), np.cumprod(1 - beta)
+    return from_levels(time, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), path="vp", prediction=prediction)
+
+
+def from_levels(
+    time: np.ndarray,
+    alpha: np.ndarray,
+    sigma: np.ndarray,
+    *,
+    path: Literal["vp", "linear"],
+    prediction: Prediction,
+    sign: float = 1.0,
+) -> Schedule:
+    """The schedule of any levels of a path, from the data on; velocities run from data to noise, or back at `sign` -1.
+
+    With betas such that every level keeps its `alpha` and `sigma`.
+    """
+    alpha_before, sigma_before = np.concatenate([[1.0], alpha[:-1]]), np.concatenate([[0.0], sigma[:-1]])
+    scale = alpha / alpha_before
+    beta = sigma**2 - (scale * sigma_before) ** 2
+    posterior_variance = beta * sigma_before**2 / sigma**2
+    # A schedule of one step has no second step to borrow from; it never draws noise either.
+    log_source = np.concatenate([posterior_variance[1:2], posterior_variance[1:]]) if len(beta) > 1 else beta
+    rates = (-sigma, alpha) if path == "vp" else (-np.ones_like(alpha), np.ones_like(alpha))
+    with np.errstate(divide="ignore"):  # Pure noise has no signal.
+        log_snr = 2 * (np.log(alpha) - np.log(sigma))
+    return Schedule(
+        time=time,
+        alpha=alpha,
+        sigma=sigma,
+        alpha_rate=sign * rates[0],
+        sigma_rate=sign * rates[1],
+        log_snr=log_snr,
+        beta=beta,
+        log_beta=np.log(beta),
+        posterior_variance=posterior_variance,
+        posterior_log_variance=np.log(log_source),
+        posterior_mean_x0=alpha_before * beta / sigma**2,
+        posterior_mean_xt=scale * sigma_before**2 / sigma**2,
+        path=path,
+        prediction=prediction,
+    )
+
+
+def _with_levels(schedule: Schedule, time: np.ndarray, alpha: np.ndarray, sigma: np.ndarray) -> Schedule:
+    """Other levels of the same path."""
+    sign = float(np.sign(schedule.sigma_rate[0]))
+    return from_levels(time, alpha, sigma, path=schedule.path, prediction=schedule.prediction, sign=sign)
+
+
+def spaced(schedule: Schedule, steps: int, spacing: Spacing = "time") -> Schedule:
+    """`steps` levels between those of a schedule of evenly spaced times, at times that need not be whole.
+
+    `time`: steps equally long, the last one to the data (the "trailing" ones of Lin et al. 2024, not rounded).
+    `log-snr`: equal differences of log-SNR between noisiest and cleanest level (Lu et al. 2022, section 3.4).
+    `karras`: equal differences of (sigma / alpha)^(1/7) (Karras et al. 2022, Eq. 5). The latter two leave out a level
+    of pure noise, whose log-SNR is infinite. Between levels, log alpha is linear in time; on the path linear, alpha is.
+    Raises ValueError below one step, and where the schedule is of one level.
+    """
+    if steps < 1 or len(schedule) < 2:
+        raise ValueError(f"cannot take {steps} of {len(schedule)} levels; give at least 1 step, of at least 2 levels")
+    index, time, signal = _axis(schedule)
+    if spacing == "time":
+        indices = np.linspace(-1, len(schedule) - 1, steps + 1)[1:]
+        wanted = np.interp(indices, index, signal)
+    else:
+        log_snr = np.asarray(schedule.log_snr, np.float64)
+        clean, noisy = log_snr[0], log_snr[np.isfinite(log_snr)][-1]
+        if spacing == "log-snr":
+            log_snr = np.linspace(noisy, clean, steps)[::-1]
+        else:
+            log_snr = -14 * np.log(np.linspace(np.exp(-noisy / 14), np.exp(-clean / 14), steps)[::-1])
+        wanted = _signal(log_snr, schedule.path)
+        indices = np.interp(-wanted, -signal, index)
+    vp = schedule.path == "vp"
+    sigma = np.sqrt(-np.expm1(2 * wanted)) if vp else 1 - wanted
+    return _with_levels(schedule, np.interp(indices, index, time), np.exp(wanted) if vp else wanted, sigma)
+
+
+def time_at(schedule: Schedule, ratio: float) -> float:
+    """The time, not always whole, at which sigma / alpha is `ratio`: the sigma of Karras et al. 2022."""
+    index, time, signal = _axis(schedule)
+    return float(
+        np.interp(np.interp(-_signal(np.asarray(-2 * np.log(ratio)), schedule.path), -signal, index), index, time)
+    )
+
+
+def _axis(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Index, time, and what is linear between the levels: log alpha, or on the path linear alpha; the data in front."""
+    time, alpha = np.asarray(schedule.time, np.float64), np.asarray(schedule.alpha, np.float64)
+    signal = np.concatenate([[0.0], np.log(alpha)]) if schedule.path == "vp" else np.concatenate([[1.0], alpha])
+    return np.arange(-1.0, len(schedule)), np.concatenate([2 * time[:1] - time[1:2], time]), signal
+
+
+def _signal(log_snr: np.ndarray, path: str) -> np.ndarray:
+    """What `_axis` has, of a log-SNR."""
+    return np.asarray(-np.logaddexp(0, -log_snr) / 2 if path == "vp" else 1 / (1 + np.exp(-log_snr / 2)))
 
 
 def respace(schedule: Schedule, steps: str | int | Sequence[int]) -> Schedule:
@@ -66,9 +199,8 @@ def respace(schedule: Schedule, steps: str | int | Sequence[int]) -> Schedule:
     the schedule has no such steps.
     """
     indices = _grid(len(schedule), steps)
-    alpha_bar = np.asarray(schedule.alpha_bar, np.float64)[indices]
-    betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
-    return _from_betas(betas, np.asarray(schedule.time)[indices])
+    tables = (schedule.time, schedule.alpha, schedule.sigma)
+    return _with_levels(schedule, *(np.asarray(table, np.float64)[indices] for table in tables))
 
 
 def _grid(total: int, steps: str | int | Sequence[int]) -> np.ndarray:
@@ -91,25 +223,3 @@ def _grid(total: int, steps: str | int | Sequence[int]) -> np.ndarray:
     if indices.size == 0 or indices.dtype.kind not in "iu" or indices[0] < 0 or indices[-1] >= total:
         raise ValueError(f"the steps to keep must be integers from 0 to {total - 1}, got {list(steps)}")
     return indices
-
-
-def _from_betas(beta: np.ndarray, time: np.ndarray) -> Schedule:
-    alpha_bar = np.cumprod(1 - beta)
-    previous = np.concatenate([[1.0], alpha_bar[:-1]])
-    posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
-    # A schedule of one step has no second step to borrow from; it never draws noise either.
-    log_source = np.concatenate([posterior_variance[1:2], posterior_variance[1:]]) if len(beta) > 1 else beta
-    return Schedule(
-        time=time.astype(np.float64),
-        beta=beta,
-        alpha_bar=alpha_bar,
-        sqrt_alpha_bar=np.sqrt(alpha_bar),
-        sqrt_one_minus_alpha_bar=np.sqrt(1 - alpha_bar),
-        sqrt_recip_alpha_bar=np.sqrt(1 / alpha_bar),
-        sqrt_recip_alpha_bar_minus_one=np.sqrt(1 / alpha_bar - 1),
-        log_beta=np.log(beta),
-        posterior_variance=posterior_variance,
-        posterior_log_variance=np.log(log_source),
-        posterior_mean_x0=beta * np.sqrt(previous) / (1 - alpha_bar),
-        posterior_mean_xt=(1 - previous) * np.sqrt(1 - beta) / (1 - alpha_bar),
-    )

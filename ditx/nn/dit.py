@@ -40,7 +40,7 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     """width of the MLP over the width of a token"""
     num_classes: int = 1000
-    """labels run from 0 to num_classes - 1"""
+    """labels run from 0 to num_classes - 1; 0 is an unconditional network, whose one label is the null label"""
     label_dropout: float = 0.1
     """probability of training without the label; above 0 the label table has a null row, which guidance needs"""
     learn_sigma: bool = True
@@ -51,10 +51,15 @@ class DiTConfig:
     """1 spaces the frequencies of time as diffusers does, from 1 to 1/10000; 0 as the paper's authors do"""
 
     def __post_init__(self):
-        sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
+        sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_classes < (0 if self.label_dropout > 0 else 1):
+            raise ValueError(
+                f"num_classes is {self.num_classes}; it must be at least 1, or, for a network without labels, 0 with"
+                " label_dropout above 0"
+            )
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"patch_size {self.patch_size} does not divide input_size {self.input_size}; choose a divisor of it"
@@ -145,21 +150,25 @@ class DiT(eqx.Module):
         self,
         x: Float[Array, "h w c"],
         t: Float[Array, ""] | Int[Array, ""] | float | int,
-        y: Int[Array, ""] | int,
+        y: Int[Array, ""] | int | None = None,
         *,
         unroll: int = 1,
         remat: Remat = "none",
     ) -> Float[Array, "h w o"]:
         """Predict noise (and, with `learn_sigma`, the variance fraction) from `x` at time `t` under label `y`.
 
-        `t` counts training steps from 0 to 999, whole or not. `y` is not checked, since it may be traced: a label out
-        of range would silently read the last row. `unroll` and `remat` change speed and memory, never the result:
+        `t` counts training steps from 0 to 999, whole or not. Without `y` it is the null label; raises ValueError where
+        there is none. `y` is not checked, since it may be traced: a label out of range would silently read the last
+        row. `unroll` and `remat` change speed and memory, never the result:
         blocks compiled in a row rather than as a loop, and what of them is recomputed in the backward pass.
         """
         config = self.config
         expected = (config.input_size, config.input_size, config.in_channels)
         if x.shape != expected:
             raise ValueError(f"the input has shape {x.shape}, the network was built for {expected}")
+        y = config.null_label if y is None else y
+        if y is None:
+            raise ValueError("the network was built without a null label (label_dropout 0); give a label")
         p, side = config.patch_size, config.input_size // config.patch_size
         tokens = self.patch(rearrange(x, "(h p) (w q) c -> (h w) (p q c)", p=p, q=p))
         tokens = tokens + jnp.asarray(grid_positions(side, config.hidden_size), tokens.dtype)

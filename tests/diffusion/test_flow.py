@@ -9,19 +9,18 @@ from hypothesis import strategies as st
 from strategies import images, x64
 
 from ditx import flow
+from ditx.diffusion.predictions import compose, noised
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 
 
-@given(images(), images(), st.floats(0, 1))
+@given(images(), images(), st.floats(0, 1), st.booleans())
 @x64
-def test_path_is_straight_from_data_to_noise(x0, noise, s):
-    path = functools.partial(flow.interpolate, jnp.asarray(x0), noise=jnp.asarray(noise))
-    close(path(jnp.asarray(0.0)), x0)
-    close(path(jnp.asarray(1.0)), noise)
-    point, velocity = jax.jvp(path, (jnp.asarray(s),), (jnp.asarray(1.0),))
-    close(point, x0 + s * (noise - x0))
-    close(velocity, noise - x0)
+def test_path_is_straight_from_data_to_noise(x0, noise, s, sit):
+    here = flow.level(jnp.asarray(s), sit=sit)
+    close(noised(here, jnp.asarray(x0), jnp.asarray(noise)), x0 + s * (noise - x0))
+    close(here.time, 1 - s if sit else 1000 * s)
+    close(compose("velocity", jnp.asarray(x0), jnp.asarray(noise), here), x0 - noise if sit else noise - x0)
 
 
 @given(images(), images(), images(), st.floats(0, 1))
@@ -51,13 +50,58 @@ def test_logit_normal_is_normal_behind_the_sigmoid():
     assert logits.std() == pytest.approx(2, abs=0.04)  # standard error 0.01
 
 
-@given(st.integers(1, 200))
-def test_grid_runs_from_noise_to_data_without_gaps(steps):
-    grid = flow.uniform_grid(steps)
-    assert len(grid) == steps
-    assert grid.start[-1] == 1 and grid.end[0] == 0
-    np.testing.assert_array_equal(grid.start[:-1], grid.end[1:])
-    np.testing.assert_allclose(grid.start - grid.end, 1 / steps, atol=1e-12)
+@given(images(), images(), images(), st.floats(0, 1))
+@x64
+def test_loss_of_the_data_is_that_of_the_velocity_it_means_up_to_the_floor(x0, noise, error, s):
+    loss = functools.partial(
+        flow.training_loss, lambda x, t: jnp.asarray(x0 + error), jnp.asarray(x0), jnp.asarray(s), jnp.asarray(noise)
+    )
+    close(loss(prediction="x0")["loss"], np.square(error).mean() / max(s, 0.05) ** 2)
+    close(loss(prediction="x0", floor=0.5)["loss"], np.square(error).mean() / max(s, 0.5) ** 2)
+
+
+@given(images(), images(), images(), st.floats(0, 1))
+@x64
+def test_loss_in_sits_convention_is_the_same_and_leaves_surplus_channels_alone(x0, noise, error, s):
+    seen = []
+
+    def predict(x, t):
+        seen.append(t)
+        return jnp.concatenate([jnp.asarray(x0 - noise + error), 1e6 * x], -1)
+
+    losses = flow.training_loss(predict, jnp.asarray(x0), jnp.asarray(s), jnp.asarray(noise), sit=True)
+    close(losses["loss"], np.square(error).mean())
+    close(seen[0], 1 - s)
+
+
+@given(st.floats(0.01, 0.99), st.floats(0.1, 10))
+@x64
+def test_a_shift_multiplies_the_ratio_of_noise(s, shift):
+    moved = flow.shifted(jnp.asarray(s), shift)
+    close(moved / (1 - moved), shift * s / (1 - s))
+    close(flow.shifted(moved, 1 / shift), s)
+
+
+@given(st.integers(1, 200), st.booleans())
+def test_grid_runs_from_noise_to_data_in_equal_steps(steps, sit):
+    grid = flow.uniform_grid(steps, sit=sit)
+    s = np.arange(1, steps + 1) / steps
+    assert len(grid) == steps and grid.alpha[-1] == 0 and grid.sigma[-1] == 1
+    np.testing.assert_allclose(grid.sigma, s, rtol=1e-12)
+    np.testing.assert_allclose(grid.alpha, 1 - s, atol=1e-12)
+    np.testing.assert_allclose(grid.time, 1 - s if sit else 1000 * s, atol=1e-12)
+    np.testing.assert_array_equal(grid.alpha_rate, 1 if sit else -1)
+    np.testing.assert_array_equal(grid.sigma_rate, -1 if sit else 1)
+    assert (grid.path, grid.prediction) == ("linear", "velocity")
+
+
+def test_grid_may_be_shifted():
+    grid = flow.uniform_grid(4, shift=3.0, prediction="x0")
+    np.testing.assert_allclose(grid.sigma, [0.5, 0.75, 0.9, 1], rtol=1e-12)
+    np.testing.assert_allclose(grid.time, 1000 * grid.sigma, rtol=1e-12)
+    assert grid.prediction == "x0"
+    with pytest.raises(ValueError, match=r"shift is 0\.0; give a number above 0"):
+        flow.uniform_grid(4, shift=0.0)
 
 
 @pytest.mark.parametrize("steps", [0, -3])

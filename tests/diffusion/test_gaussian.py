@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -13,15 +14,14 @@ from strategies import FULL, SHAPE, images, step_of, steps, x64
 import ditx
 from ditx.diffusion.gaussian import (
     discretized_log_likelihood,
-    noise_from_x0,
     normal_kl,
     p_mean_variance,
     posterior,
+    predicted,
     prior_bpd,
     q_sample,
     training_loss,
     variational_bound,
-    x0_from_noise,
 )
 
 SIDES = (*SHAPE[:2], 2 * SHAPE[2])
@@ -69,11 +69,15 @@ def test_prior_equals_the_reference():
 
 @given(steps(), images(), images())
 @x64
-def test_noising_is_undone_by_both_inverses(step, x0, noise):
+def test_noising_is_undone_by_the_true_prediction_with_or_without_variance(step, x0, noise):
     schedule, i = step_of(step)
-    x = q_sample(schedule, jnp.asarray(x0), i, jnp.asarray(noise))
-    close(x0_from_noise(schedule, x, i, jnp.asarray(noise)), x0)
-    close(noise_from_x0(schedule, x, i, jnp.asarray(x0)), noise)
+    x0, noise = jnp.asarray(x0), jnp.asarray(noise)
+    x = q_sample(schedule, x0, i, noise)
+    for kind, target in [("eps", noise), ("x0", x0)]:
+        other = dataclasses.replace(schedule, prediction=kind)
+        for output in (target, jnp.concatenate([target, x], -1)):
+            for found, true in zip(predicted(other, lambda x, t, o=output: o, x, i), (x0, noise), strict=True):
+                close(found, true)
 
 
 @given(steps(), images(), images())
@@ -120,7 +124,7 @@ def test_mean_is_that_of_the_posterior_at_the_predicted_data(step, output, x):
     schedule, i = step_of(step)
     output, x = jnp.asarray(output), jnp.asarray(x)
     result = p_mean_variance(schedule, output, x, i)
-    x0 = x0_from_noise(schedule, x, i, output[..., : SHAPE[2]])
+    x0, _ = predicted(schedule, lambda x, t: output, x, i)
     close(result.x0, x0)
     close(result.mean, posterior(schedule, x0, x, i).mean)
     fixed = p_mean_variance(schedule, output[..., : SHAPE[2]], x, i)
@@ -230,6 +234,27 @@ def test_network_is_fed_noised_data_at_the_time_of_training(step, x0, noise):
     assert set(losses) == {"loss", "mse"}, "a network without variance channels has no bound"
     close(losses["loss"], np.square(noise - np.asarray(x)).mean())
     assert losses["loss"] == losses["mse"]
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@given(step=steps(), output=images(SIDES, bound=2), x0=images(), noise=images())
+@x64
+def test_other_predictions_are_held_to_their_target_and_weighted_as_errors_of_the_noise(kind, step, output, x0, noise):
+    schedule, i = step_of(step)
+    schedule = dataclasses.replace(schedule, prediction=kind)
+    a, b = schedule.alpha[i], schedule.sigma[i]
+    target = {"eps": noise, "x0": x0, "v": a * noise - b * x0}[kind]
+    loss = functools.partial(
+        training_loss, schedule, lambda x, t: jnp.asarray(output), jnp.asarray(x0), i, jnp.asarray(noise)
+    )
+    plain, weighted = loss(), loss(weight=3.0)
+    close(plain["mse"], np.square(output[..., : SHAPE[2]] - target).mean())
+    close(plain["loss"], plain["mse"] + plain["vb"])
+    x = q_sample(schedule, jnp.asarray(x0), i, jnp.asarray(noise))
+    _, seen = predicted(schedule, lambda x, t: jnp.asarray(output), x, i)
+    error = np.square(seen - noise).mean()
+    np.testing.assert_allclose(weighted["loss"] - weighted["vb"], 3 * error, rtol=1e-7, atol=1e-7)  # up to SNR 1e4
+    assert weighted["mse"] == plain["mse"] and weighted["vb"] == plain["vb"]
 
 
 @given(images())

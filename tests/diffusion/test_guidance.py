@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import x64
+from strategies import FULL, random_dit, x64
 
-from ditx.diffusion.guidance import classifier_free
+import ditx
+from ditx.diffusion.guidance import classifier_free, guide
+from ditx.diffusion.samplers import ddim_step, sample
 
 NULL = 7
 X, T = np.random.default_rng(0).standard_normal((3, 3, 4)), 12.0
@@ -97,3 +99,55 @@ def test_a_traced_scale_is_compiled_once():
     for scale in (0.5, 1.0, 2.0):
         np.testing.assert_allclose(run(scale), guided(scale=jnp.asarray(scale)), rtol=1e-5, atol=1e-5)
     assert len(traces) == 1
+
+
+@given(st.floats(-2, 9), st.sampled_from([None, 3]))
+@x64
+def test_any_weaker_predictor_guides_alike(scale, channels):
+    predict = guide(lambda x, t: labelled(x, t, 2), lambda x, t: labelled(x, t, NULL), scale=scale, channels=channels)
+    close(predict(jnp.asarray(X), jnp.asarray(T)), guided(scale=scale, channels=channels))
+
+
+@x64
+def test_a_weaker_network_may_lack_the_variance():
+    predict = guide(lambda x, t: labelled(x, t, 2), lambda x, t: labelled(x, t, NULL)[..., :4], scale=3.0)
+    close(predict(jnp.asarray(X), jnp.asarray(T)), guided(scale=3.0))
+
+
+@pytest.mark.parametrize(("interval", "inside"), [((12.0, 20.0), True), ((3.0, 12.0), True), ((12.5, 20.0), False)])
+@x64
+def test_guidance_is_limited_to_its_interval(interval, inside):
+    close(guided(scale=3.0, interval=interval), guided(scale=3.0) if inside else at(2))
+
+
+def test_outside_the_interval_the_weaker_network_is_not_run_even_in_a_batch():
+    """Under vmap a condition turns into a selection between two results unless it is the same for the whole batch."""
+    calls = []
+
+    def weaker(x, t):
+        jax.debug.callback(lambda t: calls.append(float(t)), t)
+        return jnp.sin(x)
+
+    schedule = ditx.respace(FULL, [100, 300, 500, 700, 999])
+    predict = guide(lambda x, t: jnp.cos(x), weaker, scale=2.0, interval=(200.0, 700.0))
+
+    @jax.jit
+    @jax.vmap
+    def draw(x):
+        return sample(ddim_step, predict, schedule, x, noises=jnp.zeros((5, 2, 2, 1)))[0]
+
+    draw(jax.random.normal(jax.random.key(0), (3, 2, 2, 1)))
+    jax.effects_barrier()
+    assert sorted(set(calls)) == [300, 500, 700]
+
+
+def test_a_guided_sampler_of_a_batch_compiles_to_a_branch():
+    config = ditx.DiTConfig(4, 2, 1, 8, 1, 1, num_classes=2)
+
+    def draw(model, x, y):
+        predict = classifier_free(model, y, null_label=2, scale=2.0, interval=(200.0, 700.0))
+        return sample(ddim_step, predict, ditx.respace(FULL, "10"), x, key=jax.random.key(0))[0]
+
+    arguments = random_dit(config), jnp.zeros((3, 4, 4, 1)), jnp.zeros(3, jnp.int32)
+    lowered = jax.jit(jax.vmap(draw, (None, 0, 0))).lower(*arguments).as_text()
+    assert lowered.count("stablehlo.case") == 1

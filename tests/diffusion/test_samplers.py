@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -5,14 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gaussian_data import MU, S, marginal, oracle, outcome
 from hypothesis import given
 from references import assert_close, hwc, load
 from strategies import FULL, images, step_of, steps, x64
 
 import ditx
 from ditx import flow
-from ditx.diffusion.samplers import ddim_step, ddpm_step, euler_step, heun_step, sample
-from ditx.diffusion.schedule import at
+from ditx.diffusion.predictions import compose
+from ditx.diffusion.samplers import (
+    ddim_step,
+    ddpm_step,
+    dpm_solver_step,
+    euler_maruyama_step,
+    euler_step,
+    heun_step,
+    sample,
+)
+from ditx.diffusion.schedule import at, level
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 STEPS = {
@@ -39,133 +50,125 @@ def test_recorded_noise_replays_the_references_runs(steps, name):
     assert_close(last, golden[f"{prefix}/{name}/last"], 1e-5)
 
 
-# Gaussian data of mean MU and deviation S: the marginal at signal a and noise b is N(a MU, a^2 S^2 + b^2), and the best
-# prediction of noise, of data and of velocity given x is linear in x.
-
-MU, S = 0.7, 0.4
-
-
-def expected_noise(x, a, b):
-    return b * (x - a * MU) / (a**2 * S**2 + b**2)
-
-
-def expected_data(x, a, b):
-    return MU + a * S**2 * (x - a * MU) / (a**2 * S**2 + b**2)
-
-
-def oracle(schedule, *, variance=False):
-    """The best network for that data, which finds its place in the schedule by the time it is fed."""
-
-    def predict(x, t):
-        i = jnp.searchsorted(jnp.asarray(schedule.time), t)
-        a, b = at(schedule.sqrt_alpha_bar, i), at(schedule.sqrt_one_minus_alpha_bar, i)
-        noise = expected_noise(x, a, b)
-        if not variance:
-            return noise
-        # The true reverse step is Gaussian: the posterior's variance, and that of the data behind its mean.
-        data = S**2 * b**2 / (a**2 * S**2 + b**2)
-        log_variance = jnp.log(at(schedule.posterior_variance, i) + at(schedule.posterior_mean_x0, i) ** 2 * data)
-        low, high = at(schedule.posterior_log_variance, i), at(schedule.log_beta, i)
-        return jnp.concatenate([noise, jnp.full_like(x, 2 * (log_variance - low) / (high - low) - 1)], -1)
-
-    return predict
-
-
-def velocity(x, t):
-    a, b = 1 - t / 1000, t / 1000
-    return expected_noise(x, a, b) - expected_data(x, a, b)
-
-
-def outcome(step, predict, schedule, mean, variance):
-    """Exact mean and variance of a sampler that is affine in its start and its noises, from N(mean, variance).
-
-    The pixels of one image are as many runs: from 0, from 1, and from 0 with each of the noises in turn.
-    """
-    count = len(schedule)
-    starts = jnp.zeros((count + 2, 1, 1)).at[1].set(1)
-    noises = jnp.concatenate([jnp.zeros((count, 2)), jnp.eye(count)], 1)[:, :, None, None]
-    last, _ = jax.jit(lambda: sample(step, predict, schedule, starts, noises=noises))()
-    offset, slopes = last[0, 0, 0], last[1:, 0, 0] - last[0, 0, 0]
-    return offset + slopes[0] * mean, slopes[0] ** 2 * variance + jnp.square(slopes[1:]).sum()
-
-
-def marginal(schedule):
-    """Mean and variance of the data in the last, noisiest state of a schedule."""
-    a, b = schedule.sqrt_alpha_bar[-1], schedule.sqrt_one_minus_alpha_bar[-1]
-    return a * MU, a**2 * S**2 + b**2
-
-
 @pytest.mark.parametrize("steps", ["10", "ddim50", 250])
 @x64
 def test_ddpm_with_the_true_variance_is_exact_in_any_number_of_steps(steps):
     schedule = ditx.respace(FULL, steps)
     mean, variance = outcome(ddpm_step, oracle(schedule, variance=True), schedule, *marginal(schedule))
     # Without noise at the last step, what the first state hides of the data is not drawn.
-    a, b = schedule.sqrt_alpha_bar[0], schedule.sqrt_one_minus_alpha_bar[0]
+    a, b = schedule.alpha[0], schedule.sigma[0]
     close(mean, MU)
     close(variance, S**2 - S**2 * b**2 / (a**2 * S**2 + b**2))
 
 
-def orders(errors):
-    """Observed orders of convergence between runs of ever twice as many steps."""
-    errors = np.abs(errors)
-    return np.log2(errors[:-1] / errors[1:])
+ALL = {
+    "ddpm": (ddpm_step, 1),
+    "ddim": (functools.partial(ddim_step, eta=0.5), 1),
+    "euler": (euler_step, 1),
+    "heun": (heun_step, 2),
+    "dpm-solver": (dpm_solver_step, 2),
+    "euler-maruyama": (euler_maruyama_step, 1),
+}
+BASES = {
+    "linear": FULL,
+    "cosine": ditx.cosine_schedule(prediction="v"),
+    "flow": flow.uniform_grid(1000),
+    "sit": flow.uniform_grid(1000, sit=True),
+}
 
 
+def test_euler_is_ddim_without_noise():
+    x, noise = jax.random.normal(jax.random.key(0), (2, 2, 2, 1))
+    np.testing.assert_array_equal(euler_step(toy, FULL, x, 50, noise), ddim_step(toy, FULL, x, 50, noise, eta=0.0))
+
+
+@pytest.mark.parametrize("base", ["linear", "cosine", "flow"])
+@pytest.mark.parametrize("name", ALL)
 @x64
-def test_ddim_converges_to_the_probability_flow_with_order_1():
+def test_samplers_reach_the_datas_mean_and_converge_to_its_variance_with_their_order(name, base):
+    step, order = ALL[name]
     errors = []
-    for count in (50, 100, 200, 400):
-        schedule = ditx.linear_schedule(count)
-        mean, variance = marginal(schedule)
-        x = jnp.full((1, 1, 1), 1.5)
-        last, _ = jax.jit(
-            functools.partial(sample, ddim_step, oracle(schedule), schedule, noises=jnp.zeros((count, 1, 1, 1)))
-        )(x)
-        # Along the flow a state keeps its distance from the mean in deviations, whatever the schedule.
-        exact = MU + S * (1.5 - mean) / math.sqrt(variance)
-        errors.append(last[0, 0, 0] - exact)
-    np.testing.assert_allclose(orders(errors)[1:], 1, atol=0.1)
-    assert abs(errors[-1]) < 0.01
+    for count in (64, 128):
+        grid = ditx.spaced(BASES[base], count, "log-snr")
+        mean, variance = outcome(step, oracle(grid), grid, *marginal(grid))
+        close(mean, MU)
+        # The first level is the same in all grids; the last step is the best guess from there, which varies less.
+        a, b = grid.alpha[0], grid.sigma[0]
+        errors.append(variance - (a * S**2) ** 2 / (a**2 * S**2 + b**2))
+    assert np.log2(np.abs(errors[0] / errors[1])) == pytest.approx(order, abs=0.1)
+    assert abs(errors[1]) < 0.11 * S**2
 
 
-@pytest.mark.parametrize("name", [*STEPS])
+@pytest.mark.parametrize(("step", "order"), [(euler_step, 1), (heun_step, 2), (euler_maruyama_step, 1)])
 @x64
-def test_samplers_of_noise_predictions_reach_the_datas_mean_and_converge_to_its_variance(name):
+def test_flows_converge_to_the_data_from_pure_noise_in_even_steps(step, order):
     errors = []
-    for count in (400, 800):
-        schedule = ditx.linear_schedule(count)
-        mean, variance = outcome(STEPS[name], oracle(schedule), schedule, *marginal(schedule))
+    for count in (32, 64):
+        grid = flow.uniform_grid(count)
+        mean, variance = outcome(step, oracle(grid), grid, 0.0, 1.0)
         close(mean, MU)
         errors.append(variance - S**2)
-    np.testing.assert_allclose(orders(errors), 1, atol=0.1)
-    assert abs(errors[-1]) < 0.03 * S**2
-
-
-@pytest.mark.parametrize(("step", "order", "counts"), [(euler_step, 1, (32, 64, 128)), (heun_step, 2, (16, 32, 64))])
-@x64
-def test_flow_samplers_converge_with_their_order(step, order, counts):
-    errors = []
-    for count in counts:
-        grid = flow.uniform_grid(count)
-        noises = jnp.zeros((count, 1, 1, 1))
-        last, _ = jax.jit(functools.partial(sample, step, velocity, grid, noises=noises))(jnp.full((1, 1, 1), 1.5))
-        errors.append(last[0, 0, 0] - (MU + S * 1.5))
-    np.testing.assert_allclose(orders(errors), order, atol=0.1 * order)
+    assert np.log2(np.abs(errors[0] / errors[1])) == pytest.approx(order, abs=0.1)
 
 
 @pytest.mark.parametrize(
-    ("step", "tolerance"),
-    [
-        (euler_step, 0.05),
-        (heun_step, 1e-3),  # errors of order 1 and 2 in 1 / steps
-    ],
+    ("base", "kinds"), [("linear", ["eps", "v", "score"]), ("flow", ["velocity", "v"]), ("sit", ["velocity"])]
 )
 @x64
-def test_flow_samplers_reach_the_data(step, tolerance):
-    mean, variance = outcome(step, velocity, flow.uniform_grid(100), 0.0, 1.0)
-    assert mean == pytest.approx(MU, rel=tolerance)
-    assert variance == pytest.approx(S**2, rel=tolerance)
+def test_every_sampler_draws_the_same_from_every_prediction(base, kinds):
+    """The network is of one mind, and says so in different ways."""
+    x, key = jax.random.normal(jax.random.key(0), (2, 2, 1)), jax.random.key(1)
+    plain = ditx.respace(BASES["flow" if base == "sit" else base], [100, 400, 700, 999])
+    grid = ditx.respace(BASES[base], [100, 400, 700, 999])
+
+    def draws(schedule, predict):
+        return jax.jit(lambda: [sample(step, predict, schedule, x, key=key)[1] for step, _ in ALL.values()])()
+
+    def network(schedule):
+        def predict(x, t):
+            here = level(schedule, jnp.argmin(jnp.abs(jnp.asarray(schedule.time) - t)))
+            x0 = jnp.tanh(2 * x + here.sigma)
+            prediction = compose(schedule.prediction, x0, (x - here.alpha * x0) / here.sigma, here)
+            return jnp.concatenate([prediction, jnp.cos(x)], -1)
+
+        return predict
+
+    plain = dataclasses.replace(plain, prediction="x0")
+    expected = draws(plain, network(plain))
+    for kind in kinds:
+        schedule = dataclasses.replace(grid, prediction=kind)
+        for name, found, wanted in zip(ALL, draws(schedule, network(schedule)), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-8, err_msg=f"{name} {kind}")
+
+
+@x64
+def test_dpm_solver_extrapolates_the_data_in_log_snr():
+    grid = ditx.respace(FULL, [100, 300, 600, 999])
+    x, x0, previous = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
+    grid = dataclasses.replace(grid, prediction="x0")
+    half = grid.log_snr / 2
+    for i, share in [(3, 0.0), (2, (half[1] - half[2]) / (half[2] - half[3])), (0, 0.0)]:
+        moved, found = dpm_solver_step(lambda x, t: x0, grid, x, i, x, previous)
+        close(found, x0)
+        data = x0 + share / 2 * (x0 - previous)
+        if i == 0:
+            close(moved, data)
+        else:  # Lu et al. 2022b, Eq. 14
+            growth = np.expm1(-(half[i - 1] - half[i]))
+            close(moved, grid.sigma[i - 1] / grid.sigma[i] * x - grid.alpha[i - 1] * growth * data)
+
+
+@x64
+def test_sit_grids_sample_as_sit_does():
+    """Ma et al. 2024: t from 0 (noise) to 1 (data), fed as it is; velocity data - noise; surplus channels dropped."""
+
+    def network(x, t):
+        return jnp.concatenate([jnp.sin(3 * x) - t * x, 100 * jnp.ones_like(x)], -1)
+
+    x = expected = jax.random.normal(jax.random.key(0), (2, 2, 1))
+    for t in np.arange(8) / 8:
+        expected = expected + network(expected, t)[..., :1] / 8
+    close(sample(euler_step, network, flow.uniform_grid(8, sit=True), x, key=jax.random.key(0))[0], expected)
 
 
 @x64
@@ -228,19 +231,21 @@ def test_noise_enters_every_other_step_with_its_deviation(step, x, noise):
         (ddpm_step, ditx.respace(FULL, [3, 500, 999]), [999, 500, 3]),
         (ddim_step, ditx.respace(FULL, [3, 500, 999]), [999, 500, 3]),
         (euler_step, flow.uniform_grid(4), [1000, 750, 500, 250]),
-        (heun_step, flow.uniform_grid(2), [1000, 500, 500, 0]),
+        (heun_step, flow.uniform_grid(2), [1000, 500, 500]),  # the last step is Euler's
+        (euler_step, flow.uniform_grid(4, sit=True), [0, 0.25, 0.5, 0.75]),
     ],
 )
 def test_network_is_fed_the_times_of_training(step, schedule, expected):
     seen = []
 
     def predict(x, t):
-        seen.append(float(t))
+        jax.debug.callback(lambda t: seen.append(float(t)), t)
         return x
 
     x = jnp.ones((1, 1, 1))
     for i in reversed(range(len(schedule))):
         x = step(predict, schedule, x, i, x)
+        jax.effects_barrier()
     assert seen == expected
 
 

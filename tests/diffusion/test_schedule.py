@@ -8,7 +8,8 @@ from references import load
 from strategies import FULL, indices_to_keep, schedule_of, schedules
 
 import ditx
-from ditx.diffusion.schedule import at
+from ditx import flow
+from ditx.diffusion.schedule import at, time_at
 
 TABLES = {
     "timestep_map": "time",
@@ -21,8 +22,12 @@ TABLES = {
 }
 
 
+def tables(schedule):
+    return {name: table for name, table in vars(schedule).items() if not isinstance(table, str)}
+
+
 def assert_same(ours, theirs, tolerance=1e-12):
-    for name, table in vars(theirs).items():
+    for name, table in tables(theirs).items():
         np.testing.assert_allclose(getattr(ours, name), table, rtol=tolerance, atol=tolerance)
 
 
@@ -48,11 +53,9 @@ def test_variances_rise_linearly():
 def test_derived_tables_agree_with_alpha_bar(kept):
     schedule = schedule_of(kept)
     signal, noise = schedule.alpha_bar, 1 - schedule.alpha_bar
-    np.testing.assert_allclose(schedule.sqrt_alpha_bar**2, signal, rtol=1e-12)
-    np.testing.assert_allclose(schedule.sqrt_one_minus_alpha_bar**2, noise, rtol=1e-12)
-    np.testing.assert_allclose(schedule.sqrt_recip_alpha_bar**2 * signal, 1, rtol=1e-12)
-    # 1/a - 1 and (1 - a)/a differ by rounding where a is near 1.
-    np.testing.assert_allclose(schedule.sqrt_recip_alpha_bar_minus_one**2 * signal, noise, rtol=1e-10)
+    # 1 - a is rounded where a is near 1.
+    np.testing.assert_allclose(schedule.sigma**2, noise, rtol=1e-10)
+    np.testing.assert_allclose(np.exp(schedule.log_snr), signal / noise, rtol=1e-10)
     np.testing.assert_allclose(np.exp(schedule.log_beta), schedule.beta, rtol=1e-12)
     np.testing.assert_allclose(np.cumprod(1 - schedule.beta), signal, rtol=1e-12)
     assert np.all(schedule.posterior_variance < schedule.beta) and schedule.posterior_variance[0] == 0
@@ -62,8 +65,8 @@ def test_derived_tables_agree_with_alpha_bar(kept):
 
 def test_noise_share_next_to_the_data_is_not_lost_in_float32():
     # 1 - alpha_bar formed in float32 would be off by 1.7e-4.
-    assert float(at(FULL.sqrt_one_minus_alpha_bar, 0)) == pytest.approx(0.01, rel=1e-7)
-    assert float(at(FULL.sqrt_recip_alpha_bar_minus_one, 0)) == pytest.approx((1 / 0.9999 - 1) ** 0.5, rel=1e-7)
+    assert float(at(FULL.sigma, 0)) == pytest.approx(0.01, rel=1e-7)
+    assert float(at(FULL.log_snr, 0)) == pytest.approx(np.log(0.9999 / 0.0001), rel=1e-7)
 
 
 @given(indices_to_keep())
@@ -99,7 +102,7 @@ def test_a_count_keeps_so_many_steps_from_first_to_last(count):
     assert respaced.time[0] == 0 and (count == 1 or respaced.time[-1] == 999)
     assert np.all(np.diff(respaced.time) > 0)
     assert_same(ditx.respace(FULL, str(count)), respaced)
-    for table in vars(respaced).values():
+    for table in tables(respaced).values():
         assert np.all(np.isfinite(table))
 
 
@@ -137,3 +140,67 @@ def test_impossible_indices_are_named(steps):
     with pytest.raises(ValueError, match="must be integers from 0 to 999, got") as error:
         ditx.respace(FULL, steps)
     assert str(steps) in str(error.value)
+
+
+COSINE = ditx.cosine_schedule()
+BASES = {"linear": FULL, "cosine": COSINE, "flow": flow.uniform_grid(1000), "sit": flow.uniform_grid(1000, sit=True)}
+
+
+def test_cosine_schedule_is_the_squared_cosine_but_for_the_last_step():
+    t = np.arange(1, 1000) / 1000
+    start = np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(
+        COSINE.alpha_bar[:-1], np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / start, rtol=1e-9, atol=1e-12
+    )
+    assert COSINE.beta[-1] == pytest.approx(0.999) and COSINE.beta[:-1].max() < 0.999
+    with pytest.raises(ValueError, match="cosine schedule of 1 steps has no way"):
+        ditx.cosine_schedule(1)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_as_many_even_steps_are_the_schedule_itself(name):
+    spaced = ditx.spaced(BASES[name], 1000)
+    assert (spaced.path, spaced.prediction) == (BASES[name].path, BASES[name].prediction)
+    for table in ("time", "alpha", "sigma", "beta", "alpha_rate", "sigma_rate"):
+        np.testing.assert_allclose(getattr(spaced, table), getattr(BASES[name], table), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", BASES)
+@given(st.integers(2, 60))
+def test_levels_are_spaced_as_asked_from_the_noisiest_to_the_cleanest(name, steps):
+    base = BASES[name]
+    even, log_snr, karras = (ditx.spaced(base, steps, spacing) for spacing in ("time", "log-snr", "karras"))
+    data = 2 * base.time[0] - base.time[1]
+    np.testing.assert_allclose(np.diff(even.time, prepend=data), (base.time[-1] - data) / steps, rtol=1e-9)
+    finite = base.log_snr[np.isfinite(base.log_snr)][[0, -1]]
+    np.testing.assert_allclose(log_snr.log_snr, np.linspace(*finite, steps), rtol=1e-9, atol=1e-9)
+    roots = (karras.sigma / karras.alpha) ** (1 / 7)
+    np.testing.assert_allclose(roots, np.linspace(*np.exp(-finite / 14), steps), rtol=1e-9)
+    for spaced in (even, log_snr, karras):
+        assert len(spaced) == steps
+        total = spaced.alpha**2 + spaced.sigma**2 if base.path == "vp" else spaced.alpha + spaced.sigma
+        np.testing.assert_allclose(total, 1, rtol=1e-12)
+        # At whole times of training, and between them by log alpha (or alpha), the levels are those of training.
+        kind = np.log if base.path == "vp" else np.asarray
+        order = np.argsort(base.time)
+        between = np.interp(spaced.time, base.time[order], kind(base.alpha)[order])
+        inside = (spaced.time >= base.time.min()) & (spaced.time <= base.time.max())
+        np.testing.assert_allclose(kind(spaced.alpha)[inside], between[inside], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("i", [3, 500, 990])
+def test_time_of_a_ratio_of_noise_is_that_of_its_level(name, i):
+    base = BASES[name]
+    assert time_at(base, base.sigma[i] / base.alpha[i]) == pytest.approx(base.time[i], rel=1e-9)
+
+
+def test_one_step_starts_at_the_noisiest_level():
+    for spacing in ("time", "log-snr", "karras"):
+        assert ditx.spaced(FULL, 1, spacing).time[0] == pytest.approx(999)
+
+
+@pytest.mark.parametrize(("kept", "steps"), [(10, 0), (10, -2), (1, 5)])
+def test_spacing_refuses_what_has_no_levels(kept, steps):
+    with pytest.raises(ValueError, match=f"cannot take {steps} of {kept} levels; give at least 1 step"):
+        ditx.spaced(ditx.respace(FULL, kept), steps)

@@ -17,6 +17,9 @@ from ditx.nn.layers import grid_positions
 SMALL = ditx.DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=24, depth=2, num_heads=2, num_classes=100)
 
 
+GRID = ditx.respace(ditx.linear_schedule(), 3)
+
+
 @functools.cache
 def new(config=SMALL):
     return ditx.DiT(config, key=jax.random.key(0))
@@ -245,7 +248,11 @@ def test_final_weights_write_one_pixel_and_channel_of_every_patch():
         ({"hidden_size": 0}, "hidden_size is 0; it must be at least 1"),
         ({"depth": 0}, "depth is 0; it must be at least 1"),
         ({"num_heads": 0}, "num_heads is 0; it must be at least 1"),
-        ({"num_classes": 0}, "num_classes is 0; it must be at least 1"),
+        ({"num_classes": -1}, "num_classes is -1; it must be at least 1"),
+        (
+            {"num_classes": 0, "label_dropout": 0.0},
+            "num_classes is 0; it must be at least 1, or, for a network without",
+        ),
         ({"patch_size": 3}, "patch_size 3 does not divide input_size 32; choose a divisor"),
         ({"num_heads": 7}, "hidden_size 1152 is not divisible by num_heads 7; change one"),
         ({"hidden_size": 30, "num_heads": 3}, "hidden_size 30 is not divisible by 4.*; try 32"),
@@ -272,3 +279,23 @@ def test_input_of_another_shape_is_named(shape):
     message = rf"input has shape \({shape[0]}, {shape[1]}, {shape[2]}\), the network was built for \(8, 8, 3\)"
     with pytest.raises(ValueError, match=message):
         model(jnp.zeros(shape), jnp.asarray(0), jnp.asarray(0))
+
+
+def test_without_a_label_it_is_the_null_label():
+    x, t, _ = example(SMALL)
+    model = random_dit(SMALL)
+    np.testing.assert_array_equal(model(x, t), model(x, t, SMALL.null_label))
+    assert np.abs(model(x, t) - model(x, t, 0)).max() > 1e-3
+    with pytest.raises(ValueError, match="built without a null label"):
+        random_dit(dataclasses.replace(SMALL, label_dropout=0.0))(x, t)
+
+
+def test_an_unconditional_network_has_the_null_label_alone_and_is_a_predictor_as_it_is():
+    config = dataclasses.replace(SMALL, num_classes=0, learn_sigma=False)
+    model, (x, _, _) = random_dit(config), example(config)
+    assert config.null_label == 0 and model.label.table.shape == (1, 24)
+    draw = jax.jit(lambda x: ditx.samplers.sample(ditx.samplers.ddim_step, model, GRID, x, key=jax.random.key(0))[0])
+    assert np.isfinite(draw(x)).all()
+    # As any network, it is guided by a weaker one.
+    guided = ditx.guidance.guide(model, random_dit(config, seed=1), scale=2.0)(x, jnp.asarray(5.0))
+    assert guided.shape == x.shape
