@@ -30,6 +30,7 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.processes import ProcessConfig, connect, end, is_first, together
     from ditx.sampling import Decode, SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
     from ditx.sharding import MeshConfig, batch_parts, check_fit, everywhere, make_mesh, place
+    from ditx.vae_weights import check_scale, load_vae
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ def read_networks(source: Path, described: Description, config: Config, mesh: Me
     """The network and, where it makes latents, the function that decodes them."""
     model, decode = described.model, None
     if config.vae:
-        vae, name = pretrained.load_vae(config.vae)
-        pretrained.check_scale(vae, name, described.latent_scale)
+        vae, name = load_vae(config.vae)
+        check_scale(vae, name, described.latent_scale)
         if vae.config.latent_channels != model.in_channels:
             raise ValueError(
                 f"the autoencoder {name} has latents of {vae.config.latent_channels} channels, the network makes"

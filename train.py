@@ -36,7 +36,7 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.latents import LatentSource
     from ditx.monitor import Monitor, Profile, check_wandb, memory_of
     from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig, Remat
-    from ditx.pretrained import check_scale, load_initial, load_vae
+    from ditx.pretrained import load_initial
     from ditx.processes import (
         ProcessConfig,
         check_alike,
@@ -64,6 +64,7 @@ with install_import_hook("ditx", "beartype.beartype"):
         table,
     )
     from ditx.training import TrainState, eps_objective, flow_objective, train_step
+    from ditx.vae_weights import check_scale, load_vae
 
 
 @dataclass(frozen=True)

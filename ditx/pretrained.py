@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,17 +16,10 @@ from jax.sharding import Mesh
 
 from ditx import checkpoint, convert, imagenet, runs, weights
 from ditx.nn.dit import DiT, DiTConfig
-from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.sampling import OBJECTIVE_SAMPLERS, SamplingConfig
 from ditx.sharding import place, put_whole
 from ditx.weights import WeightFile
 
-# Where the three decoders of the paper's Table 5 lie on the Hugging Face hub.
-VAES = {
-    "original": ("CompVis/stable-diffusion-v1-4", "vae/diffusion_pytorch_model.safetensors"),
-    "ft-ema": ("stabilityai/sd-vae-ft-ema", "diffusion_pytorch_model.safetensors"),
-    "ft-mse": ("stabilityai/sd-vae-ft-mse", "diffusion_pytorch_model.safetensors"),
-}
 # Weights do not tell the number of heads; these are the published ones, by width.
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 _METADATA = "ditx"
@@ -79,7 +71,7 @@ def describe(source: Path, **overrides: int) -> Description:
     if is_run(source):
         fields = runs.read_config(source)
     else:
-        file, config = _open(source)
+        file, config = open_weights(source)
         layout = _layout(source, file)
         if layout != "ditx":
             return _described(_infer(source, layout, file.tensors, config or {}, overrides))
@@ -117,7 +109,7 @@ def load(source: Path, description: Description, places: Any = None) -> tuple[Di
         step, trees, damaged = restored
         passed_over = "".join(f"; warning: {sentence}; passed over" for _, sentence in damaged)
         return trees["ema"], f"{source} at step {step:,}{passed_over}"
-    file, _ = _open(source)
+    file, _ = open_weights(source)
     layout = _layout(source, file)
     if layout == "ditx":
         model = convert.dit_from_arrays(file.tensors, description.model)
@@ -163,41 +155,12 @@ def write(path: Path, model: DiT, description: Description) -> None:
     weights.write_safetensors(path, convert.dit_to_arrays(model), {"format": "np", _METADATA: described})
 
 
-def load_vae(source: str) -> tuple[AutoencoderKL, str]:
-    """Read an autoencoder: one of `VAES` by name, from the hub, or a file or folder in diffusers' layout.
-
-    Also returns its name or path with the CRC-32 of its weights. Its shape is read from the `config.json` beside the
-    weights, and is Stable Diffusion's where there is none.
-    """
-    by_name = source in VAES and not Path(source).exists()
-    if by_name:
-        file, config = weights.read(weights.fetch(*VAES[source])), None
-    elif not Path(source).exists():
-        raise ValueError(f"there is no autoencoder {source!r}; give {', '.join(VAES)}, or the path of a file or folder")
-    else:
-        file, config = _open(Path(source), part="vae")
-    model = convert.vae_from_torch(file.tensors, VAEConfig() if config is None else _vae_config(source, config))
-    crc = 0
-    for leaf in jax.tree.leaves(model):
-        crc = zlib.crc32(np.asarray(leaf).data, crc)
-    return model, f"{source if by_name else Path(source).absolute()} (CRC-32 {crc:08x})"
-
-
-def check_scale(vae: AutoencoderKL, name: str, scale: float | None) -> None:
-    """Raise ValueError for an autoencoder of another scale than that of the latents, where that is known."""
-    if scale not in (None, vae.config.scale):
-        raise ValueError(
-            f"the autoencoder {name} scales latents by {vae.config.scale}, those of the data by {scale}; give the one"
-            " that made them"
-        )
-
-
 def is_run(source: Path) -> bool:
     """Whether a path is the folder of a run."""
     return (source / runs.CONFIG).is_file() and (source / "checkpoints").is_dir()
 
 
-def _open(source: Path, part: str = "transformer") -> tuple[WeightFile, dict[str, Any] | None]:
+def open_weights(source: Path, part: str = "transformer") -> tuple[WeightFile, dict[str, Any] | None]:
     """The weights at a path, and what `config.json` beside them says if it is diffusers'."""
     if source.is_dir():
         folder = source / part if (source / part).is_dir() else source
@@ -310,36 +273,3 @@ def _check_transformer(source: Path, config: dict[str, Any], fields: dict[str, A
     differing = [f"{name} {config[name]!r}" for name, value in expected.items() if config.get(name, value) != value]
     if differing:
         raise ValueError(f"the config.json of {source} is not that of such a DiT: {', '.join(differing)}")
-
-
-def _vae_config(source: str, config: dict[str, Any]) -> VAEConfig:
-    """Diffusers' description of an autoencoder as ours. Raises ValueError for what ours does not have."""
-    expected = {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "out_channels": config.get("in_channels", 3),
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-        "mid_block_add_attention": True,
-        "shift_factor": None,
-    }
-    differing = [f"{name} {config[name]!r}" for name, value in expected.items() if config.get(name, value) != value]
-    if differing:
-        raise ValueError(f"the autoencoder {source} is of a kind not supported: {', '.join(differing)}")
-    names = {
-        "in_channels": "in_channels",
-        "latent_channels": "latent_channels",
-        "block_out_channels": "block_channels",
-        "layers_per_block": "layers_per_block",
-        "norm_num_groups": "norm_groups",
-        "scaling_factor": "scale",
-    }
-    fields = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
-    for name, value in fields.items():
-        values = value if name == "block_channels" and isinstance(value, list) else [value]
-        kind = int | float if name == "scale" else int
-        if not all(isinstance(each, kind) and not isinstance(each, bool) and math.isfinite(each) for each in values):
-            raise ValueError(f"the autoencoder {source} has {name} {value!r} in its config.json; mend that")
-    if "block_channels" in fields:
-        fields["block_channels"] = tuple(np.atleast_1d(fields["block_channels"]).tolist())
-    return VAEConfig(**fields)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import ditx
+from ditx.weights import write_torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -80,3 +81,13 @@ def tiny_vae():
     golden = load("vae_tiny.npz")
     config = ditx.VAEConfig(block_channels=(16, 32), layers_per_block=1, norm_groups=8, scale=1.0)
     return ditx.convert.vae_from_torch(weights(golden), config), golden
+
+
+def write_tiny_vae(folder):
+    """The tiny autoencoder as a pipeline's folder in diffusers' layout."""
+    golden = load("vae_tiny.npz")
+    (folder / "vae").mkdir(parents=True)
+    config = json.loads(str(golden["config"])) | {"_class_name": "AutoencoderKL"}
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    write_torch(folder / "vae" / "diffusion_pytorch_model.bin", weights(golden))
+    return folder

@@ -46,13 +46,15 @@ def disturb(processes, run, rng, span):
 
     Says which, or None if the run was quicker.
     """
-    saving = lambda: any((run / "checkpoints").glob("*tmp*"))  # noqa: E731
-    wait_for, wait = rng.choice([(lambda: True, rng.uniform(0, span)), (saving, rng.uniform(0, 0.2))])
-    while not wait_for() or wait > 0:
+    before = set((run / "checkpoints").glob("*tmp*"))
+    saves, wait = rng.choice([(0, rng.uniform(0, span)), (rng.randint(1, 4), rng.uniform(0, 0.2))])
+    while wait > 0:
         if any(process.poll() is not None for process in processes):
             return None
-        wait -= 0.01 if wait_for() else 0
         time.sleep(0.01)
+        now = set((run / "checkpoints").glob("*tmp*"))
+        saves, before = saves - len(now - before), now
+        wait -= 0.01 if saves <= 0 else 0
     which = rng.choice([[0], [1], [0, 1]])
     for index in which:
         processes[index].send_signal(signal.SIGKILL)

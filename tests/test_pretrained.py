@@ -1,25 +1,20 @@
 """Released weights: described from their shapes, drawn from as the authors do."""
 
-import json
-
-import jax
 import numpy as np
 import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from references import GOLDEN, assert_close, chw, hwc, load, tiny_vae, weights
+from references import GOLDEN, load, write_tiny_vae
 from strategies import random_dit
 
 import ditx
 from ditx import imagenet, pretrained
-from ditx.sampling import SamplingConfig, make_decode
-from ditx.sharding import MeshConfig, make_mesh
-from ditx.weights import write_safetensors, write_torch
+from ditx.sampling import SamplingConfig
+from ditx.weights import write_torch
 
 # A network of a published width, but small, on 64-pixel images by an autoencoder that halves the sides twice.
 RELEASED = ditx.DiTConfig(input_size=16, patch_size=8, hidden_size=384, depth=1, num_heads=6)
-TINY_VAE = weights(load("vae_tiny.npz"))
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +26,7 @@ def released(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae") / "stable"
-    (folder / "vae").mkdir(parents=True)
-    config = json.loads(str(load("vae_tiny.npz")["config"]))
-    (folder / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKL"}))
-    write_torch(folder / "vae" / "diffusion_pytorch_model.bin", TINY_VAE)
-    return folder
+    return write_tiny_vae(tmp_path_factory.mktemp("vae") / "stable")
 
 
 def test_released_weights_are_described_by_their_shapes(released):
@@ -92,62 +82,6 @@ def test_mistakes_are_one_sentence_and_write_nothing(run, released, vae, tmp_pat
         code, said = run.sample(*arguments)
         assert code == 2 and sentence in said and "Traceback" not in said, said
         assert not list(tmp_path.iterdir())
-
-
-def test_an_autoencoder_is_read_from_every_kind_of_place(vae, tmp_path):
-    model, _ = tiny_vae()
-    config = (vae / "vae" / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config)
-    write_safetensors(tmp_path / "renamed.safetensors", TINY_VAE)
-    names = set()
-    for place in (vae, vae / "vae", vae / "vae" / "diffusion_pytorch_model.bin", tmp_path / "renamed.safetensors"):
-        read, name = pretrained.load_vae(str(place))
-        assert read.config == ditx.VAEConfig(block_channels=(16, 32), layers_per_block=1, norm_groups=8)
-        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(read), jax.tree.leaves(model))
-        names.add(name.removeprefix(str(place)))
-    assert len(names) == 1  # the same checksum
-
-
-def test_the_three_decoders_are_fetched_by_name(monkeypatch, tmp_path):
-    shapes = load("vae_sd_state_dict_shapes.json")
-    write_safetensors(
-        tmp_path / "full.safetensors", {k: np.full(shape, 0.5, np.float32) for k, shape in shapes.items()}
-    )
-    asked = []
-    monkeypatch.setattr("ditx.weights.fetch", lambda *what: asked.append(what) or tmp_path / "full.safetensors")
-    for name in ("original", "ft-ema", "ft-mse"):
-        model, said = pretrained.load_vae(name)
-        assert model.config == ditx.VAEConfig() and said.startswith(f"{name} (CRC-32 ")
-    assert asked == [pretrained.VAES[name] for name in ("original", "ft-ema", "ft-mse")]
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"shift_factor": 0.1}, "of a kind not supported: shift_factor 0.1"),
-        ({"use_quant_conv": False, "act_fn": "relu"}, "act_fn 'relu', use_quant_conv False"),
-        ({"_class_name": "AutoencoderTiny"}, "_class_name 'AutoencoderTiny'"),
-        ({"norm_num_groups": 5}, "are not multiples of norm_groups 5"),
-        ({"block_out_channels": [16, 64]}, "the weights do not fit the configuration"),
-    ],
-)
-def test_other_autoencoders_are_refused(vae, tmp_path, changes, sentence):
-    config = json.loads((vae / "vae" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | changes))
-    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", TINY_VAE)
-    with pytest.raises(ValueError, match=sentence):
-        pretrained.load_vae(str(tmp_path))
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_decoding_in_batches_equals_the_reference(batch, highest_precision):
-    model, golden = tiny_vae()
-    decode = make_decode(model, make_mesh(MeshConfig()), batch)
-    latents = np.resize(hwc(golden["latent"]), (11, 8, 8, 4))
-    decoded = decode(latents)
-    assert decoded.shape == (11, 16, 16, 3)
-    assert_close(chw(decoded[:2]), golden["decoded"], 1e-5)
-    assert_close(decoded[10], decoded[0], 1e-6)
 
 
 def test_imagenet_has_its_classes():

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from ditx import data, latents, runs
 from ditx.imagefiles import Images
 from ditx.nn.vae import AutoencoderKL
-from ditx.pretrained import load_vae
 from ditx.processes import launched
+from ditx.vae_weights import load_vae
 
 
 @dataclass(frozen=True)
