@@ -1,6 +1,6 @@
 """Kill a run of two processes at random moments, again and again, and see that nothing is lost.
 
-`uv run python tests/soak.py --kills 50` takes about half an hour on two cores. Every restart must go on from the
+`uv run python tests/soak.py --kills 50` takes about forty minutes on two cores. Every restart must go on from the
 newest complete checkpoint, every line of metrics must be readable, and the final weights, moments and averages must be,
 bit for bit, those of a run that nobody disturbed.
 """
@@ -31,8 +31,9 @@ FLAGS = (
 SURVIVORS_END_WITHIN = 20  # seconds, of which the heartbeat is 4
 
 
-def launch(run, steps, flags):
-    return scripts.start_together(scripts.ROOT / "train.py", *FLAGS, *flags, "--steps", steps, "--run", run)
+def launch(run, steps, flags, devices):
+    flags = [*FLAGS, *flags, "--steps", steps, "--run", run]
+    return scripts.start_together(scripts.ROOT / "train.py", *flags, devices=devices)
 
 
 def complete(processes):
@@ -96,17 +97,17 @@ def assert_same(run, other, step):
     assert written[0] == written[1], written
 
 
-def soak(folder, *, kills, steps, seed, flags=(), say=lambda line: None):
+def soak(folder, *, kills, steps, seed, flags=(), devices=4, say=lambda line: None):
     """Disturb runs of `steps` steps with so many kills in all; returns what happened. Raises AssertionError."""
     rng, told = random.Random(seed), dict.fromkeys(("kills", "of both", "half-written", "went on", "runs"), 0)
     began = time.monotonic()
-    complete(launch(folder / "undisturbed", steps, flags))
+    complete(launch(folder / "undisturbed", steps, flags, devices))
     span = time.monotonic() - began
     say(f"the undisturbed run took {span:.0f} s")
     while told["kills"] < kills:
         run, newest, which = folder / f"disturbed-{told['runs']}", 0, []
         while which is not None:
-            processes = launch(run, steps, flags)
+            processes = launch(run, steps, flags, devices)
             which = disturb(processes, run, rng, span) if told["kills"] < kills else None
             if which is not None:
                 before, (newest, half) = newest, check_left(run)

@@ -107,6 +107,12 @@ def test_one_device_eight_and_two_processes_take_turns_in_one_run(tmp_path):
                 np.testing.assert_allclose(line[name], expected[line["step"]][name], rtol=2e-5)
     means = [np.mean([expected[step]["loss"] for step in steps]) for steps in ([1, 2, 3], [4, 5, 6])]
     np.testing.assert_allclose([line["loss"] for line in metrics(run)[:2]], means, rtol=2e-5)
+    draw = [scripts.ROOT / "sample.py", run, "--num", 10, "--steps", 4, "--npz", "--out"]
+    complete(*scripts.start_together(*draw, tmp_path / "two.png", "--mesh.data", 2, "--mesh.tensor", 4))
+    complete(scripts.start(*draw, tmp_path / "one.png"))
+    with np.load(tmp_path / "two.npz") as two, np.load(tmp_path / "one.npz") as one:
+        # Rounding may move a pixel that lies next to a boundary by one.
+        assert np.abs(two["arr_0"].astype(int) - one["arr_0"]).max() <= 1
     a, b = soak.arrays(run, last), soak.arrays(other, last)
     for x, y in zip(jax.tree.leaves(a["ema"]), jax.tree.leaves(b["ema"]), strict=True):
         # Adam divides by the root of a mean square, so that rounding grows where gradients are next to nothing.
@@ -142,5 +148,5 @@ def test_mistakes_of_one_process_end_all_of_them_in_one_sentence(tmp_path):
 
 def test_killed_one_by_one_and_together_nothing_is_lost(tmp_path):
     """The short form of `tests/soak.py`."""
-    told = soak.soak(tmp_path, kills=3, steps=20, seed=2)
-    assert told["kills"] == 3 and told["runs"] >= 1
+    told = soak.soak(tmp_path, kills=2, steps=15, seed=2, devices=2)
+    assert told["kills"] == 2 and told["runs"] >= 1
