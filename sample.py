@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx import data, imagenet, pictures, pretrained, runs
     from ditx.nn.dit import DiT
     from ditx.pretrained import Description
-    from ditx.processes import ProcessConfig, connect, end, is_first, together
+    from ditx.processes import ProcessConfig, check_alike, connect, end, is_first, together
     from ditx.sampling import Decode, SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
     from ditx.sharding import MeshConfig, batch_parts, check_fit, everywhere, make_mesh, place
     from ditx.vae_weights import check_scale, load_vae
@@ -75,8 +75,9 @@ def parse(argv: list[str]) -> tuple[Path, Description, Config]:
     description = "Draw samples from the averaged weights of a run, or from released weights."
     first = tyro.cli(Config, args=argv, prog="sample.py", description=description)
     connect(first.processes)
-    source = Path(first.source) if first.source else runs.newest_run(Path("runs"))
-    described = pretrained.describe(source)
+    with together():
+        source = Path(first.source) if first.source else runs.newest_run(Path("runs"))
+        described = pretrained.describe(source)
     default = Config(sampling=described.sampling, vae=described.vae)
     return source, described, tyro.cli(Config, args=argv, prog="sample.py", default=default, description=description)
 
@@ -186,22 +187,29 @@ def draw_all(
 def sample(argv: list[str]) -> int:
     """Draw and write; returns the exit code."""
     source, described, config = parse(argv)
-    wanted = read_labels(config.labels, described.class_names)
-    num = config.num or len(wanted) * (10 if len(wanted) <= 20 else 1)
-    for name, value in {"num": num, "batch": config.batch, "decode_batch": config.decode_batch}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed is {config.seed}; it goes from 0 to {2**32 - 1}")
-    channels = described.model.in_channels
-    if channels not in (1, 3) and not config.vae:
-        raise ValueError(f"the network makes latents of {channels} channels; decode them with --vae ft-ema, or a path")
-    if channels in (1, 3) and config.vae:
-        raise ValueError(f"vae is {config.vae!r}, but the network makes images of {channels} channels; leave it out")
-    config.sampling.check(described.model, described.objective)
-    mesh = make_mesh(config.mesh)
-    check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
-    network, decode = read_networks(source, described, config, mesh)
+    with together():
+        wanted = read_labels(config.labels, described.class_names)
+        num = config.num or len(wanted) * (10 if len(wanted) <= 20 else 1)
+        for name, value in {"num": num, "batch": config.batch, "decode_batch": config.decode_batch}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= config.seed < 2**32:
+            raise ValueError(f"seed is {config.seed}; it goes from 0 to {2**32 - 1}")
+        channels = described.model.in_channels
+        if channels not in (1, 3) and not config.vae:
+            raise ValueError(
+                f"the network makes latents of {channels} channels; decode them with --vae ft-ema, or a path"
+            )
+        if channels in (1, 3) and config.vae:
+            raise ValueError(
+                f"vae is {config.vae!r}, but the network makes images of {channels} channels; leave it out"
+            )
+        config.sampling.check(described.model, described.objective)
+        mesh = make_mesh(config.mesh)
+        check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
+    check_alike({name: value for name, value in asdict(config).items() if name != "processes"})
+    with together():
+        network, decode = read_networks(source, described, config, mesh)
     with together():
         paths = outputs(source, config) if is_first() else {}
     labels = np.resize(np.array(wanted, np.int32), num)

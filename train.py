@@ -36,7 +36,7 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.latents import LatentSource
     from ditx.monitor import Monitor, Profile, check_wandb, memory_of
     from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig, Remat
-    from ditx.pretrained import load_initial
+    from ditx.pretrained import describe_initial, load_initial
     from ditx.processes import (
         ProcessConfig,
         check_alike,
@@ -203,7 +203,7 @@ PRESETS = {
 # What may differ when a run goes on: it changes neither the data nor the arithmetic (beyond rounding).
 FREE = {"preset", "run", "data_path", "vae", "workers", "mesh", "processes", "unroll", "remat", "accumulate"}
 FREE |= {"log_every", "checkpoint_every", "keep", "keep_every", "keep_best", "max_skipped", "sample_every", "sampling"}
-FREE |= {"profile_steps", "wandb"}
+FREE |= {"profile_steps", "wandb", "init_from"}
 
 
 def parse(argv: list[str]) -> tuple[str, Config]:
@@ -318,6 +318,8 @@ def train(preset: str, config: Config) -> int:
                 f" x accumulate {config.accumulate}" if config.accumulate > 1 else ""
             )
             raise ValueError(f"batch_size is {config.batch_size}; make it a multiple of {parts}")
+        if config.init_from and not checkpoint.steps(Path(config.run) / "checkpoints"):
+            describe_initial(Path(config.init_from), model_config)
     found: dict[str, Any] = {"class_names": source.class_names, "data_checksum": source.checksum}
     if isinstance(source, LatentSource):
         found["latents"] = {name: source.metadata[name] for name in ("vae", "scale", "image_size")}
@@ -328,8 +330,12 @@ def train(preset: str, config: Config) -> int:
         with together():
             if is_first():
                 stack.enter_context(runs.open_run(run, described, free=free))
+        token = str(from_first(time.time_ns() % 2**31))
         with together():
-            if not (run / runs.CONFIG).exists():
+            if is_first():
+                runs.write(run / "shared", token)
+        with together():
+            if not (run / "shared").exists() or (run / "shared").read_text() != token:
                 raise ValueError(f"{run} is not where the first process made it; give a --run that all processes share")
         return fit(config, source, mesh)
 
@@ -386,13 +392,14 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
     parts = [part.name for part in fields(TrainState)]
     restored = checkpoint.load_newest(checkpoints, {part: getattr(abstract, part) for part in parts} | {"window": sums})
     if restored is None:
-        reached = max((line["step"] for line in runs.read_metrics(run)), default=0)
-        # The second save waits for the first, so that a kill alone cannot lead here.
-        if reached >= 2 * config.checkpoint_every or loss_picture.exists():
-            raise ValueError(
-                f"{run} has come to step {reached:,} but has no checkpoint; bring back {checkpoints}, or choose"
-                " another --run"
-            )
+        with together():
+            reached = max((line["step"] for line in runs.read_metrics(run)), default=0)
+            # The second save waits for the first, so that a kill alone cannot lead here.
+            if reached >= 2 * config.checkpoint_every or loss_picture.exists():
+                raise ValueError(
+                    f"{run} has come to step {reached:,} but has no checkpoint; bring back {checkpoints}, or choose"
+                    " another --run"
+                )
         start, state = 0, jax.jit(lambda key: create(key=key), out_shardings=places)(init_key)
         if config.init_from:
             with together():
@@ -470,11 +477,11 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
         closing(batches),
         closing(manager),
         closing(monitor),
-        closing(Profile(run / "profile", start + 1, config.profile_steps)) as profile,
+        closing(Profile(run / "profile", start + 1, config.steps, config.profile_steps)) as profile,
         bar,
         while_all_live(),
     ):
-        pending, failure, step, saved = None, None, start, start
+        pending, failure, step, saved, due = None, None, start, start, False
         feed = in_step(monitor.waiting(batches), mesh, stopped)
 
         def settle():
@@ -517,8 +524,12 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
                     left = (config.steps - step) * config.batch_size / monitor.speed
                     loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
                     print(f"step {step:,}  loss {loss}  {monitor.speed:.0f} images/s  {left:.0f} s left", flush=True)
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                save()
+            due |= step % config.checkpoint_every == 0
+            if due:
+                settle()
+                if not monitor.in_a_row:  # else the newest checkpoint stays the one from before
+                    save()
+                    due = False
             if draw_picture and step % config.sample_every == 0:
                 settle()
                 with monitor.paused(step):

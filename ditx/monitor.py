@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ditx import runs
-from ditx.processes import is_first
+from ditx.processes import highest, is_first
 
 T = TypeVar("T")
 Sums = dict[str, np.ndarray]
@@ -26,8 +26,8 @@ _PROFILE_AFTER = 3  # steps; the first ones allocate
 class Monitor:
     """Sums up what the steps of a run return, writes the means as lines of metrics, and ends a run that diverges.
 
-    `sums` are those since the last line; a checkpoint keeps them, so that a resumed run writes the same lines. Several
-    processes call it alike, and the first one writes.
+    `sums` are those since the last line; a checkpoint keeps them, so that a resumed run writes the same lines. Updates
+    skipped `in_a_row` are counted up to now. Several processes call it alike, and the first one writes.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Monitor:
         wandb: str = "",
         config: Mapping[str, Any] | None = None,
     ):
-        self.sums, self.speed, self._last_loss = sums, 0.0, None
+        self.sums, self.speed, self.in_a_row, self._last_loss = sums, 0.0, 0, None
         self._batch_size, self._seed, self._max_skipped = batch_size, seed, max_skipped
-        self._in_a_row, self._waited, self._waits = 0, 0.0, False
+        self._waited, self._waits = 0.0, False
         self._clock, self._since = time.perf_counter(), step
         self._file = (run / runs.METRICS).open("a") if is_first() else None
         self._wandb = _open_wandb(wandb, run, config) if wandb and is_first() else None
@@ -70,16 +70,16 @@ class Monitor:
         Raises ValueError when `max_skipped` in a row were.
         """
         if not terms["skipped"]:
-            self._in_a_row = 0
+            self.in_a_row = 0
             terms = {"count": 1, **terms}
             self.sums = {name: total + terms[name] for name, total in self.sums.items()}
             return
-        self._in_a_row += 1
+        self.in_a_row += 1
         self.sums = self.sums | {"skipped": self.sums["skipped"] + 1}
         what = f"loss {terms['loss']}, norm of the gradients {terms['grad_norm']}"
-        if self._in_a_row >= self._max_skipped:
+        if self.in_a_row >= self._max_skipped:
             raise ValueError(
-                f"{self._in_a_row} updates in a row were skipped, up to step {step:,} ({what}; seed {self._seed});"
+                f"{self.in_a_row} updates in a row were skipped, up to step {step:,} ({what}; seed {self._seed});"
                 " weights and checkpoints are those from before; try a lower --learning-rate or --dtype float32 in"
                 " another --run"
             )
@@ -101,9 +101,10 @@ class Monitor:
         self._clock, self._since, self._waited = time.perf_counter(), step, 0.0
 
     def write(self, step: int) -> dict[str, Any]:
-        """Write the line of step number `step`: means, speed, share of time waited for data, peak memory; start anew.
+        """Write the line of step number `step`, and start anew.
 
-        All means are null where all updates were skipped.
+        It has the means, or null where all updates were skipped; images a second; the share of the time for which data
+        was waited for, of the process that waited longest; and peak memory, where the device tells it.
         """
         passed = time.perf_counter() - self._clock
         count, skipped = self.sums["count"], int(self.sums["skipped"])
@@ -112,7 +113,7 @@ class Monitor:
             for name, total in self.sums.items()
             if name not in ("count", "skipped")
         }
-        share, self._last_loss = self._waited / passed, means["loss"]
+        share, self._last_loss = highest(self._waited / passed), means["loss"]
         line = {"step": step, **means, "skipped": skipped, "images_per_second": round(self.measure(step), 1)}
         line |= {"data_wait": round(share, 3)}
         memory = jax.local_devices()[0].memory_stats() or {}
@@ -137,11 +138,11 @@ class Monitor:
 
 
 class Profile:
-    """A trace of `count` steps for TensorBoard or Perfetto, from shortly after the `first` on; none if it is 0."""
+    """A trace of `count` of the steps `first` to `last`, for TensorBoard or Perfetto; none if it is 0."""
 
-    def __init__(self, folder: Path, first: int, count: int):
-        self._folder, self._first, self._last = folder, first + _PROFILE_AFTER, first + _PROFILE_AFTER + count - 1
-        self._running = False
+    def __init__(self, folder: Path, first: int, last: int, count: int):
+        self._first = max(first, min(first + _PROFILE_AFTER, last - count + 1))
+        self._folder, self._last, self._running = folder, self._first + count - 1, False
 
     def before(self, step: int) -> None:
         """Start at the first step of the trace."""

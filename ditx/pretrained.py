@@ -129,17 +129,26 @@ def load(source: Path, description: Description, places: Any = None) -> tuple[Di
     return model, f"{source} in the layout of {layout}{', ' + file.note if file.note else ''}"
 
 
-def load_initial(source: Path, fresh: DiT, mesh: Mesh) -> tuple[DiT, str]:
-    """The averaged weights of a run or file for a network like `fresh` to begin with, and a sentence on what was read.
+def describe_initial(source: Path, model: DiTConfig) -> Description:
+    """Describe the run or file of weights that such a network begins with.
 
-    The label table is that of `fresh` where its rows differ. Raises ValueError where anything else does.
+    Raises ValueError where they differ in more than labels.
     """
     described = describe(source)
     rows = ("num_classes", "label_dropout")
-    wanted = replace(fresh.config, **{name: getattr(described.model, name) for name in rows})
+    wanted = replace(model, **{name: getattr(described.model, name) for name in rows})
     changed = runs.changes(asdict(described.model), asdict(wanted))
     if changed:
         raise ValueError(f"{source} holds another network: {changed}; give the flags that make the two agree")
+    return described
+
+
+def load_initial(source: Path, fresh: DiT, mesh: Mesh) -> tuple[DiT, str]:
+    """The averaged weights of a run or file for a network like `fresh` to begin with, and a sentence on what was read.
+
+    The label table is that of `fresh` where its rows differ. Raises ValueError as `describe_initial` and `load` do.
+    """
+    described = describe_initial(source, fresh.config)
     shapes = jax.eval_shape(lambda key: DiT(described.model, key=key), jax.random.key(0))
     model, note = load(source, described, place(shapes, mesh))
     if model.label.table.shape != fresh.label.table.shape:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +19,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 # What srun and mpirun tell the processes that they start: the number of each, and how many there are.
-_LAUNCHERS = (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
+_LAUNCHERS = (
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
 _MAX_SENTENCE = 1000
 _FAILED = 1000  # above every signal
+_AT_ONCE_AFTER = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,9 @@ class ProcessConfig:
     coordinator: str = ""
     """HOST:PORT at which the first process is reached; auto, if a TPU pod or a cluster is to say it"""
     count: int = 0
-    """processes in all, where the coordinator is given by address"""
+    """processes in all, where the coordinator is given by address; srun and mpirun tell it"""
     index: int = -1
-    """number of this process, from 0"""
+    """number of this process, from 0; srun and mpirun tell it"""
     heartbeat: int = 60
     """seconds without a sign of life from one process after which the others end, too"""
 
@@ -46,18 +51,20 @@ class ProcessConfig:
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise ValueError(f"processes.coordinator is {self.coordinator!r}; give HOST:PORT, or auto")
+        if (self.count, self.index) == (0, -1) and launched()[1] > 1:
+            return
         if not 0 <= self.index < self.count:
             raise ValueError(
                 f"processes.index is {self.index} of {self.count}; give both, the index from 0 to count - 1"
             )
 
 
-def launched() -> tuple[int, int]:
-    """Number of this process and how many there are, as srun or mpirun tells it; else 0 of 1."""
-    for index, count in _LAUNCHERS:
+def launched() -> tuple[int, int, int | None]:
+    """As srun or mpirun tells it: number of this process, of how many, and on this machine; else 0 of 1."""
+    for index, count, local in _LAUNCHERS:
         if int(os.environ.get(count, "1")) > 1:
-            return int(os.environ[index]), int(os.environ[count])
-    return 0, 1
+            return int(os.environ[index]), int(os.environ[count]), int(os.environ[local])
+    return 0, 1, None
 
 
 def connect(config: ProcessConfig) -> None:
@@ -71,6 +78,9 @@ def connect(config: ProcessConfig) -> None:
     given = {}
     if config.coordinator not in ("", "auto"):
         given = {"coordinator_address": config.coordinator, "num_processes": config.count, "process_id": config.index}
+        if not config.count:
+            index, count, local = launched()
+            given |= {"num_processes": count, "process_id": index, "local_device_ids": local}
     # It would take SIGTERM for itself, which `stop_signals` answers.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -80,8 +90,8 @@ def connect(config: ProcessConfig) -> None:
     except (RuntimeError, ValueError) as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"the processes cannot be joined ({line}); give --processes.coordinator HOST:PORT, --processes.count and"
-            " --processes.index to each"
+            f"the processes cannot be joined ({line}); give --processes.coordinator HOST:PORT to each, and"
+            " --processes.count and --processes.index where neither srun nor mpirun starts them"
         ) from error
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -112,6 +122,13 @@ def together() -> Iterator[None]:
         raise failed
 
 
+def highest(number: float) -> float:
+    """The highest that a process has, in float32."""
+    if jax.process_count() == 1:
+        return number
+    return float(np.max(multihost_utils.process_allgather(np.float32(number))))
+
+
 def from_first(number: int) -> int:
     """The number, below 2**31, that the first process has."""
     if jax.process_count() == 1:
@@ -132,17 +149,22 @@ def check_alike(described: Any) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that a loop can end between two steps; a second one ends at once.
+    """Collect SIGINT and SIGTERM, so that a loop can end between two steps; a later SIGINT ends at once.
 
-    SIGTERM is how preempted machines, Kubernetes and SLURM give notice.
+    SIGTERM is how preempted machines, Kubernetes and SLURM give notice. It comes more than once where a launcher hands
+    on what the whole group has been sent.
     """
     received: list[int] = []
+    at_once = 0.0
 
     def receive(number, _):
-        if received:
+        nonlocal at_once
+        if not received:
+            at_once = time.monotonic() + _AT_ONCE_AFTER
+            print("\nstopping after this step, with a checkpoint; Ctrl-C stops at once", file=sys.stderr)
+            received.append(number)
+        elif number == signal.SIGINT and time.monotonic() > at_once:
             os._exit(128 + number)
-        received.append(number)
-        print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

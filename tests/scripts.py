@@ -48,20 +48,38 @@ class Runner:
         return call(ditx.__main__, self.monkeypatch, self.capsys, *arguments)
 
 
-def start(*arguments, devices=1):
+def start(*arguments, devices=1, **environment):
     """A script in a process of its own, with so many devices."""
     command, output = [sys.executable, *map(str, arguments)], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment
     return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **output)
 
 
-def start_together(*arguments, count=2, devices=4):
-    """A script as several processes on this machine, which find each other, with so many devices each."""
+def start_together(*arguments, devices=4, launcher=""):
+    """A script as two processes on this machine, with so many devices each, told by flags, or as srun or mpirun do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = ["--processes.coordinator", place, "--processes.count", count]
-    return [start(*arguments, *flags, "--processes.index", index, devices=devices) for index in range(count)]
+    told = {
+        "": lambda n: (["--processes.coordinator", place, "--processes.count", 2, "--processes.index", n], {}),
+        "srun": lambda n: ([], slurm(n)),
+        "mpirun": lambda n: (["--processes.coordinator", place], open_mpi(n)),
+    }[launcher]
+    started = []
+    for n in range(2):
+        flags, environment = told(n)
+        started.append(start(*arguments, *flags, devices=devices, **environment))
+    return started
+
+
+def slurm(n):
+    job = str(os.getpid())  # of which JAX makes the number of a port
+    names = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    return names | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}
+
+
+def open_mpi(n):
+    return {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(n), "OMPI_COMM_WORLD_LOCAL_RANK": str(n)}
 
 
 def finish(process):

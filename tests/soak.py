@@ -8,6 +8,7 @@ bit for bit, those of a run that nobody disturbed.
 import argparse
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from ditx.sharding import MeshConfig, make_mesh
 
 FLAGS = (
     "digits --model.hidden-size 16 --model.depth 1 --model.num-heads 8 --model.patch-size 14 --batch-size 8"
-    " --sample-every 0 --log-every 4 --checkpoint-every 5 --processes.heartbeat 4"
+    " --sample-every 0 --log-every 4 --checkpoint-every 5 --processes.heartbeat 4 --mesh.data 1 --mesh.fsdp -1"
 ).split()
 SURVIVORS_END_WITHIN = 20  # seconds, of which the heartbeat is 4
 
@@ -36,13 +37,7 @@ def launch(run, steps, flags, devices):
     return scripts.start_together(scripts.ROOT / "train.py", *flags, devices=devices)
 
 
-def complete(processes):
-    outputs = [scripts.finish(process) for process in processes]
-    assert all(code == 0 for code, _ in outputs), outputs
-    return outputs
-
-
-def disturb(processes, run, rng, span):
+def strike(processes, run, rng, span):
     """Kill one process or both, at any moment within `span` seconds or while a checkpoint is being written.
 
     Says which, or None if the run was quicker.
@@ -59,15 +54,36 @@ def disturb(processes, run, rng, span):
     which = rng.choice([[0], [1], [0, 1]])
     for index in which:
         processes[index].send_signal(signal.SIGKILL)
-    end = time.monotonic() + SURVIVORS_END_WITHIN
+    return which
+
+
+def outputs_of(processes, which):
+    """What they have said, once they have ended: by themselves, where they were not killed."""
+    if which is None:
+        ended = [scripts.finish(process) for process in processes]
+        assert all(code == 0 for code, _ in ended), ended
+        return [output for _, output in ended]
+    end, outputs = time.monotonic() + SURVIVORS_END_WITHIN, []
     for process in processes:
-        try:  # Those that were spared end by themselves, ...
-            process.communicate(timeout=max(1, end - time.monotonic()))
+        try:
+            outputs.append(process.communicate(timeout=max(1, end - time.monotonic()))[0])
         except subprocess.TimeoutExpired:
             process.kill()
-            output, _ = process.communicate()
-            assert "Gloo" not in output, output  # ... unless they were still to meet the others, which takes longer.
-    return which
+            outputs.append(process.communicate()[0])
+            # To meet the others takes longer, and they had not begun.
+            assert "Gloo" not in outputs[-1], outputs
+    return outputs
+
+
+def check_start(output, newest):
+    """A start that came so far goes on from the newest complete checkpoint, and has found no other; whether it did."""
+    goes_on = re.search(r"goes on  from step ([\d,]+)\n", output)
+    assert "moved to" not in output, output
+    if goes_on:
+        assert int(goes_on[1].replace(",", "")) == newest, (newest, output)
+    elif "compiled" in output:
+        assert newest == 0, (newest, output)
+    return goes_on is not None
 
 
 def check_left(run):
@@ -101,14 +117,15 @@ def soak(folder, *, kills, steps, seed, flags=(), devices=4, say=lambda line: No
     """Disturb runs of `steps` steps with so many kills in all; returns what happened. Raises AssertionError."""
     rng, told = random.Random(seed), dict.fromkeys(("kills", "of both", "half-written", "went on", "runs"), 0)
     began = time.monotonic()
-    complete(launch(folder / "undisturbed", steps, flags, devices))
+    outputs_of(launch(folder / "undisturbed", steps, flags, devices), None)
     span = time.monotonic() - began
     say(f"the undisturbed run took {span:.0f} s")
     while told["kills"] < kills:
         run, newest, which = folder / f"disturbed-{told['runs']}", 0, []
         while which is not None:
             processes = launch(run, steps, flags, devices)
-            which = disturb(processes, run, rng, span) if told["kills"] < kills else None
+            which = strike(processes, run, rng, span) if told["kills"] < kills else None
+            told["went on"] += check_start(outputs_of(processes, which)[0], newest)
             if which is not None:
                 before, (newest, half) = newest, check_left(run)
                 assert newest >= before, f"checkpoint {before} is lost, {newest} is left"
@@ -116,11 +133,10 @@ def soak(folder, *, kills, steps, seed, flags=(), devices=4, say=lambda line: No
                 told["of both"] += len(which) == 2
                 told["half-written"] += half
                 say(f"kill {told['kills']}, of {which}: checkpoint {newest} is left{' and a part of one' * half}")
-        (_, output), _ = complete(processes)
-        if newest:
-            words = "has all its" if newest == steps else f"goes on  from step {newest:,}\n"
-            assert words in output and "warning" not in output, (newest, output)
-            told["went on"] += 1
+        assert newest == 0 or told["went on"]
+        if devices > 1:  # both processes write
+            written = {file.name for file in (run / "checkpoints" / str(steps) / "model").iterdir()}
+            assert {"ocdbt.process_0", "ocdbt.process_1"} <= written, written
         assert_same(run, folder / "undisturbed", steps)
         shutil.rmtree(run)
         told["runs"] += 1

@@ -37,13 +37,16 @@ def test_processes_that_cannot_be_are_refused(fields, sentence):
 def test_launchers_tell_the_number_of_a_process(monkeypatch):
     for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert launched() == (0, 1)
+    assert launched() == (0, 1, None)
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    assert launched() == (3, 4)
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
+    assert launched() == (3, 4, 1)
+    ProcessConfig(coordinator="here:80")  # mpirun says the rest
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    assert launched() == (1, 2)
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    assert launched() == (1, 2, 0)
 
 
 def test_one_process_agrees_with_itself():
@@ -73,6 +76,20 @@ def test_batches_end_at_a_signal_and_at_a_failure_after_those_before():
     assert list(in_step(iter(range(3)), mesh, [2])) == []
 
 
+def test_a_signal_that_comes_twice_is_one(monkeypatch):
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    with stop_signals() as received:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # as launchers hand them on
+            signal.raise_signal(number)
+        assert received == [signal.SIGTERM] and not ended
+        monkeypatch.setattr("time.monotonic", lambda now=time.monotonic: now() + 2)
+        signal.raise_signal(signal.SIGTERM)
+        assert not ended
+        signal.raise_signal(signal.SIGINT)
+        assert ended == [130]
+
+
 def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -84,7 +101,7 @@ def complete(*started):
 
 def test_one_device_eight_and_two_processes_take_turns_in_one_run(tmp_path):
     run, other = tmp_path / "turns", tmp_path / "undisturbed"
-    fsdp = ["--mesh.data", 2, "--mesh.fsdp", 4]
+    fsdp, data = ["--mesh.data", 2, "--mesh.fsdp", 4], ["--mesh.data", 8, "--mesh.fsdp", 1]
     complete(scripts.start(TRAIN, *FLAGS, *fsdp, "--run", run, "--steps", 3, devices=8))
     complete(scripts.start(TRAIN, *FLAGS, "--run", run, "--steps", 6, "--keep-every", 3))
     flags = [*FLAGS, *fsdp, "--run", run, "--steps", 100_000, "--log-every", 1]
@@ -99,7 +116,7 @@ def test_one_device_eight_and_two_processes_take_turns_in_one_run(tmp_path):
     assert newest == metrics(run)[-1]["step"]
     last = newest + 3
     complete(scripts.start(TRAIN, *FLAGS, "--mesh.tensor", 8, "--run", run, "--steps", last, devices=8))
-    complete(scripts.start(TRAIN, *FLAGS, "--run", other, "--steps", last, "--log-every", 1, devices=8))
+    complete(scripts.start(TRAIN, *FLAGS, *data, "--run", other, "--steps", last, "--log-every", 1, devices=8))
     expected = {line["step"]: line for line in metrics(other)}
     for line in metrics(run)[2:]:
         if 6 < line["step"] <= newest:
@@ -108,7 +125,9 @@ def test_one_device_eight_and_two_processes_take_turns_in_one_run(tmp_path):
     means = [np.mean([expected[step]["loss"] for step in steps]) for steps in ([1, 2, 3], [4, 5, 6])]
     np.testing.assert_allclose([line["loss"] for line in metrics(run)[:2]], means, rtol=2e-5)
     draw = [scripts.ROOT / "sample.py", run, "--num", 10, "--steps", 4, "--npz", "--out"]
-    complete(*scripts.start_together(*draw, tmp_path / "two.png", "--mesh.data", 2, "--mesh.tensor", 4))
+    complete(
+        *scripts.start_together(*draw, tmp_path / "two.png", "--mesh.data", 2, "--mesh.tensor", 4, launcher="mpirun")
+    )
     complete(scripts.start(*draw, tmp_path / "one.png"))
     with np.load(tmp_path / "two.npz") as two, np.load(tmp_path / "one.npz") as one:
         # Rounding may move a pixel that lies next to a boundary by one.
@@ -125,7 +144,7 @@ def test_a_run_restored_on_eight_one_two_times_four_and_eight_devices_is_the_sam
     complete(scripts.start(TRAIN, *FLAGS, "--mesh.data", 1, "--mesh.fsdp", 8, "--run", first, "--steps", 3, devices=8))
     script = scripts.ROOT / "tests" / "resave.py"
     complete(scripts.start(script, first, tmp_path / "1"))
-    complete(*scripts.start_together(script, tmp_path / "1", tmp_path / "2x4"))
+    complete(*scripts.start_together(script, tmp_path / "1", tmp_path / "2x4", launcher="srun"))
     complete(scripts.start(script, tmp_path / "2x4", tmp_path / "back", devices=8))
     state, (step,) = soak.arrays(first, 3), checkpoint.steps(tmp_path / "back" / "checkpoints")
     assert step == 3 and max(float(abs(leaf).max()) for leaf in jax.tree.leaves(state["ema"])) > 0

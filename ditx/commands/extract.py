@@ -72,7 +72,8 @@ def main(argv: list[str]) -> int:
     config = tyro.cli(Config, args=argv, prog="ditx extract", description="Images to latents, for train.py.")
     config.check()
     # They need not join each other, and would end together if they did. On a TPU pod, JAX knows them.
-    index, count = launched() if launched()[1] > 1 else (jax.process_index(), jax.process_count())
+    index, count, _ = launched()
+    index, count = (index, count) if count > 1 else (jax.process_index(), jax.process_count())
     index = index if config.process_index is None else config.process_index
     count = count if config.process_count is None else config.process_count
     if not 0 <= index < count:
