@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ditx import runs
-from ditx.monitor import Monitor, check_wandb
+from ditx.monitor import Monitor, Profile, check_wandb
 
 TERMS = {"loss": np.float32(2.0), "grad_norm": np.float32(0.5), "skipped": np.float32(0)}
 FAILED = {"loss": np.float32(np.nan), "grad_norm": np.float32(np.inf), "skipped": np.float32(1)}
@@ -85,6 +85,29 @@ def test_time_that_is_not_the_trainings_does_not_count(make):
         time.sleep(0.2)
     time.sleep(0.02)
     assert monitor.measure(8) > 8 * 4 / 0.2
+
+
+def test_memory_is_in_the_line_where_the_device_tells_it(make, monkeypatch):
+    monitor = make()
+    assert "peak_memory" not in monitor.write(1)
+    device = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 123, "bytes_in_use": 45})
+    monkeypatch.setattr("jax.local_devices", lambda: [device])
+    assert monitor.write(2)["peak_memory"] == 123
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "count", "traced"),
+    [(1, 100, 3, (4, 6)), (1, 100, 0, None), (1, 4, 2, (3, 4)), (1, 2, 5, (1, 2)), (50, 51, 1, (51, 51))],
+)
+def test_a_profile_is_of_steps_that_there_are(tmp_path, monkeypatch, first, last, count, traced):
+    now, seen = [0], []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: seen.append(now[0]))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: seen.append(now[0]))
+    with closing(Profile(tmp_path, first, last, count)) as profile:
+        for now[0] in range(first, last + 1):
+            profile.before(now[0])
+            profile.after(now[0], ())
+    assert tuple(seen) == (traced or ())
 
 
 def test_lines_go_to_wandb_under_one_name(make, tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ import time
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import PIL.Image
 import pytest
 import scripts
@@ -182,14 +184,24 @@ def test_pictures_that_a_kill_prevented_are_made_up_for(finished, tmp_path, monk
 
 def test_updates_that_are_no_numbers_are_skipped_and_end_the_run(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    flags = [*TINY, "--steps", 40, "--run", run, "--learning-rate", 1e30, "--max-skipped", 7, "--keep", 5]
+    # From its eighth update on, it diverges.
+    optimizer = optax.adamw(lambda count: jnp.where(count < 7, 1e-3, 1e30))
+    monkeypatch.setattr(train, "make_optimizer", lambda config: optimizer)
+    flags = [*TINY, "--steps", 40, "--run", run, "--max-skipped", 7, "--keep", 1]
     code, said = call(train, monkeypatch, capsys, *flags)
     assert code == 2 and said.count("its update is skipped") == 6, said
-    assert "7 updates in a row were skipped, up to step 8 (loss" in said and "seed 0" in said, said
+    assert "7 updates in a row were skipped, up to step 15 (loss" in said and "seed 0" in said, said
     assert "try a lower --learning-rate" in said
-    (line,) = runs.read_metrics(run)
-    assert (line["step"], line["skipped"]) == (4, 3) and np.isfinite(line["loss"])
+    lines = runs.read_metrics(run)
+    assert [(line["step"], line["skipped"], line["loss"] is None) for line in lines] == [
+        (4, 0, False),
+        (8, 0, False),
+        (12, 4, True),
+    ]
+    # None was written since, so that the newest is a good one.
     assert checkpoint.steps(run / "checkpoints") == [5]
+    weights = checkpoint.load_newest(run / "checkpoints", ema_of(run))[1]["ema"]
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(weights)) < 10
 
 
 def test_a_folder_left_by_a_kill_at_the_very_start_is_used(tmp_path, monkeypatch, capsys):
@@ -231,7 +243,7 @@ def ema_of(run):
 
 def test_a_profile_and_the_checkpoints_asked_for_are_there(tmp_path):
     run = tmp_path / "run"
-    flags = [*TINY, "--steps", 20, "--run", run, "--sample-every", 0, "--keep", 1, "--profile-steps", 2]
+    flags = [*TINY, "--steps", 20, "--run", run, "--sample-every", 0, "--keep", 1, "--profile-steps", 30]
     code, output = finish(start(*flags, "--keep-every", 10, "--keep-best", 1))
     assert code == 0 and f"profile  {run / 'profile'}" in output, output
     assert "holds    0.3 MiB on each device: weights 0.1, average 0.1, moments 0.1" in output, output
@@ -259,6 +271,10 @@ def folder_of_images(path, *names):
 
 
 MISTAKES = {
+    "nowhere: there is no such file or folder": ["--init-from", "nowhere"],
+    "processes.count and processes.index need --processes.coordinator": ["--processes.count", 2],
+    "max_skipped is 0; it must be at least 1": ["--max-skipped", 0],
+    "keep_best is -1; it must not be negative": ["--keep-best", -1],
     "seed is 4294967296; it goes from 0 to 4294967295": ["--seed", 2**32],
     "no preset 'digit'; choose digits, cifar10, images": ["digit"],
     "patch_size 5 does not divide input_size 28": ["--model.patch-size", 5],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditx import sharding
@@ -138,10 +139,19 @@ def test_data_parallel_gradients_are_reduced_in_one_operation():
     assert Counter(reduced) - Counter(scalars) == Counter(leaves(model)) and len(scalars) == 3
 
 
-@pytest.mark.parametrize("options", [{}, {"remat": "full"}, {"remat": "dots"}, {"dtype": jnp.dtype("bfloat16")}])
-def test_fsdp_gathers_each_block_once_a_direction_and_reduces_once(options):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fsdp", {}),
+        ("fsdp", {"remat": "full"}),
+        ("fsdp", {"remat": "dots"}),
+        ("fsdp", {"dtype": jnp.dtype("bfloat16")}),
+        ("data-fsdp", {}),
+    ],
+)
+def test_fsdp_gathers_each_block_once_a_direction_and_reduces_once(name, options):
     state = jax.eval_shape(create)
-    sent = collectives(compiled("fsdp", **options).as_text())
+    sent = collectives(compiled(name, **options).as_text())
     block = [shape[1:] for shape in leaves(state.model.blocks)]
     matrices = [shape[1:] for shape in leaves(state.model.blocks) if len(shape) > 2 and shape[1] != 3]
     others = Counter(leaves(state.model)) - Counter(leaves(state.model.blocks))
@@ -159,14 +169,11 @@ def test_fsdp_gathers_each_block_once_a_direction_and_reduces_once(options):
         others.elements()
     )
     assert {operation for _, operation in sent} <= {"all-gather", "reduce-scatter", "all-reduce"}
-    # What is left: leaves that no axis splits, and the squares for the norm.
-    copied = [
-        leaf.shape
-        for leaf in jax.tree.leaves(place(state.model, make_mesh(MESHES["fsdp"])))
-        if "fsdp" not in leaf.sharding.spec
-    ]
+    # What is left: over `data`, all that a device holds; else leaves that no axis splits; and the squares for the norm.
+    placed = jax.tree.leaves(place(state.model, make_mesh(MESHES[name])))
+    left = placed if name == "data-fsdp" else [leaf for leaf in placed if "fsdp" not in leaf.sharding.spec]
     reduced = Counter(shape for group in sent["entry", "all-reduce"] for shape in group if shape)
-    assert reduced == Counter(copied)
+    assert reduced == Counter(leaf.sharding.shard_shape(leaf.shape) for leaf in left)
 
 
 @pytest.mark.parametrize("name", ["data", "fsdp", "data-fsdp"])
@@ -185,25 +192,20 @@ def test_tensor_parallelism_sums_twice_a_block_and_direction_and_moves_no_weight
 
 def test_all_three_axes_gather_over_fsdp_alone():
     state, sent = jax.eval_shape(create), collectives(compiled("all").as_text())
-    mesh = make_mesh(MESHES["all"])
-    parts = [
-        leaf.sharding.shard_shape(leaf.shape)[1:]
-        for leaf in jax.tree.leaves(
-            jax.tree.map(
-                lambda shape, spec: jax.ShapeDtypeStruct(
-                    shape.shape,
-                    shape.dtype,
-                    sharding=jax.NamedSharding(mesh, P(*("tensor" if name == "tensor" else None for name in spec))),
-                ),
-                state.model.blocks,
-                sharding.specs(state.model, mesh).blocks,
-            )
-        )
-    ]
-    for (inside, operation), groups in sent.items():
-        if operation == "all-gather" and inside != "entry":
-            shapes = {tuple(sorted(shape)) for group in groups for shape in group}
-            assert shapes <= {tuple(sorted(part)) for part in parts}, shapes
+    mesh, parts = make_mesh(MESHES["all"]), []
+    for leaf in jax.tree.leaves(place(state.model, mesh).blocks):
+        spec = leaf.sharding.spec
+        if "fsdp" in spec:
+            whole = NamedSharding(mesh, P(*("tensor" if name == "tensor" else None for name in spec)))
+            parts.append(whole.shard_shape(leaf.shape)[1:])
+    sorts = lambda shapes: Counter(tuple(sorted(shape)) for shape in shapes)  # noqa: E731
+    gathered = {
+        inside: sorts(shape for group in groups for shape in group)
+        for (inside, operation), groups in sent.items()
+        if operation == "all-gather" and inside != "entry"
+    }
+    assert len(gathered) == 2 and max(gathered.values(), key=Counter.total) == sorts(parts)
+    assert all(each <= sorts(parts) for each in gathered.values())
     assert {operation for _, operation in sent} <= {"all-gather", "reduce-scatter", "all-reduce"}
 
 
