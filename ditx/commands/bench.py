@@ -66,9 +66,9 @@ def parse(what: str, flags: list[str]) -> Any:
         raise ValueError(f"there is no network {config.source!r}; give {', '.join(known)}")
     # Read twice: the network named on the command line sets the defaults of the other flags.
     default = kind(model=known[config.source])
-    return tyro.cli(
-        kind, args=flags, prog=prog, default=replace(default, batch_size=64) if config.source == "tiny" else default
-    )
+    if kind is Train and config.source == "tiny":
+        default = replace(default, batch_size=64)
+    return tyro.cli(kind, args=flags, prog=prog, default=default)
 
 
 def check(config: Any) -> None:
@@ -135,16 +135,15 @@ def network(config: Train | Sample, cache: str = "") -> dict[str, Any]:
     """Figures of a network at work; programs compiled are kept in the folder `cache`, if one is given."""
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
-    train = isinstance(config, Train)
-    timing = bench_work.train(config) if train else bench_work.sample(config)
-    told = {
-        "what": "train" if train else "sample",
-        "network": config.source,
-        "parameters": flops.parameters(config.model),
-        **machine(),
-    }
-    told |= devices(make_mesh(config.mesh), resolved(config.dtype)) | rates(timing)
+    timing = bench_work.train(config) if isinstance(config, Train) else bench_work.sample(config)
+    told = describe(config) | devices(make_mesh(config.mesh), resolved(config.dtype)) | rates(timing)
     return told | utilisation(told)
+
+
+def describe(config: Train | Sample) -> dict[str, Any]:
+    """Which network at which work, when, and with which versions."""
+    what = "train" if isinstance(config, Train) else "sample"
+    return {"what": what, "network": config.source, "parameters": flops.parameters(config.model), **machine()}
 
 
 def extraction(config: Extract) -> dict[str, Any]:
@@ -190,9 +189,8 @@ def sweep(config: Train) -> dict[str, Any]:
         if any(row["batch_size"] == size for row in fitting)
     }
     best = max(fastest.values(), key=lambda row: row["images_per_second"])
-    told = {"what": "train", "network": config.source, "parameters": flops.parameters(config.model), **machine()}
     recommended = {"recommended": flags_of(best), "by_batch_size": {n: flags_of(row) for n, row in fastest.items()}}
-    return told | where | {"rows": rows} | recommended
+    return describe(config) | where | {"rows": rows} | recommended
 
 
 def flags_of(row: dict[str, Any]) -> str:

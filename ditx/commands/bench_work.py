@@ -150,11 +150,15 @@ def peak(dtype: str, mesh: Mesh) -> tuple[float, int]:
     return 2 * chain * mesh.size * n**3 / float(np.median(times)), n
 
 
-def random_weights(model: Any, *, key: jax.Array) -> Any:
+def random_weights(model: Any) -> Any:
     """A network that has come some way: the zeros with which it begins would be quicker to multiply."""
     leaves, structure = jax.tree.flatten(model)
-    keys = jax.random.split(key, len(leaves))
-    leaves = [leaf + 0.02 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    # A generator that compiles in no time, however many the leaves.
+    keys = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), len(leaves))
+    leaves = [
+        leaf + jax.random.uniform(k, leaf.shape, minval=-0.04, maxval=0.04)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -166,7 +170,8 @@ def memory_checked() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemoryError(f"the devices have too little memory ({str(error).splitlines()[0][:200]})") from error
+        line = str(error).splitlines()[0][:200]
+        raise OutOfMemoryError(f"too little memory on the devices ({line}); try a smaller --batch-size") from error
 
 
 def compiled(function: Any, *arguments: Any) -> tuple[jax.stages.Compiled, float, int]:
@@ -178,7 +183,8 @@ def compiled(function: Any, *arguments: Any) -> tuple[jax.stages.Compiled, float
     program = function.lower(*arguments).compile()
     seconds, needed, limit = time.perf_counter() - began, memory_of(program), device_memory()
     if needed > limit:
-        raise OutOfMemoryError(f"it takes {needed / 2**30:,.2f} GiB on each device, which has {limit / 2**30:,.2f}")
+        sizes = f"{needed / 2**30:,.2f} GiB on each device, which has {limit / 2**30:,.2f}"
+        raise OutOfMemoryError(f"it takes {sizes}; try a smaller --batch-size")
     return program, seconds, needed
 
 
@@ -218,7 +224,7 @@ def train(config: Train) -> Timing:
 
     def create(key):
         state = TrainState.create(model, optimizer, key=key)
-        weights = random_weights(state.model, key=key)
+        weights = random_weights(state.model)
         return replace(state, model=weights, ema=jax.tree.map(jnp.copy, weights))
 
     def draw(key):  # latents as ditx extract has them, or pixels
@@ -254,13 +260,13 @@ def train(config: Train) -> Timing:
 
 
 def sample(config: Sample) -> Timing:
-    """Time draws: the whole loop is one program, with weights in what it computes in; labels and noise are arguments."""
+    """Time draws: the whole loop is one program, its weights in what it computes in; labels and noise are arguments."""
     mesh, model = check_network(config), config.model
     objective, dtype = "eps" if model.learn_sigma else "flow", jnp.dtype(resolved(config.dtype))
     draw = on_mesh(make_draw(config.sampling, model, objective, unroll=config.unroll), mesh)
 
     def create(key):
-        network = random_weights(DiT(model, key=key), key=key)
+        network = random_weights(DiT(model, key=key))
         return jax.tree.map(lambda leaf: leaf.astype(dtype), network)
 
     def run_batch(network, labels, first):
@@ -276,7 +282,8 @@ def sample(config: Sample) -> Timing:
             jax.jit(run_batch, out_shardings=whole), abstract, labels, firsts[0]
         )
         network = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
-        times = intervals(lambda: program(network, labels, firsts.pop()), config.repeats)
+        # Each is waited for, as sample.py does; a CPU would run two at once.
+        times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop())), config.repeats)
     work = 2 * config.batch_size * evaluations(config.sampling, objective) * flops.macs(model)
     return Timing(times, config.batch_size, work, compile_seconds, program_bytes)
 
