@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 VERBS = {
+    "bench": "how fast this machine trains, draws, encodes and reads, also beside PyTorch, and by which choices",
     "convert": "weights of runs, of the authors and of diffusers, each into the others",
     "extract": "a folder of images into shards of latents, to train on",
     "info": "parameters, multiply-adds and memory of a network; the paper's table beside our counts",

@@ -63,10 +63,11 @@ class SamplingConfig:
 Draw = Callable[[DiT, Int[Array, " b"], Key[Array, " b"]], tuple[Float[Array, "b h w c"], Float[Array, "b T h w c"]]]
 
 
-def make_draw(config: SamplingConfig, model: DiTConfig, objective: str) -> Draw:
+def make_draw(config: SamplingConfig, model: DiTConfig, objective: str, *, unroll: int = 1) -> Draw:
     """The function that draws a batch: `draw(model, labels, keys) -> samples, states`, with a key for each sample.
 
-    The states are all those on the way, to be dropped inside `jax.jit` where only samples are wanted.
+    The states are all those on the way, to be dropped inside `jax.jit` where only samples are wanted. `unroll` blocks
+    are compiled in a row.
     Raises ValueError where the configurations do not fit together.
     """
     config.check(model, objective)
@@ -86,7 +87,7 @@ def make_draw(config: SamplingConfig, model: DiTConfig, objective: str) -> Draw:
 
             def apply(x, t, y):
                 # The state of a sampler is float32, whatever the network computes in.
-                return network(x.astype(network.patch.weight.dtype), t, y).astype(x.dtype)
+                return network(x.astype(network.patch.weight.dtype), t, y, unroll=unroll).astype(x.dtype)
 
             predict = guidance.classifier_free(
                 apply,

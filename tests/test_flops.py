@@ -71,3 +71,22 @@ def test_parameters_are_those_of_the_design(config):
     linears += config.depth * condition[config.block] + ([(d, 2 * d)] if config.block.startswith("adaln") else [])
     norms = {"cross-attention": 3 * config.depth + 1, "in-context": 2 * config.depth + 1}.get(config.block, 0)
     assert ditx.flops.parameters(config) == (rows + 2 * norms) * d + sum(i * o + o for i, o in linears)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("TPU v5", 459),
+        ("TPU v5 lite", 197),
+    ],
+)
+def test_peaks_that_makers_state(kind, tflops):
+    assert ditx.flops.nominal_peak(kind) == 1e12 * tflops
+
+
+def test_no_peak_is_made_up():
+    assert ditx.flops.nominal_peak("cpu") is ditx.flops.nominal_peak("NVIDIA A1000") is None

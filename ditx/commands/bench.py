@@ -1,0 +1,316 @@
+"""`ditx bench WHAT ...`: how fast this machine trains, draws, encodes and reads, and by which choices it is fastest."""
+
+import gc
+import json
+import sys
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import jax
+import numpy as np
+import tyro
+
+from ditx import flops
+from ditx.commands import bench_reading, bench_torch, bench_work
+from ditx.commands.bench_reading import Data, Extract
+from ditx.commands.bench_work import OutOfMemoryError, Sample, Timing, Train, resolved
+from ditx.nn.dit import DIT_CONFIGS, DiTConfig, Remat
+from ditx.sharding import make_mesh
+
+KINDS = {"train": Train, "sample": Sample, "extract": Extract, "data": Data}
+# The network of the figures on two CPU cores.
+TINY = DiTConfig(28, 4, 1, 96, 4, 4, num_classes=10)
+
+
+def main(argv: list[str]) -> int:
+    """Time what was asked for; returns the exit code."""
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print("usage: ditx bench WHAT ... (ditx bench WHAT --help says more)\n")
+        print("\n".join(f"  {name:<8}  {(kind.__doc__ or '').split(chr(10))[0]}" for name, kind in KINDS.items()))
+        return 0
+    what, *flags = argv
+    if what not in KINDS:
+        raise ValueError(f"there is no {what!r} to time; choose {', '.join(KINDS)}")
+    config = parse(what, flags)
+    check(config)
+    # Programs are compiled anew, since how long that takes is told.
+    jax.config.update("jax_enable_compilation_cache", False)
+    if isinstance(config, Train) and config.sweep:
+        told, text = sweep(config), sweep_text
+    elif isinstance(config, Train | Sample) and config.beside:
+        told, text = beside(config), beside_text
+    elif isinstance(config, Train | Sample):
+        told, text = network(config), network_text
+    elif isinstance(config, Extract):
+        told, text = extraction(config), rates_text
+    else:
+        timings = bench_reading.read(config)
+        told, text = {"what": "data", **machine(), "read": {name: rates(t) for name, t in timings.items()}}, rates_text
+    print(json.dumps(told | {"config": asdict(config)}, indent=2) if config.json else text(told))
+    return 0
+
+
+def parse(what: str, flags: list[str]) -> Any:
+    """The configuration of one kind of work. Raises ValueError for an unknown network; exits with 2 on a bad flag."""
+    kind, prog = KINDS[what], f"ditx bench {what}"
+    config = tyro.cli(kind, args=flags, prog=prog)
+    if kind not in (Train, Sample):
+        return config
+    known = DIT_CONFIGS | {"tiny": TINY}
+    if config.source not in known:
+        raise ValueError(f"there is no network {config.source!r}; give {', '.join(known)}")
+    # Read twice: the network named on the command line sets the defaults of the other flags.
+    default = kind(model=known[config.source])
+    if kind is Train and config.source == "tiny":
+        default = replace(default, batch_size=64)
+    return tyro.cli(kind, args=flags, prog=prog, default=default)
+
+
+def check(config: Any) -> None:
+    """Raise ValueError for values that the parts do not check themselves."""
+    for name in ("batch_size", "unroll", "accumulate", "repeats", "turns", "size", "count"):
+        if getattr(config, name, 1) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if getattr(config, "workers", 0) < 0:
+        raise ValueError(f"workers is {config.workers}; it must not be negative")
+    if isinstance(config, Sample):
+        config.sampling.check(config.model, "eps" if config.model.learn_sigma else "flow")
+    if isinstance(config, Train) and min(config.batch_sizes, default=1) < 1:
+        raise ValueError(f"batch_sizes are {config.batch_sizes}; each must be at least 1")
+    if isinstance(config, Train | Sample) and config.beside:
+        if getattr(config, "sweep", False):
+            raise ValueError("give --sweep, and with what it recommends --beside, not both at once")
+        bench_torch.check(config)
+
+
+def machine() -> dict[str, Any]:
+    """When, and with which versions."""
+    found = {name: version(name) for name in ("ditx", "jax", "jaxlib")}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"date": date, "versions": found | {"python": sys.version.split()[0]}}
+
+
+def devices(mesh: Any, dtype: str) -> dict[str, Any]:
+    """Which devices, and what those can do that compute in `dtype`."""
+    device = jax.local_devices()[0]
+    measured, side = bench_work.peak(dtype, mesh)
+    nominal = flops.nominal_peak(device.device_kind) if dtype == "bfloat16" else None
+    memory = [(each.memory_stats() or {}).get("peak_bytes_in_use") for each in jax.local_devices()]
+    return {
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "mesh": dict(mesh.shape),
+        "dtype": dtype,
+        "peak_tflops_measured": measured / 1e12,
+        "peak_side": side,
+        "peak_tflops_nominal": nominal and nominal * mesh.size / 1e12,
+        "peak_bytes": max((size for size in memory if size), default=None),
+    }
+
+
+def rates(timing: Timing) -> dict[str, Any]:
+    """Median time, its quartiles, and what follows from it."""
+    low, median, high = (float(q) for q in np.quantile(timing.times, [0.25, 0.5, 0.75]))
+    told = {"seconds": median, "quartiles": [low, high], "times": timing.times, "batch_size": timing.images}
+    told |= {"images_per_second": timing.images / median}
+    if timing.flops:
+        told |= {"flops": timing.flops, "tflops": timing.flops / median / 1e12}
+    if timing.program_bytes:
+        told |= {"compile_seconds": timing.compile_seconds, "program_bytes": timing.program_bytes}
+    return told
+
+
+def utilisation(told: dict[str, Any]) -> dict[str, float | None]:
+    """Model FLOP/s over what the devices can do (Chowdhery et al. 2022, appendix B), measured and nominal."""
+    nominal = told["peak_tflops_nominal"]
+    return {"mfu": told["tflops"] / told["peak_tflops_measured"], "mfu_nominal": nominal and told["tflops"] / nominal}
+
+
+def network(config: Train | Sample, cache: str = "") -> dict[str, Any]:
+    """Figures of a network at work; programs compiled are kept in the folder `cache`, if one is given."""
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    timing = bench_work.train(config) if isinstance(config, Train) else bench_work.sample(config)
+    told = describe(config) | devices(make_mesh(config.mesh), resolved(config.dtype)) | rates(timing)
+    return told | utilisation(told)
+
+
+def describe(config: Train | Sample) -> dict[str, Any]:
+    """Which network at which work, when, and with which versions."""
+    what = "train" if isinstance(config, Train) else "sample"
+    return {"what": what, "network": config.source, "parameters": flops.parameters(config.model), **machine()}
+
+
+def extraction(config: Extract) -> dict[str, Any]:
+    """Figures of the encoder and, given images, of their decoding."""
+    decoded = bench_reading.decode(config) if config.images else None
+    encoded = bench_reading.extract(config)
+    read = {"encode": rates(encoded)} | ({"decode": rates(decoded)} if decoded else {})
+    device = jax.local_devices()[0]
+    where = {"backend": jax.default_backend(), "device": device.device_kind, "dtype": resolved(config.dtype)}
+    return {"what": "extract", **machine(), **where, "read": read}
+
+
+def sweep(config: Train) -> dict[str, Any]:
+    """Figures of every choice that fits, and the fastest; in text, a line for each as it is made."""
+    mesh = bench_work.check_network(config)
+    sizes = sorted(set(config.batch_sizes or (config.batch_size, 2 * config.batch_size)))
+    unrolls = sorted({1, config.model.depth})
+    rows: list[dict[str, Any]] = []
+    too_large: set[tuple[int, str]] = set()
+    for batch_size, unroll, remat in product(sizes, unrolls, get_args(Remat)):
+        row: dict[str, Any] = {"batch_size": batch_size, "unroll": unroll, "remat": remat}
+        if (unroll, remat) in too_large:
+            row |= {"skipped": "out of memory with a smaller batch already"}
+        else:
+            try:
+                row |= rates(bench_work.train(replace(config, **row)))
+            except OutOfMemoryError as error:
+                row |= {"skipped": f"out of memory: {error}"}
+                too_large.add((unroll, remat))
+            gc.collect()  # what a failure held on to
+        rows.append(row)
+        if not config.json:
+            print(sweep_line(row), flush=True)
+    fitting = [row for row in rows if "skipped" not in row]
+    if not fitting:
+        raise ValueError("none of the choices fits; try smaller --batch-sizes, a higher --accumulate, or --mesh.fsdp")
+    where = devices(mesh, resolved(config.dtype))
+    for row in fitting:
+        row |= utilisation(where | row)
+    fastest = {
+        size: max((row for row in fitting if row["batch_size"] == size), key=lambda row: row["images_per_second"])
+        for size in sizes
+        if any(row["batch_size"] == size for row in fitting)
+    }
+    best = max(fastest.values(), key=lambda row: row["images_per_second"])
+    recommended = {"recommended": flags_of(best), "by_batch_size": {n: flags_of(row) for n, row in fastest.items()}}
+    return describe(config) | where | {"rows": rows} | recommended
+
+
+def flags_of(row: dict[str, Any]) -> str:
+    """A choice as flags of train.py."""
+    return " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in ("batch_size", "unroll", "remat"))
+
+
+def beside(config: Train | Sample) -> dict[str, Any]:
+    """Our figures and the peers', all timed by turns."""
+    alone = replace(config, beside=())
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ditx", *config.beside)}
+    with TemporaryDirectory() as cache:  # empty: the first turn tells how long compiling takes
+        for turn in range(config.turns):
+            for name, results in turns.items():
+                if name == "ditx":
+                    results.append(bench_torch.apart(partial(network, alone, cache)))
+                else:
+                    ours = turns["ditx"][0]
+                    peer = partial(bench_torch.time_peer, alone, ours["backend"], ours["dtype"], name == "torch")
+                    results.append(bench_torch.apart(peer))
+                if not config.json:
+                    seconds = np.median(results[-1]["times"])
+                    print(f"turn {turn + 1}   {name:<12}{1e3 * seconds:>10,.2f} ms", file=sys.stderr, flush=True)
+    return compare(turns)
+
+
+def compare(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The figures of `ditx` from all its turns, and in `beside` each peer's, with their time over ours as `ratio`."""
+    told, work = turns["ditx"][0], {}
+    for name, results in turns.items():
+        times = [time for result in results for time in result["times"]]
+        figures = rates(Timing(times, told["batch_size"], told["flops"]))
+        work[name] = results[0] | figures | {"turns": [float(np.median(result["times"])) for result in results]}
+    ours, peers = work.pop("ditx"), work
+    for figures in peers.values():
+        figures["ratio"] = figures["seconds"] / ours["seconds"]
+    return ours | utilisation(ours) | {"beside": peers}
+
+
+def network_text(told: dict[str, Any]) -> str:
+    """Figures of a network at work, for people."""
+    memory = f"; {told['peak_bytes'] / 2**30:,.2f} GiB in use at the peak" if told["peak_bytes"] else ""
+    return "\n".join(
+        [
+            *head(told),
+            f"memory   a program takes {told['program_bytes'] / 2**20:,.1f} MiB on each device{memory}",
+            f"compiled in {told['compile_seconds']:.1f} s",
+            f"time     {duration(told)}",
+            f"rate     {told['images_per_second']:,.2f} images/s",
+            f"speed    {told['tflops']:,.3f} TFLOP/s, {limits(told)}",
+        ]
+    )
+
+
+def limits(told: dict[str, Any]) -> str:
+    """How near a speed comes to what the devices can do."""
+    text = f"{told['mfu']:.1%} of {told['peak_tflops_measured']:,.3f} in products of side {told['peak_side']:,}"
+    nominal = told["peak_tflops_nominal"]
+    return text + (f", {told['mfu_nominal']:.1%} of the nominal {nominal:,.0f}" if nominal else "")
+
+
+def head(told: dict[str, Any]) -> list[str]:
+    """What was timed where, for people."""
+    versions = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
+    mesh = ", ".join(f"{axis} {count}" for axis, count in told["mesh"].items())
+    return [
+        f"{told['what']:<8} {told['network']}, {told['parameters']:,} parameters",
+        f"devices  {np.prod(list(told['mesh'].values()))} x {told['device']} ({mesh}), computing in {told['dtype']}",
+        f"date     {told['date']}, {versions}",
+    ]
+
+
+def duration(told: dict[str, Any]) -> str:
+    """A median and its spread, for people."""
+    low, high = told["quartiles"]
+    return (
+        f"{1e3 * told['seconds']:,.2f} ms for {told['batch_size']:,} images, the median of {len(told['times'])};"
+        f" half of them within {1e3 * low:,.2f} to {1e3 * high:,.2f}"
+    )
+
+
+def rates_text(told: dict[str, Any]) -> str:
+    """Rates of reading, encoding and decoding, for people."""
+    lines = [
+        f"{name:<8} {row['images_per_second']:>12,.1f} images/s   {duration(row)}" for name, row in told["read"].items()
+    ]
+    return "\n".join(lines)
+
+
+def beside_text(told: dict[str, Any]) -> str:
+    """Ours and the peers', for people."""
+    lines = [
+        network_text(told),
+        f"{'':<14}{'ms':>10}{'images/s':>12}{'TFLOP/s':>10}{'compile s':>11}{'peak GiB':>10}{'ratio':>8}",
+    ]
+    for name, row in {"ditx": told, **told["beside"]}.items():
+        seconds, peak = row["compile_seconds"], row["peak_bytes"]
+        lines.append(
+            f"{name:<14}{1e3 * row['seconds']:>10,.2f}{row['images_per_second']:>12,.2f}{row['tflops']:>10,.3f}"
+            f"{'' if seconds is None else f'{seconds:,.1f}':>11}{f'{peak / 2**30:,.2f}' if peak else '':>10}"
+            f"{row.get('ratio', 1.0):>8.2f}"
+        )
+    found = next(iter(told["beside"].values()))["versions"]
+    versions = ", ".join(f"{name} {number}" for name, number in found.items())
+    return "\n".join([*lines, f"ratio: a peer's time over ours, above 1 where ours is faster; {versions}"])
+
+
+def sweep_line(row: dict[str, Any]) -> str:
+    """One choice, for people."""
+    if "skipped" in row:
+        return f"{flags_of(row):<48} skipped: {row['skipped']}"
+    return (
+        f"{flags_of(row):<48}{1e3 * row['seconds']:>10,.2f} ms{row['images_per_second']:>12,.2f} images/s"
+        f"{row['program_bytes'] / 2**20:>12,.1f} MiB   compiled in {row['compile_seconds']:,.1f} s"
+    )
+
+
+def sweep_text(told: dict[str, Any]) -> str:
+    """What a sweep found, for people."""
+    best = max((row for row in told["rows"] if "skipped" not in row), key=lambda row: row["images_per_second"])
+    lines = [*head(told), f"fastest  {best['tflops']:,.3f} TFLOP/s, {limits(told | best)}"]
+    lines += [f"of batch {size:<8,} train.py ... {flags}" for size, flags in told["by_batch_size"].items()]
+    return "\n".join([*lines, f"try      train.py ... {told['recommended']}"])

@@ -1,0 +1,228 @@
+import json
+import os
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ditx
+from ditx import flops
+from ditx.commands import bench, bench_reading, bench_torch, bench_work
+from ditx.latents import LatentSource
+from ditx.nn.vae import AutoencoderKL, VAEConfig
+
+SMALL = ("--input-size", 4, "--in-channels", 4, "--hidden-size", 8, "--depth", 1, "--num-heads", 2)
+
+
+def check_figures(told, work):
+    """That the figures follow from each other and from the FLOPs of one call."""
+    assert told["seconds"] == np.median(told["times"]) > 0
+    assert told["quartiles"][0] <= told["seconds"] <= told["quartiles"][1]
+    assert told["images_per_second"] == pytest.approx(told["batch_size"] / told["seconds"])
+    assert told["tflops"] == pytest.approx(work / told["seconds"] / 1e12)
+    assert told["mfu"] == pytest.approx(told["tflops"] / told["peak_tflops_measured"])
+    assert told["compile_seconds"] > 0 and told["program_bytes"] > 0 and told["versions"]["ditx"] and told["date"]
+    assert (told["backend"], told["peak_tflops_nominal"], told["mfu_nominal"]) == ("cpu", None, None)
+
+
+def test_a_training_step_on_any_mesh(run):
+    flags = ("--mesh.fsdp", 2, "--remat", "full", "--batch-size", 16)
+    code, said = run.ditx("bench", "train", "tiny", *SMALL, *flags, "--repeats", 2, "--json")
+    assert code == 0, said
+    told = json.loads(said)
+    model = ditx.DiTConfig(**told["config"]["model"])
+    assert told["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1} and model.hidden_size == 8 and len(told["times"]) == 2
+    assert told["parameters"] == flops.parameters(model)
+    check_figures(told, 6 * 16 * flops.macs(model))
+
+
+def test_a_draw_with_guidance_is_two_forward_passes_a_step(run):
+    flags = ("--no-learn-sigma", "--sampler", "heun", "--steps", 3, "--batch-size", 8, "--unroll", 1)
+    code, said = run.ditx("bench", "sample", "tiny", *SMALL, *flags, "--repeats", 1, "--json")
+    assert code == 0, said
+    told = json.loads(said)
+    macs = flops.macs(ditx.DiTConfig(**told["config"]["model"]))
+    check_figures(told, 2 * 8 * (3 * 2 * 2) * macs)
+    sampling = bench_work.SamplingConfig(steps=3)
+    assert bench_work.evaluations(sampling, "eps") == 3
+    assert bench_work.evaluations(replace(sampling, guidance_scale=2.0), "eps") == 6
+
+
+def test_more_than_a_device_has_is_said_before_it_is_run(monkeypatch):
+    double, x = jax.jit(lambda x: 2 * x), jax.ShapeDtypeStruct((2**20,), jnp.float32)
+    assert bench_work.compiled(double, x)[2] == 2**23 < bench_work.device_memory()
+    monkeypatch.setattr(bench_work, "device_memory", lambda: 2**22)
+    with pytest.raises(bench_work.OutOfMemoryError, match=r"takes 0.01 GiB on each device, which has 0.00"):
+        bench_work.compiled(double, x)
+
+
+def test_only_a_want_of_memory_is_taken_for_one():
+    with (
+        pytest.raises(ValueError, match=r"too little memory on the devices \(RESOURCE_EXHAUSTED: of HBM\)"),
+        bench_work.memory_checked(),
+    ):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of HBM\nmuch more")
+    with pytest.raises(jax.errors.JaxRuntimeError), bench_work.memory_checked():
+        raise jax.errors.JaxRuntimeError("INTERNAL: else")
+
+
+def test_a_sweep_recommends_the_fastest_and_skips_what_does_not_fit(run, monkeypatch):
+    tried = []
+
+    def train(config):
+        choice = (config.batch_size, config.unroll, config.remat)
+        tried.append(choice)
+        if config.remat == "none" and config.batch_size > 8:
+            raise bench_work.OutOfMemoryError("it takes 2.00 GiB on each device, which has 1.00")
+        times = {(8, 2, "dots"): 0.1, (16, 1, "full"): 0.15}
+        return bench_work.Timing([times.get(choice, 0.4)] * 3, config.batch_size, 10**9, 1.0, 2**20)
+
+    monkeypatch.setattr(bench_work, "train", train)
+    monkeypatch.setattr(bench, "devices", lambda *_: {"peak_tflops_measured": 0.1, "peak_tflops_nominal": 1.0})
+    flags = ("--depth", 2, "--sweep", "--batch-sizes", 32, 8, 16, "--json")
+    code, said = run.ditx("bench", "train", "tiny", *flags)
+    assert code == 0, said
+    told = json.loads(said)
+    assert told["recommended"] == "--batch-size 16 --unroll 1 --remat full"
+    assert told["by_batch_size"]["8"] == "--batch-size 8 --unroll 2 --remat dots"
+    skipped = {(row["batch_size"], row["unroll"]): row["skipped"] for row in told["rows"] if "skipped" in row}
+    assert skipped[16, 1] == "out of memory: it takes 2.00 GiB on each device, which has 1.00"
+    assert skipped[32, 2] == "out of memory with a smaller batch already" and (32, 2, "none") not in tried
+    assert len(told["rows"]) == 18 and len(skipped) == 4 and len(tried) == 16
+    assert told["rows"][0]["mfu_nominal"] == pytest.approx(1e9 / 0.4 / 1e12)
+
+    def never(config):
+        raise bench_work.OutOfMemoryError("no")
+
+    monkeypatch.setattr(bench_work, "train", never)
+    code, said = run.ditx("bench", "train", "tiny", *flags)
+    assert code == 2 and "none of the choices fits" in said
+
+
+# Beside PyTorch
+
+
+def test_turns_are_taken_apart_and_a_killed_one_is_said():
+    assert bench_torch.apart(partial(json.loads, "[0.1]")) == [0.1]
+    with pytest.raises(ValueError, match="a turn was killed"):
+        bench_torch.apart(partial(os._exit, 1))
+
+
+def test_peers_are_compared_by_medians_of_all_turns():
+    ours = {"batch_size": 8, "flops": 10**9, "peak_tflops_measured": 0.1, "peak_tflops_nominal": None}
+    turns = {
+        "ditx": [ours | {"times": [0.1, 0.2]}, ours | {"times": [0.2]}],
+        "torch": [{"times": [0.3, 0.6], "parameters": 5}, {"times": [0.9]}],
+    }
+    told = bench.compare(turns)
+    assert (told["seconds"], told["images_per_second"]) == (0.2, 40)
+    peer = told["beside"]["torch"]
+    assert peer["ratio"] == pytest.approx(3) and peer["turns"] == pytest.approx([0.45, 0.9])
+    assert peer["tflops"] == pytest.approx(1e9 / 0.6 / 1e12) and peer["parameters"] == 5
+
+
+# Data
+
+
+@pytest.mark.parametrize("kind", ["latents", "png", "jpeg"])
+def test_files_made_to_be_read(tmp_path, kind):
+    bench_reading.make(tmp_path, kind, 20, 8)
+    source = bench_reading.open_source(tmp_path, 8)
+    assert isinstance(source, LatentSource) == (kind == "latents")
+    assert (len(source), len(source.class_names)) == (20, 10)
+    assert source.image_shape == ((8, 8, 4) if kind == "latents" else (8, 8, 3))
+    batch = source.take(np.arange(2), np.zeros(2, bool))
+    assert np.isfinite(batch["x"]).all() and np.std(batch["x"]) > 0.1
+
+
+def test_rates_are_of_images_and_batches_are_not_counted_that_were_read_ahead(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(bench_reading.time, "perf_counter", lambda: clock[0])
+
+    def batches(burst=1):
+        for number in range(10**6):
+            # Those read ahead are there at once; processes deliver several together.
+            clock[0] += 0 if number < 8 or number % burst else 0.25 * burst
+            yield number
+
+    assert bench_reading.read_times(batches(), 3, workers=0) == pytest.approx([0.25] * 3)
+    assert bench_reading.read_times(batches(burst=4), 3, workers=4) == pytest.approx([0.25] * 3)
+    assert bench.rates(bench_work.Timing([0.25] * 3, 64))["images_per_second"] == 256
+
+
+def test_reading_rates(run):
+    flags = ("--count", 20, "--size", 8, "--batch-size", 4, "--repeats", 3)
+    code, said = run.ditx("bench", "data", "--make", "latents", "png", *flags, "--json")
+    assert code == 0, said
+    read = json.loads(said)["read"]
+    assert list(read) == ["latents", "png"] and all(len(row["times"]) == 3 for row in read.values())
+    assert read["png"]["images_per_second"] == pytest.approx(4 / read["png"]["seconds"])
+
+
+def test_cifar10_is_read_from_an_npz(tmp_path):
+    np.savez(tmp_path / "c.npz", images=np.zeros((3, 32, 32, 3), np.uint8), labels=np.arange(3))
+    assert len(bench_reading.open_source(tmp_path / "c.npz", 32)) == 3
+
+
+def test_encoding_and_decoding_rates(run, tmp_path, monkeypatch):
+    class Mean(AutoencoderKL):
+        """It compiles at once."""
+
+        def __init__(self):
+            self.encoder, self.config = jnp.ones(()), VAEConfig(latent_channels=3)
+            self.quant = self.post_quant = self.decoder = None
+
+        def encode(self, image):
+            return image[::8, ::8] * self.encoder, jnp.zeros_like(image[::8, ::8])
+
+    monkeypatch.setattr(bench_reading, "load_vae", lambda name: (Mean(), name))
+    bench_reading.make(tmp_path, "jpeg", 12, 20)
+    flags = ("--vae", "mean", "--size", 16, "--batch-size", 8, "--repeats", 2)
+    code, said = run.ditx("bench", "extract", tmp_path, *flags, "--json")
+    assert code == 0, said
+    read = json.loads(said)["read"]
+    for row in (read["encode"], read["decode"]):
+        assert row["images_per_second"] == pytest.approx(8 / row["seconds"]) and len(row["times"]) == 2
+    code, said = run.ditx("bench", "extract", *flags)
+    assert code == 0 and said.startswith("encode ") and "decode" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["training"], "there is no 'training' to time; choose train, sample, extract, data"),
+        (["train", "DiT-XXL/2"], "there is no network 'DiT-XXL/2'; give DiT-S/8"),
+        (["train", "tiny", "--repeats", 0], "repeats is 0; it must be at least 1"),
+        (["train", "tiny", "--mesh.fsdp", 3], "a mesh of data=-1, fsdp=3, tensor=1 does not make up the 8 devices"),
+        (["train", "tiny", "--mesh.tensor", 8], "mesh.tensor is 8, which does not divide num_heads, 4"),
+        (["train", "tiny", "--batch-size", 12], "batch_size is 12; make it a multiple of the 8 devices"),
+        (["train", "tiny", "--sweep", "--batch-sizes", 12], "batch_size is 12; make it a multiple of the 8 devices"),
+        (["train", "tiny", "--sweep", "--batch-sizes", 0], "each must be at least 1"),
+        (["train", "tiny", "--sweep", "--beside", "torch"], "not both at once"),
+        (["sample", "tiny", "--steps", 0], "steps is 0; objective eps samples in 1 to 1000 steps"),
+        (["sample", "tiny", "--batch-size", 12], "batch_size is 12; make it a multiple of the 8 devices"),
+        (["extract", "--batch-size", 12], "batch_size is 12; make it a multiple of the 8 devices"),
+        (["data", "nowhere"], "nowhere does not exist; give latents, CIFAR-10 or a folder of images"),
+        (["data", "--workers", -1], "workers is -1; it must not be negative"),
+    ],
+)
+def test_mistakes_are_one_sentence(run, arguments, sentence):
+    code, said = run.ditx("bench", *arguments)
+    assert code == 2 and sentence in said and "Traceback" not in said
+
+
+def test_without_a_peer_it_is_said_what_is_missing(run, monkeypatch):
+    monkeypatch.setattr(bench_torch.importlib.util, "find_spec", lambda name: None if name == "torch" else "here")
+    code, said = run.ditx("bench", "train", "tiny", "--beside", "torch")
+    assert code == 2 and "--beside needs torch, not installed here" in said
+    monkeypatch.setattr(bench_torch.importlib.util, "find_spec", lambda name: "here")
+    code, said = run.ditx("bench", "train", "tiny", "--beside", "torch", "--block", "adaln")
+    assert code == 2 and "block is adaln; diffusers' network has adaln-zero alone" in said
+
+
+def test_help_lists_what_can_be_timed(run):
+    code, said = run.ditx("bench")
+    assert code == 0 and all(f" {what} " in said for what in bench.KINDS)
