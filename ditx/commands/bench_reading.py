@@ -19,8 +19,8 @@ from ditx.commands.bench_work import Dtype, Timing, compiled, intervals, memory_
 from ditx.commands.extract import encode
 from ditx.imagefiles import listing
 from ditx.nn.vae import AutoencoderKL, VAEConfig
-from ditx.pretrained import load_vae
 from ditx.sharding import MeshConfig, batch_sharding, everywhere, make_mesh, put_whole
+from ditx.vae_weights import load_vae
 
 
 @dataclass(frozen=True)
