@@ -116,8 +116,7 @@ def make_train(torch: Any, config: Train, network: Any, call: Any, device: Any, 
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=True)
     schedule = linear_schedule()
     signal, spread = (
-        torch.tensor(table, device=device, dtype=torch.float32)
-        for table in (schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar)
+        torch.tensor(table, device=device, dtype=torch.float32) for table in (schedule.alpha, schedule.sigma)
     )
     x0 = torch.randn(config.batch_size, model.in_channels, size, size, device=device)
     labels = torch.randint(0, model.num_classes, (config.batch_size,), device=device)
@@ -150,8 +149,7 @@ def make_sample(torch: Any, config: Sample, network: Any, call: Any, device: Any
     network.to(getattr(torch, dtype)).eval()
     schedule = respace(linear_schedule(), sampling.steps)
     signal, spread, times = (
-        torch.tensor(table, device=device)
-        for table in (schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar, schedule.time)
+        torch.tensor(table, device=device) for table in (schedule.alpha, schedule.sigma, schedule.time)
     )
     labels = torch.arange(config.batch_size, device=device) % model.num_classes
     guided = evaluations(sampling, "eps") > sampling.steps
