@@ -103,6 +103,7 @@ class Monitor:
     def write(self, step: int) -> dict[str, Any]:
         """Write the line of step number `step`: means, speed, share of time waited for data, peak memory; start anew.
 
+        Of each range of time, it has the mean loss and the number of examples.
         All means are null where all updates were skipped.
         """
         passed = time.perf_counter() - self._clock
@@ -110,11 +111,15 @@ class Monitor:
         means = {
             name: float(total / count) if count else None
             for name, total in self.sums.items()
-            if name not in ("count", "skipped")
+            if name not in ("count", "skipped", "by_time")
         }
         share, self._last_loss = self._waited / passed, means["loss"]
         line = {"step": step, **means, "skipped": skipped, "images_per_second": round(self.measure(step), 1)}
         line |= {"data_wait": round(share, 3)}
+        if "by_time" in self.sums:
+            shares, losses = self.sums["by_time"].tolist()
+            line["loss_by_time"] = [loss / share if share else None for share, loss in zip(shares, losses, strict=True)]
+            line["count_by_time"] = [round(share * self._batch_size) for share in shares]
         memory = jax.local_devices()[0].memory_stats() or {}
         line |= {"peak_memory": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {}
         if share > WAIT_WORTH_SAYING and not self._waits:
@@ -125,7 +130,7 @@ class Monitor:
             self._file.flush()  # one write of one line, which a kill does not cut
         if self._wandb:
             self._wandb.log({name: value for name, value in line.items() if value is not None}, step=step)
-        self.sums = {name: np.zeros(()) for name in self.sums}
+        self.sums = {name: np.zeros_like(total) for name, total in self.sums.items()}
         self._clock, self._since, self._waited = time.perf_counter(), step, 0.0
         return line
 

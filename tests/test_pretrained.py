@@ -10,6 +10,7 @@ from strategies import random_dit
 
 import ditx
 from ditx import imagenet, pretrained
+from ditx.objectives import ObjectiveConfig
 from ditx.sampling import SamplingConfig
 from ditx.weights import write_torch
 
@@ -31,7 +32,7 @@ def vae(tmp_path_factory):
 
 def test_released_weights_are_described_by_their_shapes(released):
     described = pretrained.describe(released)
-    assert described.model == RELEASED and described.objective == "eps"
+    assert described.model == RELEASED and described.objective == ObjectiveConfig()
     assert described.sampling == SamplingConfig("ddpm", 250, guidance_scale=4.0, guidance_channels=3)
     assert len(described.class_names) == 1000
 
@@ -75,7 +76,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(run, released, vae, tmp_pat
         ([released, "--vae", vae, "--labels", "1000"], "there is no class '1000'; there are 0 to 999: tench, goldfish"),
         ([released, "--vae", vae, "--decode-batch", 0], "decode_batch is 0"),
         ([released, "--vae", released], "the weights do not fit the configuration: missing ["),
-        ([released, "--vae", vae, "--sampler", "heun"], "sampler heun does not fit objective eps"),
+        ([released, "--vae", vae, "--steps", 1001], "steps is 1001; objective eps samples in 1 to 1000 steps"),
         ([tmp_path / "missing.pt", "--vae", vae], "there is no such file"),
         ([tmp_path, "--vae", vae], "is neither a run nor a folder with diffusion_pytorch_model"),
     ]:
