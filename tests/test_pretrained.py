@@ -1,5 +1,7 @@
 """Released weights: described from their shapes, drawn from as the authors do."""
 
+import json
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -35,6 +37,18 @@ def test_released_weights_are_described_by_their_shapes(released):
     assert described.model == RELEASED and described.objective == ObjectiveConfig()
     assert described.sampling == SamplingConfig("ddpm", 250, guidance_scale=4.0, guidance_channels=3)
     assert len(described.class_names) == 1000
+
+
+def test_runs_of_before_there_was_a_choice_are_described():
+    told = json.loads("""{"objective": "flow", "flow_time": [0.5, 1.0], "class_names": ["a"], "model": {
+        "input_size": 8, "num_classes": 1, "learn_sigma": false}, "steps": 3, "sampling": {"sampler": "euler",
+        "steps": 25, "eta": 0.0, "guidance_scale": 2.5, "guidance_channels": 0}}""")
+    described = pretrained.Description.of(told, "run")
+    assert described.objective == ObjectiveConfig("flow", flow_time=(0.5, 1.0))
+    assert described.sampling == SamplingConfig("euler", 25, guidance_scale=2.5)
+    for wrong in ({"objective": "noise"}, {"sampling": {"sampler": "euler", "colour": "red"}}):
+        with pytest.raises(ValueError, match="run was written by another version of ditx, or is damaged"):
+            pretrained.Description.of(told | wrong, "run")
 
 
 @pytest.mark.parametrize("name", ["DiT-S/8", "DiT-XL/2"])

@@ -70,6 +70,16 @@ def test_what_differs_in_diffusers_is_said(run, released, tmp_path):
     assert_same(read(tmp_path / "back.pt").tensors, TINY)
 
 
+def test_weights_of_sit_are_read_as_what_they_are_said_to_be(run, released, tmp_path):
+    ours = tmp_path / "sit.safetensors"
+    code, said = run.ditx("convert", released, ours, "--num-heads", 3, "--objective", "sit")
+    assert code == 0, said
+    described = pretrained.describe(ours)
+    assert described.objective == ObjectiveConfig("sit") and described.sampling.sampler == "euler-maruyama"
+    code, said = run.ditx("convert", ours, tmp_path / "again.safetensors", "--objective", "sit")
+    assert code == 2 and "tells objective itself; leave that out" in said
+
+
 @pytest.mark.parametrize("block", ["adaln", "cross-attention", "in-context"])
 def test_every_block_is_kept_in_our_layout(tmp_path, block):
     config = ditx.DiTConfig(8, 2, 4, 24, 2, 2, num_classes=3, learn_sigma=False, block=block)
