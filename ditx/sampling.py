@@ -39,7 +39,7 @@ class SamplingConfig:
     steps: int = 250
     """steps from noise to image"""
     spacing: Literal["auto", "time", "log-snr", "karras"] = "auto"
-    """what steps are equal in: time, log-SNR, or (sigma / alpha)^(1/7); auto is log-snr for dpm-solver, else time"""
+    """what steps are equal in: time, log-SNR, or (sigma / alpha)^(1/7); auto is log-snr for dpm-solver but in a flow"""
     eta: float = 0.0
     """ddim alone: 0 is deterministic, 1 as noisy as ddpm"""
     guidance_scale: float = 1.0
@@ -53,7 +53,8 @@ class SamplingConfig:
         """With what `auto` stands for."""
         usual = "heun" if objective.straight else "ddpm"
         sampler = usual if self.sampler == "auto" else self.sampler
-        spacing = "log-snr" if sampler == "dpm-solver" else "time"
+        # On Gaussian data, 20 steps so spaced are 19 times nearer to many than by time, but in a flow 3 times further.
+        spacing = "log-snr" if sampler == "dpm-solver" and not objective.straight else "time"
         return replace(self, sampler=sampler, spacing=spacing if self.spacing == "auto" else self.spacing)
 
     def check(self, model: DiTConfig, objective: ObjectiveConfig, *, by_another: bool = False) -> None:

@@ -11,6 +11,7 @@ from ditx.nn.dit import DiT
 FLAGS = (
     "digits --model.hidden-size 16 --model.depth 1 --model.num-heads 2 --model.patch-size 14 --batch-size 8 --warmup 0"
     " --log-every 10 --checkpoint-every 30 --sample-every 0 --steps 60 --ema-every 5 --ema-lengths 0.05 0.1 0.08"
+    " --learning-rate 0.05 --decay constant"  # so far does it go that half precision matters little beside it
 ).split()
 
 
