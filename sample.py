@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 with install_import_hook("ditx", "beartype.beartype"):
     from ditx import data, imagenet, pictures, pretrained, runs
     from ditx.nn.dit import DiT
+    from ditx.objectives import ObjectiveConfig
     from ditx.pretrained import Description
     from ditx.processes import ProcessConfig, check_alike, connect, end, is_first, together
     from ditx.sampling import Decode, SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
@@ -49,6 +50,9 @@ class Config:
     num: int = 0
     """samples in all; if not given, 10 of each label for up to 20 labels, else 1 of each"""
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
+    guide: str = ""
+    """run or weights of a weaker network, smaller or trained for less, to guide by; if not given, the network's own
+    predictions without the label"""
     seed: int = 0
     """sample number k depends on this and on k alone"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -130,8 +134,28 @@ def outputs(source: Path, config: Config) -> dict[str, Path]:
     return wanted
 
 
-def read_networks(source: Path, described: Description, config: Config, mesh: Mesh) -> tuple[DiT, Decode | None]:
-    """The network and, where it makes latents, the function that decodes them."""
+def check_guide(guide: Description, described: Description) -> None:
+    """Raise ValueError where another network cannot guide this one."""
+    pairs = {"objective": (guide.objective, described.objective)}
+    pairs |= {name: (guide.model, described.model) for name in ("input_size", "in_channels")}
+    pairs |= {name: (guide.objective, described.objective) for name in ("schedule", "prediction")}
+    for name, (its, ours) in pairs.items():
+        if getattr(its, name) != getattr(ours, name):
+            raise ValueError(f"{name} of --guide is {getattr(its, name)}, and of the network {getattr(ours, name)}")
+    if guide.model.num_classes and guide.class_names != described.class_names:
+        raise ValueError("the classes of --guide are not those of the network; give one of the same, or of none")
+
+
+def read_network(source: Path, described: Description, config: Config, mesh: Mesh) -> DiT:
+    """A network as the mesh holds it."""
+    abstract = place(jax.eval_shape(lambda key: DiT(described.model, key=key), jax.random.key(0)), mesh)
+    network, note = pretrained.load(source, described, abstract)
+    print(f"weights  {note}")
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.dtype)), network)
+
+
+def read_decoder(described: Description, config: Config, mesh: Mesh) -> Decode | None:
+    """The function that decodes what the network makes, where that is latents."""
     model, decode = described.model, None
     if config.vae:
         vae, name = load_vae(config.vae)
@@ -143,22 +167,29 @@ def read_networks(source: Path, described: Description, config: Config, mesh: Me
             )
         decode = make_decode(vae, mesh, config.decode_batch)
         print(f"decoder  {name}")
-    abstract = place(jax.eval_shape(lambda key: DiT(model, key=key), jax.random.key(0)), mesh)
-    network, note = pretrained.load(source, described, abstract)
-    print(f"weights  {note}")
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.dtype)), network), decode
+    return decode
 
 
 def draw_all(
-    network: DiT, decode: Decode | None, objective: str, config: Config, labels: np.ndarray, mesh: Mesh
+    network: DiT,
+    guide: DiT | None,
+    decode: Decode | None,
+    objective: ObjectiveConfig,
+    config: Config,
+    labels: np.ndarray,
+    mesh: Mesh,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The samples as uint8 images and, to animate, as many at about 40 moments of the way."""
-    draw = on_mesh(make_draw(config.sampling, network.config, objective), mesh)
+    draw = on_mesh(make_draw(config.sampling, network.config, objective, by_another=guide is not None), mesh)
     batch = -(-min(config.batch, len(labels)) // batch_parts(mesh)) * batch_parts(mesh)
     stride = max(1, config.sampling.steps // 40)
 
-    def run_batch(network, labels, first):
-        samples, states = draw(network, labels, sample_keys(config.seed, first, batch))
+    # What is traced is compiled once for all its values. A scale of 1 needs no second evaluation.
+    scale = None if config.sampling.guidance_scale == 1 else np.float32(config.sampling.guidance_scale)
+    seed = np.uint32(config.seed)
+
+    def run_batch(network, guide, labels, seed, first, scale):
+        samples, states = draw(network, labels, sample_keys(seed, first, batch), guide=guide, scale=scale)
         return samples, states[:, ::-stride][:, ::-1] if config.animate else None
 
     def to_images(samples):
@@ -176,7 +207,7 @@ def draw_all(
         # The last batch is filled up, so that one program serves all.
         count = min(batch, len(labels) - first)
         padded = np.resize(labels[first : first + count], batch)
-        samples, states = compiled(network, padded, np.int32(first))
+        samples, states = compiled(network, guide, padded, seed, np.int32(first), scale)
         images.append(to_images(samples)[:count])
         if states is not None:
             moments = np.asarray(states).swapaxes(0, 1)
@@ -184,32 +215,42 @@ def draw_all(
     return np.concatenate(images), list(np.concatenate(frames).swapaxes(0, 1)) if frames else []
 
 
+def check(config: Config, described: Description, num: int) -> None:
+    """Raise ValueError for what cannot be drawn."""
+    for name, value in {"num": num, "batch": config.batch, "decode_batch": config.decode_batch}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed is {config.seed}; it goes from 0 to {2**32 - 1}")
+    channels = described.model.in_channels
+    if channels not in (1, 3) and not config.vae:
+        raise ValueError(f"the network makes latents of {channels} channels; decode them with --vae ft-ema, or a path")
+    if channels in (1, 3) and config.vae:
+        raise ValueError(f"vae is {config.vae!r}, but the network makes images of {channels} channels; leave it out")
+    config.sampling.check(described.model, described.objective, by_another=bool(config.guide))
+
+
 def sample(argv: list[str]) -> int:
     """Draw and write; returns the exit code."""
     source, described, config = parse(argv)
     with together():
-        wanted = read_labels(config.labels, described.class_names)
+        class_names = described.class_names or ("any",)  # of which a network without labels has its null label for one
+        wanted = read_labels(config.labels, class_names)
         num = config.num or len(wanted) * (10 if len(wanted) <= 20 else 1)
-        for name, value in {"num": num, "batch": config.batch, "decode_batch": config.decode_batch}.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if not 0 <= config.seed < 2**32:
-            raise ValueError(f"seed is {config.seed}; it goes from 0 to {2**32 - 1}")
-        channels = described.model.in_channels
-        if channels not in (1, 3) and not config.vae:
-            raise ValueError(
-                f"the network makes latents of {channels} channels; decode them with --vae ft-ema, or a path"
-            )
-        if channels in (1, 3) and config.vae:
-            raise ValueError(
-                f"vae is {config.vae!r}, but the network makes images of {channels} channels; leave it out"
-            )
-        config.sampling.check(described.model, described.objective)
+        channels, weaker = described.model.in_channels, None
+        check(config, described, num)
+        config = replace(config, sampling=config.sampling.resolved(described.objective))
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
+        if config.guide:
+            weaker = pretrained.describe(Path(config.guide))
+            check_guide(weaker, described)
+            check_fit(mesh, num_heads=weaker.model.num_heads, mlp_size=weaker.model.mlp_size)
     check_alike({name: value for name, value in asdict(config).items() if name != "processes"})
     with together():
-        network, decode = read_networks(source, described, config, mesh)
+        decode = read_decoder(described, config, mesh)
+        network = read_network(source, described, config, mesh)
+        guide = read_network(Path(config.guide), weaker, config, mesh) if weaker else None
     with together():
         paths = outputs(source, config) if is_first() else {}
     labels = np.resize(np.array(wanted, np.int32), num)
@@ -220,7 +261,7 @@ def sample(argv: list[str]) -> int:
         flush=True,
     )
     try:
-        images, frames = draw_all(network, decode, described.objective, config, labels, mesh)
+        images, frames = draw_all(network, guide, decode, described.objective, config, labels, mesh)
     except BaseException:
         if paths:
             paths["grid"].unlink()  # empty as yet
@@ -238,7 +279,7 @@ def sample(argv: list[str]) -> int:
     if "separate" in paths:
         paths["separate"].mkdir()
         for k, image in enumerate(images):
-            name = re.sub(r"[^\w-]+", "_", imagenet.usual_name(described.class_names[labels[k]]))
+            name = re.sub(r"[^\w-]+", "_", imagenet.usual_name(class_names[labels[k]]))
             pictures.to_picture(image).save(paths["separate"] / f"{k:06d}-{name}.png")
     print("\n".join(f"wrote {path}" for path in paths.values()))
     return 0

@@ -31,12 +31,12 @@ from jaxtyping import install_import_hook
 from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
-    from ditx import checkpoint, data, flops, pictures, runs
-    from ditx.diffusion.schedule import linear_schedule
+    from ditx import checkpoint, data, ema, flops, pictures, pretrained, runs
     from ditx.latents import LatentSource
     from ditx.monitor import Monitor, Profile, check_wandb, memory_of
     from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig, Remat
-    from ditx.pretrained import describe_initial, load_initial
+    from ditx.objectives import ObjectiveConfig, make_objective
+    from ditx.pretrained import describe_initial
     from ditx.processes import (
         ProcessConfig,
         check_alike,
@@ -63,12 +63,12 @@ with install_import_hook("ditx", "beartype.beartype"):
         put_batch,
         table,
     )
-    from ditx.training import TrainState, eps_objective, flow_objective, train_step
+    from ditx.training import TrainState, adamw, train_step
     from ditx.vae_weights import check_scale, load_vae
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ObjectiveConfig):
     """One training run. The defaults are the paper's; a preset changes what its data needs."""
 
     dataset: Literal["digits", "cifar10", "images", "latents"] = "images"
@@ -80,10 +80,6 @@ class Config:
     model: DiTConfig = field(default_factory=DiTConfig)
     init_from: str = ""
     """run or weights to begin from instead of random ones; with other classes, the label table begins anew"""
-    objective: Literal["eps", "flow"] = "eps"
-    """eps: the paper's noise and variance; flow: the velocity of flow matching (with --model.no-learn-sigma)"""
-    flow_time: tuple[float, float] = (0.0, 1.0)
-    """flow alone: mean and standard deviation of the logit of the training times; a higher mean gives more noise"""
     steps: int = 400_000
     """training steps in all"""
     batch_size: int = 256
@@ -98,6 +94,10 @@ class Config:
     """Adam's averaging of squared gradients"""
     ema_decay: float = 0.9999
     """averaging of the weights, from which all samples are drawn"""
+    ema_every: int = 0
+    """steps between those at which averages by power profiles are stored, for ditx ema; 0 keeps none"""
+    ema_lengths: tuple[float, ...] = (0.05, 0.1)
+    """their lengths, as shares of the training so far"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """what the network computes in; weights, average and moments are float32 in any case"""
     flip: bool = True
@@ -222,7 +222,7 @@ def check(config: Config) -> None:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     least_zero = ("learning_rate", "warmup", "weight_decay", "sample_every", "workers", "seed")
-    for name in (*least_zero, "keep_every", "keep_best", "profile_steps"):
+    for name in (*least_zero, "keep_every", "keep_best", "profile_steps", "ema_every"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
     if config.seed >= 2**32:
@@ -232,10 +232,11 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}; it goes from 0 up to, not with, 1")
     if config.vae and config.dataset != "latents":
         raise ValueError(f"vae is {config.vae!r}, but dataset {config.dataset} is of pixels; leave it out")
-    if config.objective == "flow" and config.model.learn_sigma:
-        raise ValueError("objective flow predicts no variance; add --model.no-learn-sigma")
+    config.check(config.model)
     if config.sample_every:
-        config.sampling.check(config.model, config.objective)
+        config.sampling.check(config.model, config)
+    if config.ema_every:
+        powers_of(config)
     if config.wandb:
         check_wandb()
 
@@ -259,6 +260,8 @@ def open_data(config: Config, preset: str) -> tuple[data.Source, DiTConfig]:
     if (height, width) != (size, size):
         raise ValueError(f"the images are {height}x{width}, model.input_size is {size}; make the two agree")
     found, model, usual = {"num_classes": len(source.class_names), "in_channels": channels}, {}, PRESETS[preset].model
+    if config.model.num_classes == 0:
+        del found["num_classes"]  # of which the network is told nothing
     for name, value in found.items():
         if getattr(config.model, name) not in (value, getattr(usual, name)):
             raise ValueError(f"model.{name} is {getattr(config.model, name)}, but the data has {value}")
@@ -266,15 +269,20 @@ def open_data(config: Config, preset: str) -> tuple[data.Source, DiTConfig]:
     return source, replace(config.model, **model)
 
 
+def powers_of(config: Config) -> tuple[float, ...]:
+    """The powers of the profiles of which averages are kept. Raises ValueError for an impossible length."""
+    return tuple(map(ema.gamma_of, config.ema_lengths)) if config.ema_every else ()
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) at the configured learning rate."""
+    """AdamW at the configured learning rate."""
     constant = config.decay == "constant"
     decay = optax.constant_schedule(1.0) if constant else optax.cosine_decay_schedule(1.0, config.steps)
 
     def rate(step):
         return config.learning_rate * decay(step) * jnp.minimum(1, (step + 1) / max(config.warmup, 1))
 
-    return optax.adamw(rate, b1=0.9, b2=config.beta2, eps=1e-8, weight_decay=config.weight_decay)
+    return adamw(rate, beta2=config.beta2, weight_decay=config.weight_decay)
 
 
 def make_picture(config: Config, source: data.Source, mesh: Mesh) -> Callable[[DiT, Path], None] | None:
@@ -286,11 +294,12 @@ def make_picture(config: Config, source: data.Source, mesh: Mesh) -> Callable[[D
         vae, name = load_vae(config.vae)
         check_scale(vae, name, source.metadata["scale"])
         decode = make_decode(vae, mesh)
-    columns = min(config.model.num_classes, 10)
+    num_classes = config.model.num_classes
+    columns = min(num_classes, 10) or 10
     count = -(-4 * columns // batch_parts(mesh)) * batch_parts(mesh)
-    classes = np.linspace(0, config.model.num_classes - 1, columns).astype(np.int32)
+    classes = np.linspace(0, max(num_classes - 1, 0), columns).astype(np.int32)
     labels, keys = np.resize(classes, count), sample_keys(config.seed, 0, count)
-    draw = on_mesh(make_draw(config.sampling, config.model, config.objective), mesh)
+    draw = on_mesh(make_draw(config.sampling, config.model, config), mesh)
     compiled = jax.jit(lambda ema: draw(ema, jnp.asarray(labels), keys)[0], out_shardings=everywhere(mesh))
 
     def picture(ema, path):
@@ -320,7 +329,10 @@ def train(preset: str, config: Config) -> int:
             raise ValueError(f"batch_size is {config.batch_size}; make it a multiple of {parts}")
         if config.init_from and not checkpoint.steps(Path(config.run) / "checkpoints"):
             describe_initial(Path(config.init_from), model_config)
-    found: dict[str, Any] = {"class_names": source.class_names, "data_checksum": source.checksum}
+    found: dict[str, Any] = {
+        "class_names": source.class_names[: model_config.num_classes],
+        "data_checksum": source.checksum,
+    }
     if isinstance(source, LatentSource):
         found["latents"] = {name: source.metadata[name] for name in ("vae", "scale", "image_size")}
     described = {"preset": preset, **asdict(config), **found}
@@ -344,7 +356,7 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
     """Train in a folder that is this run's, and locked; returns the exit code."""
     run, model_config, size = Path(config.run), config.model, config.model.input_size
     latent = isinstance(source, LatentSource)
-    checkpoints, loss_picture = run / "checkpoints", run / "loss.png"
+    checkpoints, loss_picture, time_picture = (run / name for name in ("checkpoints", "loss.png", "loss-by-time.png"))
     print(
         f"model    DiT of {flops.parameters(model_config):,} parameters, {flops.macs(model_config) / 1e9:.3f} G"
         f" multiply-adds, {model_config.num_tokens} tokens, objective {config.objective}\n"
@@ -363,9 +375,10 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
     optimizer = make_optimizer(config)
     step_fn = partial(
         train_step,
-        objective=eps_objective(linear_schedule()) if config.objective == "eps" else flow_objective(*config.flow_time),
+        objective=make_objective(config),
         optimizer=optimizer,
         ema_decay=config.ema_decay,
+        gammas=powers_of(config),
         dtype=jnp.dtype(config.dtype),
         unroll=config.unroll,
         remat=config.remat,
@@ -373,12 +386,12 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
         mesh=mesh,
     )
     init_key, key = jax.jit(lambda: jax.random.split(jax.random.key(config.seed)), out_shardings=everywhere(mesh))()
-    create = partial(TrainState.create, model_config, optimizer)
+    create = partial(TrainState.create, model_config, optimizer, profiles=len(powers_of(config)))
     abstract = place(jax.eval_shape(lambda key: create(key=key), init_key), mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if mesh.size > 1:
         print(table(abstract.model))
-    held = {"weights": abstract.model, "average": abstract.ema, "moments": abstract.opt_state}
+    held = {"weights": abstract.model, "average": (abstract.ema, abstract.profiles), "moments": abstract.opt_state}
     shares = ", ".join(f"{name} {bytes_per_device(part) / 2**20:,.1f}" for name, part in held.items())
     print(f"holds    {bytes_per_device(abstract) / 2**20:,.1f} MiB on each device: {shares}", flush=True)
     rows = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
@@ -386,10 +399,11 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
     batch = {"x": rows(shape, jnp.float16 if latent else jnp.float32), "y": rows(shape[:1], jnp.int32)}
     if latent:
         batch["std"] = rows(shape, jnp.float16)
-    sums = {name: np.zeros(()) for name in ("count", *jax.eval_shape(step_fn, abstract, batch, key)[1])}
+    terms = jax.eval_shape(step_fn, abstract, batch, key)[1]
+    sums = {"count": np.zeros(())} | {name: np.zeros(term.shape) for name, term in terms.items()}
 
     # State: read where it is to live, or born there.
-    parts = [part.name for part in fields(TrainState)]
+    parts = [part.name for part in fields(TrainState) if jax.tree.leaves(getattr(abstract, part.name))]
     restored = checkpoint.load_newest(checkpoints, {part: getattr(abstract, part) for part in parts} | {"window": sums})
     if restored is None:
         with together():
@@ -403,9 +417,10 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
         start, state = 0, jax.jit(lambda key: create(key=key), out_shardings=places)(init_key)
         if config.init_from:
             with together():
-                model, note = load_initial(Path(config.init_from), state.model, mesh)
+                model, note = pretrained.load_initial(Path(config.init_from), state.model, mesh)
             print(f"begins   from {note}", flush=True)
-            state = replace(state, model=model, ema=jax.tree.map(jnp.copy, model))
+            averages = [jax.tree.map(jnp.copy, model) for _ in range(1 + len(state.profiles))]
+            state = replace(state, model=model, ema=averages[0], profiles=tuple(averages[1:]))
     else:
         start, trees, damaged = restored
         state, sums = TrainState(**{part: trees[part] for part in parts}), jax.tree.map(np.asarray, trees["window"])
@@ -419,13 +434,27 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
         """Write the pictures of the last step, where they are missing."""
         missing, last = [], run / "samples" / f"step-{config.steps:07d}.png"
         with together():
-            missing = [path for path in (last, loss_picture) if is_first() and not path.exists()]
+            missing = [path for path in (last, loss_picture, time_picture) if is_first() and not path.exists()]
         if draw_picture and from_first(last in missing):
             draw_picture(state.ema, last)
+        lines = runs.read_metrics(run) if missing else []
+        names = ("step", "loss", "loss_by_time", "count_by_time")
+        steps, losses, by_time, counts = (np.array([line[name] for line in lines], np.float64) for name in names)
         if loss_picture in missing:
-            lines = runs.read_metrics(run)
-            steps, losses = (np.array([line[name] for line in lines], np.float64) for name in ("step", "loss"))
             pictures.loss_curve(steps, losses).save(loss_picture)
+        if time_picture in missing:
+            pictures.loss_by_time(by_time, counts).save(time_picture)
+
+    # In half precision, and whole in each process.
+    halves = jax.jit(partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float16)), out_shardings=everywhere(mesh))
+
+    def store(profiles, step):
+        """Write the averages of this step, unless a run that was killed since has done so."""
+        for length, average in zip(config.ema_lengths, profiles, strict=True):
+            file, half = runs.average_file(run, step, length), halves(average)
+            if is_first() and not file.exists():
+                file.parent.mkdir(exist_ok=True)
+                pretrained.write(file, half, pretrained.Description.of(runs.read_config(run), run), np.float16)
 
     if start >= config.steps:
         finish(state)
@@ -438,7 +467,9 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
     print(f"compiled in {took:.1f} s; a step takes {needs:,.1f} MiB on each device", flush=True)
     with together():
         if is_first():
-            loss_picture.unlink(missing_ok=True)  # of a shorter run that now goes on
+            # Of a shorter run that now goes on, and of a kill.
+            for file in (loss_picture, time_picture, *run.glob("averages/*.partial")):
+                file.unlink(missing_ok=True)
             runs.trim_metrics(run, start)
     batches = data.batches(
         source,
@@ -524,6 +555,10 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
                     left = (config.steps - step) * config.batch_size / monitor.speed
                     loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
                     print(f"step {step:,}  loss {loss}  {monitor.speed:.0f} images/s  {left:.0f} s left", flush=True)
+            if config.ema_every and (step % config.ema_every == 0 or step == config.steps):
+                settle()
+                with monitor.paused(step):
+                    store(state.profiles, step)
             due |= step % config.checkpoint_every == 0
             if due:
                 settle()

@@ -8,8 +8,10 @@ from pathlib import Path
 VERBS = {
     "bench": "how fast this machine trains, draws, encodes and reads, also beside PyTorch, and by which choices",
     "convert": "weights of runs, of the authors and of diffusers, each into the others",
+    "ema": "an average of a run's weights of any length, after training",
     "extract": "a folder of images into shards of latents, to train on",
     "info": "parameters, multiply-adds and memory of a network; the paper's table beside our counts",
+    "likelihood": "bits per dimension of images by a network of pixels",
 }
 
 
@@ -18,7 +20,7 @@ def main() -> int:
     verb, *arguments = sys.argv[1:] or ["--help"]
     if verb in ("-h", "--help"):
         print("usage: ditx VERB ... (ditx VERB --help says more)\n")
-        print("\n".join(f"  {name:<8}  {text}" for name, text in VERBS.items()))
+        print("\n".join(f"  {name:<10}  {text}" for name, text in VERBS.items()))
         return 0
     if verb not in VERBS:
         print(f"ditx: there is no verb {verb!r}; choose {', '.join(VERBS)}", file=sys.stderr)

@@ -15,9 +15,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditx import sharding
-from ditx.diffusion.schedule import linear_schedule
 from ditx.nn.dit import DiTConfig, Remat
-from ditx.training import TrainState, eps_objective, flow_objective, optax, train_step
+from ditx.objectives import ObjectiveConfig, make_objective
+from ditx.training import TrainState, adamw, train_step
 
 
 def step_memory(
@@ -41,7 +41,7 @@ def step_memory(
     if batch_size % (data * fsdp * accumulate):
         parts = f"the {data * fsdp} devices" + (f" x accumulate {accumulate}" if accumulate > 1 else "")
         raise ValueError(f"batch_size is {batch_size}; make it a multiple of {parts}")
-    optimizer, key = optax.adamw(0.0), jax.random.key(0)
+    optimizer, key = adamw(0.0), jax.random.key(0)
 
     def create(config) -> Any:
         return jax.eval_shape(lambda key: TrainState.create(config, optimizer, key=key), key)
@@ -58,7 +58,7 @@ def step_memory(
     rows, size = batch_size // (data * fsdp), config.input_size
     x, y = (2 * fsdp * rows, size, size, config.in_channels), (2 * fsdp * rows,)
     batch = {"x": jax.ShapeDtypeStruct(x, jnp.float32), "y": jax.ShapeDtypeStruct(y, jnp.int32)}
-    objective = eps_objective(linear_schedule()) if config.learn_sigma else flow_objective()
+    objective = make_objective(ObjectiveConfig("eps" if config.learn_sigma else "flow"))
     step = partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.0, dtype=jnp.dtype(dtype))
     step = partial(step, accumulate=accumulate, unroll=unroll, remat=remat, mesh=_mesh(2, fsdp, 1))
     traced = jax.make_jaxpr(step)(state, batch, key)

@@ -105,17 +105,22 @@ class Monitor:
 
         It has the means, or null where all updates were skipped; images a second; the share of the time for which data
         was waited for, of the process that waited longest; and peak memory, where the device tells it.
+        Of each range of time, it has the mean loss and the number of examples.
         """
         passed = time.perf_counter() - self._clock
         count, skipped = self.sums["count"], int(self.sums["skipped"])
         means = {
             name: float(total / count) if count else None
             for name, total in self.sums.items()
-            if name not in ("count", "skipped")
+            if name not in ("count", "skipped", "by_time")
         }
         share, self._last_loss = highest(self._waited / passed), means["loss"]
         line = {"step": step, **means, "skipped": skipped, "images_per_second": round(self.measure(step), 1)}
         line |= {"data_wait": round(share, 3)}
+        if "by_time" in self.sums:
+            shares, losses = self.sums["by_time"].tolist()
+            line["loss_by_time"] = [loss / share if share else None for share, loss in zip(shares, losses, strict=True)]
+            line["count_by_time"] = [round(share * self._batch_size) for share in shares]
         memory = jax.local_devices()[0].memory_stats() or {}
         line |= {"peak_memory": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {}
         if share > WAIT_WORTH_SAYING and not self._waits:
@@ -126,7 +131,7 @@ class Monitor:
             self._file.flush()  # one write of one line, which a kill does not cut
         if self._wandb:
             self._wandb.log({name: value for name, value in line.items() if value is not None}, step=step)
-        self.sums = {name: np.zeros(()) for name in self.sums}
+        self.sums = {name: np.zeros_like(total) for name, total in self.sums.items()}
         self._clock, self._since, self._waited = time.perf_counter(), step, 0.0
         return line
 

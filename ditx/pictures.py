@@ -28,17 +28,42 @@ def loss_curve(steps: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) 
 
     The vertical axis is cut at the 98th percentile, since the first steps lie far above all others.
     """
+    window = max(1, math.ceil(len(losses) / 50))
+    sums = np.cumsum(np.concatenate([np.zeros(1), losses]))
+    starts = np.maximum(np.arange(len(losses)) + 1 - window, 0)
+    means = (sums[1:] - sums[starts]) / (np.arange(len(losses)) + 1 - starts)
+    span = max(float(steps[-1]), 1.0) if len(steps) else 1.0
+    curves = [(losses, "#b8cfe5", 1), (means, "#1f4e79", 3)]
+    return _curves(steps, curves, span, "training loss", "training step")
+
+
+def loss_by_time(losses: Float[np.ndarray, "n bins"], counts: Float[np.ndarray, "n bins"]) -> PIL.Image.Image:
+    """The mean loss at each range of time, data first, in five parts of a run, from pale to dark."""
+    curves = []
+    for k, part in enumerate(np.array_split(np.arange(len(losses)), 5)):
+        total = np.nansum(losses[part] * counts[part], 0)
+        means = np.divide(total, counts[part].sum(0), out=np.full(len(total), np.nan), where=counts[part].sum(0) > 0)
+        curves.append((means, ("#dbe7f2", "#b8cfe5", "#7fa6cc", "#4878a6", "#1f4e79")[k], 3))
+    times = 1000 * (np.arange(losses.shape[1]) + 0.5) / losses.shape[1]
+    title = "training loss by time, early (pale) to late (dark)"
+    return _curves(times, curves, 1000.0, title, "time, from data to noise")
+
+
+def _curves(
+    across: np.ndarray, curves: list[tuple[np.ndarray, str, int]], span: float, title: str, below: str
+) -> PIL.Image.Image:
+    """Values by their places from 0 to `span`, each with colour and thickness."""
     width, height, left, bottom, top, right = 800, 450, 70, 40, 30, 20
     picture = PIL.Image.new("RGB", (width, height), "white")
     draw = PIL.ImageDraw.Draw(picture)
-    finite = losses[np.isfinite(losses)]
+    together = np.concatenate([values for values, _, _ in curves])
+    finite = together[np.isfinite(together)]
     low, high = (finite.min(), np.percentile(finite, 98)) if finite.size else (0.0, 1.0)
     high = high if high > low else low + 1
-    span = max(float(steps[-1]), 1.0) if len(steps) else 1.0
 
-    def at(step, loss):
-        x = left + (width - left - right) * step / span
-        y = height - bottom - (height - bottom - top) * (min(loss, high) - low) / (high - low)
+    def at(place, value):
+        x = left + (width - left - right) * place / span
+        y = height - bottom - (height - bottom - top) * (min(value, high) - low) / (high - low)
         return x, y
 
     for fraction in np.linspace(0, 1, 6):
@@ -46,14 +71,10 @@ def loss_curve(steps: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) 
         draw.line([(left, y), (width - right, y)], fill="#dddddd")
         draw.text((left - 8, y), f"{low + fraction * (high - low):.4g}", fill="black", anchor="rm")
         draw.text((x, height - bottom + 8), f"{fraction * span:,.0f}", fill="black", anchor="mt")
-    draw.text((width / 2, height - 4), "training step", fill="black", anchor="mb")
-    draw.text((left, 8), "training loss", fill="black", anchor="lt")
-    window = max(1, math.ceil(len(losses) / 50))
-    sums = np.cumsum(np.concatenate([np.zeros(1), losses]))
-    starts = np.maximum(np.arange(len(losses)) + 1 - window, 0)
-    means = (sums[1:] - sums[starts]) / (np.arange(len(losses)) + 1 - starts)
-    for values, colour, thickness in ((losses, "#b8cfe5", 1), (means, "#1f4e79", 3)):
-        points = [at(step, value) for step, value in zip(steps, values, strict=True) if np.isfinite(value)]
+    draw.text((width / 2, height - 4), below, fill="black", anchor="mb")
+    draw.text((left, 8), title, fill="black", anchor="lt")
+    for values, colour, thickness in curves:
+        points = [at(place, value) for place, value in zip(across, values, strict=True) if np.isfinite(value)]
         if len(points) > 1:
             draw.line(points, fill=colour, width=thickness)
     return picture

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from ditx import checkpoint, convert, imagenet, runs, weights
 from ditx.nn.dit import DiT, DiTConfig
-from ditx.sampling import OBJECTIVE_SAMPLERS, SamplingConfig
+from ditx.objectives import ObjectiveConfig, ObjectiveName
+from ditx.sampling import SamplingConfig
 from ditx.sharding import place, put_whole
 from ditx.weights import WeightFile
 
@@ -30,7 +31,7 @@ class Description:
     """What one must know of a trained network to draw from it."""
 
     model: DiTConfig
-    objective: str
+    objective: ObjectiveConfig
     sampling: SamplingConfig
     """how it is usually drawn from"""
     class_names: tuple[str, ...]
@@ -40,19 +41,24 @@ class Description:
     """that autoencoder's scale, where it is known"""
 
     @classmethod
-    def of(cls, fields: Any, source: object) -> "Description":
+    def of(cls, told: Any, source: object) -> "Description":
         """From the fields of a run's configuration. Raises ValueError if they are none of this version's."""
         try:
+
+            def tuples(told) -> dict[str, Any]:  # JSON has none.
+                return {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+
+            # A field that an older version did not write had no choice then.
+            names = {"objective"} | {field.name for field in fields(ObjectiveConfig) if field.name in told}
             described = cls(
-                DiTConfig(**fields["model"]),
-                fields["objective"],
-                SamplingConfig(**fields["sampling"]),
-                tuple(fields["class_names"]),
-                fields.get("vae") or fields.get("latents", {}).get("vae", "").rsplit(" (CRC-32", 1)[0],
-                fields.get("latent_scale") or fields.get("latents", {}).get("scale"),
+                DiTConfig(**told["model"]),
+                ObjectiveConfig(**tuples({name: told[name] for name in names})),
+                SamplingConfig(**tuples(told["sampling"])),
+                tuple(told["class_names"]),
+                told.get("vae") or told.get("latents", {}).get("vae", "").rsplit(" (CRC-32", 1)[0],
+                told.get("latent_scale") or told.get("latents", {}).get("scale"),
             )
-            if described.objective not in OBJECTIVE_SAMPLERS:
-                raise ValueError(f"objective is {described.objective!r}")
+            described.objective.check(described.model)
             if len(described.class_names) != described.model.num_classes:
                 raise ValueError(f"{len(described.class_names)} class names for {described.model.num_classes} classes")
             return described
@@ -61,36 +67,41 @@ class Description:
             raise ValueError(f"{source} was written by another version of ditx, or is damaged ({what})") from error
 
 
-def describe(source: Path, **overrides: int) -> Description:
+def describe(source: Path, *, objective: ObjectiveName | None = None, **overrides: int) -> Description:
     """Describe a run's folder or a file of weights, without reading the weights.
 
-    `overrides` are fields of `DiTConfig` that files of other programs do not tell: `num_heads` for widths that were
+    Files of other programs do not tell their objective: `eps`, unless it is given, as `sit` must be for SiT's, which
+    are like DiT's. `overrides` are fields of `DiTConfig` that such files do not tell: `num_heads` for widths that were
     never published, `num_classes` where the label table has no null row, `input_size`, `frequency_shift`.
     """
-    fields = None
+    told = None
     if is_run(source):
-        fields = runs.read_config(source)
+        told = runs.read_config(source)
     else:
         file, config = open_weights(source)
         layout = _layout(source, file)
         if layout != "ditx":
-            return _described(_infer(source, layout, file.tensors, config or {}, overrides))
+            model = _infer(source, layout, file.tensors, config or {}, overrides)
+            return _described(model, ObjectiveConfig(objective or "eps"))
         with suppress(ValueError):  # Such fields are of no description, as is said below.
-            fields = json.loads(file.metadata[_METADATA])
-    if overrides:
-        raise ValueError(f"{source} tells {', '.join(overrides)} itself; leave that out")
-    return Description.of(fields, source)
+            told = json.loads(file.metadata[_METADATA])
+    if overrides or objective:
+        names = [*overrides, *(["objective"] if objective else [])]
+        raise ValueError(f"{source} tells {', '.join(names)} itself; leave that out")
+    return Description.of(told, source)
 
 
-def _described(model: DiTConfig) -> Description:
+def _described(model: DiTConfig, objective: ObjectiveConfig) -> Description:
     """What one draws from a released network with, and its classes."""
-    # The settings of the authors' sample.py.
-    sampling = SamplingConfig(sampler="ddpm", steps=250, guidance_scale=4.0, guidance_channels=3)
+    objective.check(model)
+    # The settings of the authors' sample.py, and of SiT's for the SDE.
+    sampler = "euler-maruyama" if objective.straight else "ddpm"
+    sampling = SamplingConfig(sampler=sampler, steps=250, guidance_scale=4.0, guidance_channels=3)
     if model.null_label is None or not model.learn_sigma or model.in_channels < 3:
         sampling = SamplingConfig()
     count = model.num_classes
     names = tuple(imagenet.classes()) if count == 1000 else tuple(map(str, range(count)))
-    return Description(model, "eps", sampling, names)
+    return Description(model, objective, sampling, names)
 
 
 def load(source: Path, description: Description, places: Any = None) -> tuple[DiT, str]:
@@ -158,10 +169,11 @@ def load_initial(source: Path, fresh: DiT, mesh: Mesh) -> tuple[DiT, str]:
     return jax.tree.unflatten(jax.tree.structure(fresh), jax.tree.leaves(model)), note
 
 
-def write(path: Path, model: DiT, description: Description) -> None:
+def write(path: Path, model: DiT, description: Description, dtype: Any = np.float32) -> None:
     """Write a new `.safetensors` file of our own, which `describe` and `load` read."""
-    described = json.dumps(asdict(replace(description, model=model.config)))
-    weights.write_safetensors(path, convert.dit_to_arrays(model), {"format": "np", _METADATA: described})
+    described = json.dumps(asdict(replace(description, model=model.config)) | asdict(description.objective))
+    arrays = {name: array.astype(dtype) for name, array in convert.dit_to_arrays(model).items()}
+    weights.write_safetensors(path, arrays, {"format": "np", _METADATA: described})
 
 
 def is_run(source: Path) -> bool:

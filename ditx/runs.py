@@ -69,6 +69,17 @@ def trim_metrics(run: Path, step: int) -> None:
     write(run / METRICS, "".join(kept))
 
 
+def average_file(run: Path, step: int, length: float) -> Path:
+    """Where an average by a power profile, of so many steps and such a length, is stored in a run."""
+    return run / "averages" / f"{step:07d}-{length}.safetensors"
+
+
+def stored_averages(run: Path) -> list[tuple[int, float]]:
+    """Step and length of each average that is stored."""
+    names = sorted(file.stem.split("-", 1) for file in run.glob("averages/[0-9]*-*.safetensors"))
+    return [(int(step), float(length)) for step, length in names]
+
+
 def changes(before: dict[str, Any], now: dict[str, Any], *, free: Collection[str] = ()) -> str:
     """The fields in which two descriptions differ, both values told, or nothing; those in `free` may differ."""
     was = _flatten(before)

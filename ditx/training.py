@@ -1,24 +1,18 @@
-"""The training step: objectives over a batch, the optimizer, and the running average of the weights."""
+"""The training step: an objective over a batch, the optimizer, and running averages of the weights."""
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from ditx import sharding
-from ditx.diffusion import flow, gaussian
-from ditx.diffusion.gaussian import Image, Predict
-from ditx.diffusion.schedule import Schedule
+from ditx.ema import update_rate
 from ditx.nn.dit import DiT, DiTConfig, Remat
-
-Terms: TypeAlias = dict[str, Float[Array, ""]]
-Objective: TypeAlias = Callable[[Predict, Image, PRNGKeyArray], Terms]
-"""The loss of one example, `terms["loss"]`, and its parts; the key is for time and noise."""
+from ditx.objectives import Objective, Terms
 
 
 class TrainState(eqx.Module):
@@ -30,41 +24,36 @@ class TrainState(eqx.Module):
     ema: DiT
     """exponential moving average of the weights, from the initial ones on"""
     opt_state: optax.OptState
+    profiles: tuple[DiT, ...] = ()
+    """averages by power profiles (`ditx.ema`), from which those of other lengths are made"""
 
     @classmethod
-    def create(cls, config: DiTConfig, optimizer: optax.GradientTransformation, *, key: PRNGKeyArray) -> "TrainState":
+    def create(
+        cls, config: DiTConfig, optimizer: optax.GradientTransformation, *, profiles: int = 0, key: PRNGKeyArray
+    ) -> "TrainState":
         """The state before the first step."""
         model: Any = DiT(config, key=key)
-        # A copy, since the step donates both to the next.
-        return cls(jnp.zeros((), jnp.int32), model, jax.tree.map(jnp.copy, model), optimizer.init(model))
+        # Copies, since the step donates all to the next.
+        ema, *others = (jax.tree.map(jnp.copy, model) for _ in range(1 + profiles))
+        return cls(jnp.zeros((), jnp.int32), model, ema, optimizer.init(model), tuple(others))
 
 
-def eps_objective(schedule: Schedule) -> Objective:
-    """The paper's: noise and variance at a step drawn uniformly from the schedule."""
-
-    def objective(predict, x0, key):
-        time_key, noise_key = jax.random.split(key)
-        i = jax.random.randint(time_key, (), 0, len(schedule))
-        return gaussian.training_loss(schedule, predict, x0, i, jax.random.normal(noise_key, x0.shape))
-
-    return objective
-
-
-def flow_objective(mean: float = 0.0, std: float = 1.0) -> Objective:
-    """Flow matching at a logit-normal time."""
-
-    def objective(predict, x0, key):
-        time_key, noise_key = jax.random.split(key)
-        s = flow.logit_normal(mean, std, key=time_key)
-        return flow.training_loss(predict, x0, s, jax.random.normal(noise_key, x0.shape))
-
-    return objective
+def adamw(
+    learning_rate: float | optax.Schedule, *, beta2: float = 0.999, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019), with what the paper leaves at its usual values."""
+    return optax.adamw(learning_rate, b1=0.9, b2=beta2, eps=1e-8, weight_decay=weight_decay)
 
 
 def drop_label(y: Int[Array, ""], config: DiTConfig, *, key: PRNGKeyArray) -> Int[Array, ""]:
-    """The null label with probability `label_dropout`, else `y` (Ho and Salimans 2022, Algorithm 1)."""
+    """The null label with probability `label_dropout`, else `y` (Ho and Salimans 2022, Algorithm 1).
+
+    Where there are no classes, the null label.
+    """
     if config.null_label is None:
         return y
+    if config.num_classes == 0:
+        return jnp.zeros_like(y)
     return jnp.where(jax.random.bernoulli(key, config.label_dropout), config.null_label, y)
 
 
@@ -76,6 +65,7 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    gammas: tuple[float, ...] = (),
     dtype: jnp.dtype = jnp.float32,
     accumulate: int = 1,
     unroll: int = 1,
@@ -87,7 +77,8 @@ def train_step(
     With `std` beside it, `x` is the mean of latents, of which every step draws a fresh sample. The network computes in
     `dtype`; weights, average, moments, objective and everything returned stay in float32. `accumulate` parts of the
     batch follow each other, and their gradients are added up; on a `mesh`, state and batch lie as `ditx.sharding` has
-    them. Neither changes the result. A step whose loss or gradient is not finite leaves all but `step` as it was.
+    them. Neither changes the result. `gammas` are the powers of the state's `profiles`. A step whose loss or gradient
+    is not finite leaves all but `step` as it was.
     Returns the terms of the objective as means over the batch, `grad_norm`, and `skipped`: 1 after such a step, else 0.
     """
     config = state.model.config
@@ -111,7 +102,8 @@ def train_step(
 
             return objective(predict, x0, key)
 
-        terms = jax.tree.map(jnp.mean, jax.vmap(example)(batch["x"], batch.get("std"), batch["y"], keys))
+        terms = jax.vmap(example)(batch["x"], batch.get("std"), batch["y"], keys)
+        terms = jax.tree.map(lambda term: term.mean(0), terms)
         return terms["loss"], terms
 
     def mean_gradients(model, rows):
@@ -131,9 +123,14 @@ def train_step(
     grads, terms = shared(model, (batch, keys))
     updates, opt_state = optimizer.update(grads, state.opt_state, model)
     model = optax.apply_updates(model, updates)
-    ema = jax.tree.map(lambda average, new: average + (1 - ema_decay) * (new - average), state.ema, model)
+
+    def moved(average, rate):
+        return jax.tree.map(lambda average, new: average + rate * (new - average), average, model)
+
+    ema, rates = moved(state.ema, 1 - ema_decay), [update_rate(state.step + 1, gamma) for gamma in gammas]
+    profiles = tuple(moved(average, rate) for average, rate in zip(state.profiles, rates, strict=True))
     terms |= {"grad_norm": optax.tree.norm(grads)}
     finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(terms["grad_norm"])
-    before = (state.model, state.ema, state.opt_state)
-    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, ema, opt_state), before)
+    before = (state.model, state.ema, state.opt_state, state.profiles)
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, ema, opt_state, profiles), before)
     return TrainState(state.step + 1, *after), terms | {"skipped": 1.0 - finite}

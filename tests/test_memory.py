@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from ditx.diffusion.schedule import linear_schedule
 from ditx.memory import step_memory
 from ditx.nn.dit import DiTConfig
+from ditx.objectives import ObjectiveConfig, make_objective
 from ditx.sharding import MeshConfig, batch_sharding, make_mesh, place
-from ditx.training import TrainState, eps_objective, train_step
+from ditx.training import TrainState, train_step
 
 BF16 = jnp.dtype("bfloat16")
 CONFIG = DiTConfig(16, 2, 4, 64, 4, 4)
@@ -28,7 +28,7 @@ def reported(config, mesh, batch_size, options):
         "x": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
         "y": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows),
     }
-    step = partial(train_step, objective=eps_objective(linear_schedule()), optimizer=optimizer, ema_decay=0.9)
+    step = partial(train_step, objective=make_objective(ObjectiveConfig()), optimizer=optimizer, ema_decay=0.9)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(partial(step, mesh=mesh, **options), donate_argnums=0, out_shardings=(places, None))
     found = step.lower(state, batch, jax.random.key(0)).compile().memory_analysis()

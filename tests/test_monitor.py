@@ -49,6 +49,17 @@ def test_a_line_has_the_means_of_the_updates_that_were_made(make, tmp_path, caps
     assert [line["loss"] for line in lines] == [3.0, None] and lines[1]["skipped"] == 2
 
 
+def test_losses_by_time_are_means_of_the_examples_there(make):
+    monitor = make()
+    monitor.sums["by_time"] = np.zeros((2, 3))
+    for by_time in ([[0.25, 0.75, 0], [1.0, 0.75, 0]], [[0.5, 0.5, 0], [0.5, 1.5, 0]]):
+        monitor.add(1, TERMS | {"by_time": np.array(by_time, np.float32)})
+    monitor.add(3, FAILED | {"by_time": np.full((2, 3), np.nan, np.float32)})
+    line = monitor.write(3)
+    assert line["loss_by_time"] == [2.0, 1.8, None] and line["count_by_time"] == [6, 10, 0]
+    assert "by_time" not in line and monitor.sums["by_time"].shape == (2, 3) and not monitor.sums["by_time"].any()
+
+
 def test_too_many_in_a_row_end_the_run(make):
     monitor = make()
     monitor.add(1, TERMS)

@@ -8,8 +8,8 @@ import pytest
 from references import load
 
 import train
-from ditx.diffusion.schedule import linear_schedule
-from ditx.training import TrainState, eps_objective, train_step
+from ditx.objectives import make_objective
+from ditx.training import TrainState, train_step
 
 ROWS = load("paper_tables.json")["table4"]
 PAPER = sorted(name for name in train.PRESETS if name.startswith("imagenet"))
@@ -45,11 +45,14 @@ def test_preset_builds_and_is_the_papers(name):
     size = config.model.input_size
     latents = jax.ShapeDtypeStruct((config.batch_size, size, size, 4), jnp.float16)
     batch = {"x": latents, "std": latents, "y": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
-    objective = eps_objective(linear_schedule())
     step = partial(
-        train_step, objective=objective, optimizer=optimizer, ema_decay=config.ema_decay, dtype=jnp.dtype(config.dtype)
+        train_step,
+        objective=make_objective(config),
+        optimizer=optimizer,
+        ema_decay=config.ema_decay,
+        dtype=jnp.dtype(config.dtype),
     )
     after, terms = jax.eval_shape(step, state, batch, jax.random.key(0))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert {leaf.dtype for leaf in jax.tree.leaves(after.model)} == {jnp.dtype("float32")}
-    assert set(terms) == {"mse", "vb", "loss", "grad_norm", "skipped"}
+    assert set(terms) == {"mse", "vb", "loss", "grad_norm", "skipped", "by_time"}

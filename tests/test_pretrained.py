@@ -1,5 +1,7 @@
 """Released weights: described from their shapes, drawn from as the authors do."""
 
+import json
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -10,6 +12,7 @@ from strategies import random_dit
 
 import ditx
 from ditx import imagenet, pretrained
+from ditx.objectives import ObjectiveConfig
 from ditx.sampling import SamplingConfig
 from ditx.weights import write_torch
 
@@ -31,9 +34,21 @@ def vae(tmp_path_factory):
 
 def test_released_weights_are_described_by_their_shapes(released):
     described = pretrained.describe(released)
-    assert described.model == RELEASED and described.objective == "eps"
+    assert described.model == RELEASED and described.objective == ObjectiveConfig()
     assert described.sampling == SamplingConfig("ddpm", 250, guidance_scale=4.0, guidance_channels=3)
     assert len(described.class_names) == 1000
+
+
+def test_runs_of_before_there_was_a_choice_are_described():
+    told = json.loads("""{"objective": "flow", "flow_time": [0.5, 1.0], "class_names": ["a"], "model": {
+        "input_size": 8, "num_classes": 1, "learn_sigma": false}, "steps": 3, "sampling": {"sampler": "euler",
+        "steps": 25, "eta": 0.0, "guidance_scale": 2.5, "guidance_channels": 0}}""")
+    described = pretrained.Description.of(told, "run")
+    assert described.objective == ObjectiveConfig("flow", flow_time=(0.5, 1.0))
+    assert described.sampling == SamplingConfig("euler", 25, guidance_scale=2.5)
+    for wrong in ({"objective": "noise"}, {"sampling": {"sampler": "euler", "colour": "red"}}):
+        with pytest.raises(ValueError, match="run was written by another version of ditx, or is damaged"):
+            pretrained.Description.of(told | wrong, "run")
 
 
 @pytest.mark.parametrize("name", ["DiT-S/8", "DiT-XL/2"])
@@ -75,7 +90,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(run, released, vae, tmp_pat
         ([released, "--vae", vae, "--labels", "1000"], "there is no class '1000'; there are 0 to 999: tench, goldfish"),
         ([released, "--vae", vae, "--decode-batch", 0], "decode_batch is 0"),
         ([released, "--vae", released], "the weights do not fit the configuration: missing ["),
-        ([released, "--vae", vae, "--sampler", "heun"], "sampler heun does not fit objective eps"),
+        ([released, "--vae", vae, "--steps", 1001], "steps is 1001; objective eps samples in 1 to 1000 steps"),
         ([tmp_path / "missing.pt", "--vae", vae], "there is no such file"),
         ([tmp_path, "--vae", vae], "is neither a run nor a folder with diffusion_pytorch_model"),
     ]:

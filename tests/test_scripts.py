@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,9 @@ from strategies import BLOCKS
 
 import sample
 import train
-from ditx import checkpoint, runs
+from ditx import checkpoint, pretrained, runs
 from ditx.nn.dit import DiT, DiTConfig
+from ditx.objectives import ObjectiveConfig
 
 # A network that compiles in seconds, on the embedded digits; pictures in few steps.
 TINY = (
@@ -50,7 +52,10 @@ def assert_same_run(run, other, step=40):
     assert len(leaves) > 40
     for x, y in leaves:
         np.testing.assert_array_equal(x, y)
-    assert losses(run) == losses(other)
+    timed = {"images_per_second", "data_wait"}
+    one, two = ([{k: line[k] for k in line.keys() - timed} for line in runs.read_metrics(r)] for r in (run, other))
+    assert one == two
+    assert all(sum(line["count_by_time"]) == 4 * 8 for line in one)
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +85,7 @@ def test_a_run_is_a_folder_of_plain_files(finished):
     config = json.loads((run / "config.json").read_text())
     assert (config["preset"], config["model"]["hidden_size"], config["steps"]) == ("digits", 16, 40)
     assert config["class_names"] == list("0123456789") and config["versions"]["jax"] == jax.__version__
-    for picture in ("samples/step-0000020.png", "samples/step-0000040.png", "loss.png"):
+    for picture in ("samples/step-0000020.png", "samples/step-0000040.png", "loss.png", "loss-by-time.png"):
         with PIL.Image.open(run / picture) as image:
             assert len(np.unique(np.asarray(image))) > 10
 
@@ -241,6 +246,38 @@ def ema_of(run):
     return {"ema": create.eval_shape(jax.random.key(0))}
 
 
+def test_a_network_without_labels_trains_and_guides_another(finished, tmp_path, monkeypatch, capsys):
+    flags = [*TINY, "--model.num-classes", 0, "--sampling.guidance-scale", 1, "--steps", 1, "--sample-every", 1]
+    code, said = call(train, monkeypatch, capsys, *flags, "--run", tmp_path / "free")
+    assert code == 0 and "5,000 images of 28x28x1, 0 classes" in said, said
+    assert runs.read_config(tmp_path / "free")["class_names"] == []
+    code, said = call(sample, monkeypatch, capsys, tmp_path / "free", "--separate", "--num", 2)
+    assert code == 0 and (tmp_path / "free" / "drawn-000" / "000001-any.png").exists(), said
+    code, said = call(sample, monkeypatch, capsys, tmp_path / "free", "--guidance-scale", 2)
+    assert code == 2 and "the network has no labels; use 1" in said
+
+    # Guided by itself, nothing changes; guided by another one, it does.
+    grids = {}
+    for name, guide in {"alone": "", "same": finished[0], "free": tmp_path / "free"}.items():
+        scale, grid = (["--guidance-scale", 1 if name == "alone" else 3], tmp_path / f"{name}.png")
+        drawn(finished[0], monkeypatch, capsys, "--num", 8, "--npz", "--guide", guide, *scale, "--out", grid)
+        with np.load(grid.with_suffix(".npz")) as file:
+            grids[name] = file["arr_0"].astype(int)
+    assert np.abs(grids["same"] - grids["alone"]).max() <= 1 < np.abs(grids["free"] - grids["alone"]).max()
+
+
+def test_a_guide_must_be_of_the_same_kind(finished):
+    described = pretrained.describe(finished[0])
+    sample.check_guide(replace(described, class_names=(), model=replace(described.model, num_classes=0)), described)
+    for other, sentence in [
+        (replace(described, objective=ObjectiveConfig("v")), "objective of --guide is v, and of the network flow"),
+        (replace(described, model=replace(described.model, in_channels=3)), "in_channels of --guide is 3, and of"),
+        (replace(described, class_names=tuple("abcdefghij")), "the classes of --guide are not those of the network"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            sample.check_guide(other, described)
+
+
 def test_a_profile_and_the_checkpoints_asked_for_are_there(tmp_path):
     run = tmp_path / "run"
     flags = [*TINY, "--steps", 20, "--run", run, "--sample-every", 0, "--keep", 1, "--profile-steps", 30]
@@ -284,7 +321,13 @@ MISTAKES = {
     "ema_decay is 1.0": ["--ema-decay", 1.0],
     "learning_rate is -1.0": ["--learning-rate", -1.0],
     "predicts no variance; add --model.no-learn-sigma": ["--model.learn-sigma"],
-    "sampler ddpm does not fit objective flow; use heun or euler": ["--sampling.sampler", "ddpm"],
+    "steps is 1001; objective eps samples in 1 to 1000": ["--objective", "eps", "--sampling.steps", 1001],
+    "schedule is cosine, but objective flow has a path of its own": ["--schedule", "cosine"],
+    "weighting is min-snr, but objective flow weighs times by how often": ["--weighting", "min-snr"],
+    "prediction is x0, which is for objective flow; use --objective x0": ["--objective", "v", "--prediction", "x0"],
+    "flow_shift is 0.0": ["--flow-shift", 0],
+    "length is 0.4 of the run; give a share": ["--ema-every", 5, "--ema-lengths", 0.4],
+    "but the network has no labels; use 1": ["--model.num-classes", 0],
     "the network has no null label": ["--model.label-dropout", 0.0, "--sampling.guidance-scale", 2.0],
     "model.num_classes is 12, but the data has 10": ["--model.num-classes", 12],
     "the images are 28x28, model.input_size is 32": ["--model.input-size", 32, "--model.patch-size", 8],
@@ -430,7 +473,7 @@ SAMPLE_MISTAKES = {
     "seed is 4294967296; it goes from 0": ["--seed", 2**32],
     "there is no class 'cat'; there are 0 to 9: 0, 1": ["--labels", "cat"],
     "there is no class '10'": ["--labels", 10],
-    "sampler ddpm does not fit objective flow": ["--sampler", "ddpm"],
+    "guidance_interval is 800.0 to 200.0; give two times": ["--guidance-interval", 800, 200],
     "steps is 0": ["--steps", 0],
     "guidance_channels is 3; the network has 1": ["--guidance-channels", 3],
     "num is -1": ["--num", -1],

@@ -15,11 +15,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditx import sharding
-from ditx.diffusion.schedule import linear_schedule
 from ditx.nn.dit import DiT, DiTConfig
+from ditx.objectives import ObjectiveConfig, make_objective
 from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
 from ditx.sharding import MeshConfig, batch_sharding, check_fit, local_rows, make_mesh, place, put_batch
-from ditx.training import TrainState, eps_objective, train_step
+from ditx.training import TrainState, train_step
 
 CONFIG = DiTConfig(8, 4, 2, 32, 3, 8, num_classes=7)
 BATCH = 16
@@ -48,7 +48,7 @@ def put_state(tree, mesh):
 
 
 def make_step(mesh=None, **options):
-    options = {"objective": eps_objective(linear_schedule()), "optimizer": OPTIMIZER, "ema_decay": 0.9} | options
+    options = {"objective": make_objective(ObjectiveConfig()), "optimizer": OPTIMIZER, "ema_decay": 0.9} | options
     return partial(train_step, mesh=mesh, **options)
 
 
@@ -67,7 +67,7 @@ def run_steps(step, state, put, count=3):
     terms = []
     for _ in range(count):
         state, each = step(state, put(make_batch()), jax.random.key(1))
-        terms.append({name: float(value) for name, value in each.items()})
+        terms.append({name: np.asarray(value) for name, value in each.items()})
     return state, terms
 
 
@@ -93,6 +93,7 @@ def test_eight_devices_equal_one(alone, name, options):
     step = compiled(name, **options)
     state, terms = run_steps(step, state, lambda batch: put_batch(batch, mesh, rows, BATCH))
     for one, eight in zip(alone[1], terms, strict=True):
+        assert one["by_time"][0].sum() == pytest.approx(1)
         for term in one:
             np.testing.assert_allclose(eight[term], one[term], rtol=2e-5, atol=1e-7, err_msg=term)
     for one, eight in zip(jax.tree.leaves(alone[0].ema), jax.tree.leaves(state.ema), strict=True):
@@ -136,7 +137,8 @@ def test_data_parallel_gradients_are_reduced_in_one_operation():
     assert set(sent) == {("entry", "all-reduce")}
     (reduced,) = sent["entry", "all-reduce"]
     scalars = [shape for shape in reduced if shape == ()]
-    assert Counter(reduced) - Counter(scalars) == Counter(leaves(model)) and len(scalars) == 3
+    others = Counter(reduced) - Counter(scalars)
+    assert others == Counter([*leaves(model), (2, 10)]) and len(scalars) == 3  # gradients; terms, one of them by time
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_every_leaf_of_model_average_and_moments_lies_alike():
 def test_samples_are_the_same_on_any_mesh(name):
     model = DiT(CONFIG, key=jax.random.key(0))
     noisy = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), model)
-    draw = make_draw(SamplingConfig(steps=4, guidance_scale=2.0), CONFIG, "eps")
+    draw = make_draw(SamplingConfig(steps=4, guidance_scale=2.0), CONFIG, ObjectiveConfig())
     labels, keys = jnp.arange(8) % 7, sample_keys(3, 0, 8)
     alone = jax.jit(lambda model: draw(model, labels, keys)[0])(noisy)
     mesh = make_mesh(MESHES[name])

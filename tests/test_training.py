@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from ditx.diffusion.schedule import linear_schedule
 from ditx.nn.dit import DiTConfig
-from ditx.training import TrainState, drop_label, eps_objective, flow_objective, train_step
+from ditx.objectives import ObjectiveConfig, make_objective
+from ditx.training import TrainState, drop_label, train_step
 
 CONFIG = DiTConfig(8, 4, 2, 16, 2, 2, num_classes=5)
 BATCH = 16
@@ -21,9 +21,9 @@ def make_batch(seed=0):
     return {"x": x, "y": rng.integers(0, 5, BATCH).astype(np.int32)}
 
 
-def make_step(optimizer, objective=None, config=CONFIG, **options):
-    objective = objective or eps_objective(linear_schedule())
-    state = TrainState.create(config, optimizer, key=jax.random.key(0))
+def make_step(optimizer, objective="eps", config=CONFIG, **options):
+    state = TrainState.create(config, optimizer, profiles=len(options.get("gammas", ())), key=jax.random.key(0))
+    objective = make_objective(ObjectiveConfig(objective))
     return state, partial(train_step, objective=objective, optimizer=optimizer, **({"ema_decay": 0.9} | options))
 
 
@@ -42,12 +42,25 @@ def test_average_starts_as_a_copy_and_follows_every_update():
     assert int(after.step) == 1
 
 
+def test_profiles_follow_every_update_at_their_rates():
+    gammas = (16.97, 6.94)
+    state, step = make_step(optax.adamw(1e-2), gammas=gammas)
+    step, models = jax.jit(step), []
+    for _ in range(3):
+        state, _ = step(state, make_batch(), jax.random.key(1))
+        models.append(jax.tree.leaves(state.model))
+    for profile, gamma in zip(state.profiles, gammas, strict=True):
+        shares = np.diff((np.arange(4) / 3) ** (gamma + 1))
+        for average, *values in zip(jax.tree.leaves(profile), *models, strict=True):
+            np.testing.assert_allclose(average, sum(s * v for s, v in zip(shares, values, strict=True)), atol=1e-6)
+
+
 def test_first_loss_of_the_papers_objective_is_that_of_a_zero_output():
     state, step = make_step(optax.sgd(0.0))
     rng = np.random.default_rng(0)
     batch = {"x": rng.standard_normal((512, 8, 8, 2)).astype(np.float32), "y": np.zeros(512, np.int32)}
     _, terms = jax.jit(step)(state, batch, jax.random.key(0))
-    assert set(terms) == {"loss", "mse", "vb", "grad_norm", "skipped"}
+    assert set(terms) == {"loss", "mse", "vb", "grad_norm", "skipped", "by_time"}
     # 1.000 + 0.0162 for data of unit variance; the mean over 65,536 draws wanders by less than 0.02.
     np.testing.assert_allclose(terms["mse"], 1.0, atol=0.02)
     np.testing.assert_allclose(terms["vb"], 0.0162, atol=0.01)
@@ -56,8 +69,8 @@ def test_first_loss_of_the_papers_objective_is_that_of_a_zero_output():
 
 @pytest.mark.parametrize("objective", ["eps", "flow"])
 def test_training_lowers_the_loss(objective):
-    config = dataclasses.replace(CONFIG, learn_sigma=objective == "eps")
-    state, step = make_step(optax.adam(3e-3), flow_objective() if objective == "flow" else None, config)
+    config = dataclasses.replace(CONFIG, learn_sigma=objective != "flow")
+    state, step = make_step(optax.adam(3e-3), objective, config)
     step, losses = jax.jit(step), []
     for _ in range(60):
         state, terms = step(state, make_batch(), jax.random.key(2))
@@ -88,6 +101,7 @@ def test_labels_drop_at_the_given_rate_and_never_without_a_null_label():
     assert abs(float((dropped == 5).mean()) - 0.1) < 0.02
     without = dataclasses.replace(CONFIG, label_dropout=0.0)
     assert int(drop_label(jnp.array(3), without, key=keys[0])) == 3
+    assert int(drop_label(jnp.array(3), dataclasses.replace(CONFIG, num_classes=0), key=keys[0])) == 0
 
 
 def test_half_precision_computes_near_float32_and_keeps_float32_state():

@@ -18,7 +18,7 @@ import tyro
 from ditx import flops
 from ditx.commands import bench_reading, bench_torch, bench_work
 from ditx.commands.bench_reading import Data, Extract
-from ditx.commands.bench_work import OutOfMemoryError, Sample, Timing, Train, resolved
+from ditx.commands.bench_work import OutOfMemoryError, Sample, Timing, Train, objective_of, resolved
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig, Remat
 from ditx.sharding import make_mesh
 
@@ -79,7 +79,7 @@ def check(config: Any) -> None:
     if getattr(config, "workers", 0) < 0:
         raise ValueError(f"workers is {config.workers}; it must not be negative")
     if isinstance(config, Sample):
-        config.sampling.check(config.model, "eps" if config.model.learn_sigma else "flow")
+        config.sampling.check(config.model, objective_of(config.model))
     if isinstance(config, Train) and min(config.batch_sizes, default=1) < 1:
         raise ValueError(f"batch_sizes are {config.batch_sizes}; each must be at least 1")
     if isinstance(config, Train | Sample) and config.beside:

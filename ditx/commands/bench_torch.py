@@ -14,7 +14,7 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from typing import Any
 
-from ditx.commands.bench_work import Network, Sample, Train, evaluations
+from ditx.commands.bench_work import Network, Sample, Train
 from ditx.diffusion.schedule import linear_schedule, respace
 from ditx.nn.dit import DiTConfig
 
@@ -152,7 +152,7 @@ def make_sample(torch: Any, config: Sample, network: Any, call: Any, device: Any
         torch.tensor(table, device=device) for table in (schedule.alpha, schedule.sigma, schedule.time)
     )
     labels = torch.arange(config.batch_size, device=device) % model.num_classes
-    guided = evaluations(sampling, "eps") > sampling.steps
+    guided = sampling.guidance_scale != 1
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, model.num_classes)])
 

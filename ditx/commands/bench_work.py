@@ -17,12 +17,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditx import flops
-from ditx.diffusion.schedule import linear_schedule
 from ditx.monitor import memory_of
 from ditx.nn.dit import DiT, DiTConfig, Remat
-from ditx.sampling import OBJECTIVE_SAMPLERS, SamplingConfig, make_draw, on_mesh, sample_keys
+from ditx.objectives import ObjectiveConfig, make_objective
+from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
 from ditx.sharding import MeshConfig, batch_parts, batch_sharding, check_fit, everywhere, make_mesh, place, put_whole
-from ditx.training import TrainState, eps_objective, flow_objective, optax, train_step
+from ditx.training import TrainState, adamw, train_step
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -209,10 +209,10 @@ def check_network(config: Train | Sample) -> Mesh:
 def train(config: Train) -> Timing:
     """Time training steps: the state born in its place and donated, the host one step ahead."""
     mesh, model, size = check_network(config), config.model, config.model.input_size
-    optimizer = optax.adamw(lambda step: 1e-4, weight_decay=0.0)
+    optimizer = adamw(lambda step: 1e-4)
     step = partial(
         train_step,
-        objective=eps_objective(linear_schedule()) if model.learn_sigma else flow_objective(),
+        objective=make_objective(objective_of(model)),
         optimizer=optimizer,
         ema_decay=0.9999,
         dtype=jnp.dtype(resolved(config.dtype)),
@@ -262,8 +262,8 @@ def train(config: Train) -> Timing:
 def sample(config: Sample) -> Timing:
     """Time draws: the whole loop is one program, its weights in what it computes in; labels and noise are arguments."""
     mesh, model = check_network(config), config.model
-    objective, dtype = "eps" if model.learn_sigma else "flow", jnp.dtype(resolved(config.dtype))
-    draw = on_mesh(make_draw(config.sampling, model, objective, unroll=config.unroll), mesh)
+    dtype = jnp.dtype(resolved(config.dtype))
+    draw = on_mesh(make_draw(config.sampling, model, objective_of(model), unroll=config.unroll), mesh)
 
     def create(key):
         network = random_weights(DiT(model, key=key))
@@ -284,11 +284,16 @@ def sample(config: Sample) -> Timing:
         network = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
         # Each is waited for, as sample.py does; a CPU would run two at once.
         times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop())), config.repeats)
-    work = 2 * config.batch_size * evaluations(config.sampling, objective) * flops.macs(model)
+    work = 2 * config.batch_size * evaluations(config.sampling, objective_of(model)) * flops.macs(model)
     return Timing(times, config.batch_size, work, compile_seconds, program_bytes)
 
 
-def evaluations(sampling: SamplingConfig, objective: str) -> int:
-    """Forward passes for one sample."""
-    sampler = OBJECTIVE_SAMPLERS[objective][0] if sampling.sampler == "auto" else sampling.sampler
-    return sampling.steps * (2 if sampler == "heun" else 1) * (1 if sampling.guidance_scale == 1 else 2)
+def objective_of(model: DiTConfig) -> ObjectiveConfig:
+    """The paper's, or flow matching for a network that predicts no variance."""
+    return ObjectiveConfig("eps" if model.learn_sigma else "flow")
+
+
+def evaluations(sampling: SamplingConfig, objective: ObjectiveConfig) -> int:
+    """Forward passes for one sample, guided at all times if at any."""
+    heun = sampling.resolved(objective).sampler == "heun"
+    return (2 * sampling.steps - 1 if heun else sampling.steps) * (1 if sampling.guidance_scale == 1 else 2)

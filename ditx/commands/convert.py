@@ -10,7 +10,7 @@ import tyro
 from ditx import convert, pretrained, weights
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 
-OVERRIDES = ("num_heads", "num_classes", "input_size", "frequency_shift")
+OVERRIDES = ("objective", "num_heads", "num_classes", "input_size", "frequency_shift")
 SUFFIXES = {"ditx": (".safetensors",), "authors": (".pt", ".safetensors"), "diffusers": ("",)}
 
 
@@ -24,6 +24,8 @@ class Config:
     """a new .safetensors or .pt file, or, for diffusers, a new folder"""
     to: Literal["auto", "ditx", "authors", "diffusers"] = "auto"
     """layout to write: ditx, which sample.py takes in place of a run, for .safetensors; authors for .pt"""
+    objective: Literal["eps", "sit"] | None = None
+    """of the authors' layout: sit for weights of SiT, which nothing in the file tells from DiT's; eps if not given"""
     num_heads: int | None = None
     """of a source that does not tell, with a width that was never published"""
     num_classes: int | None = None
@@ -49,10 +51,12 @@ def main(argv: list[str]) -> int:
     overrides = {name: getattr(config, name) for name in OVERRIDES}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     description = pretrained.describe(source, **overrides)
-    if to != "ditx" and description.objective != "eps":
+    objective = description.objective
+    if to != "ditx" and (objective.objective, objective.schedule) != ("eps", "linear"):
+        name = objective.objective if objective.schedule == "linear" else f"{objective.objective} (cosine)"
         raise ValueError(
-            f"{source} was trained with objective {description.objective}, which the layout of {to} cannot tell; write"
-            " a .safetensors of ours"
+            f"{source} was trained with objective {name}, which the layout of {to} cannot tell; write a .safetensors of"
+            " ours"
         )
     model, note = pretrained.load(source, description)
     print(f"read     {note}", flush=True)

@@ -13,6 +13,7 @@ from ditx import flops
 from ditx.commands import bench, bench_reading, bench_torch, bench_work
 from ditx.latents import LatentSource
 from ditx.nn.vae import AutoencoderKL, VAEConfig
+from ditx.objectives import ObjectiveConfig
 
 SMALL = ("--input-size", 4, "--in-channels", 4, "--hidden-size", 8, "--depth", 1, "--num-heads", 2)
 
@@ -45,10 +46,10 @@ def test_a_draw_with_guidance_is_two_forward_passes_a_step(run):
     assert code == 0, said
     told = json.loads(said)
     macs = flops.macs(ditx.DiTConfig(**told["config"]["model"]))
-    check_figures(told, 2 * 8 * (3 * 2 * 2) * macs)
+    check_figures(told, 2 * 8 * ((2 * 3 - 1) * 2) * macs)
     sampling = bench_work.SamplingConfig(steps=3)
-    assert bench_work.evaluations(sampling, "eps") == 3
-    assert bench_work.evaluations(replace(sampling, guidance_scale=2.0), "eps") == 6
+    assert bench_work.evaluations(sampling, ObjectiveConfig()) == 3
+    assert bench_work.evaluations(replace(sampling, guidance_scale=2.0), ObjectiveConfig()) == 6
 
 
 def test_more_than_a_device_has_is_said_before_it_is_run(monkeypatch):
