@@ -7,6 +7,7 @@ from pathlib import Path
 
 VERBS = {
     "convert": "weights of runs, of the authors and of diffusers, each into the others",
+    "evaluate": "FID, sFID, Inception Score, precision and recall of a run, of weights, or of images",
     "extract": "a folder of images into shards of latents, to train on",
     "info": "parameters, multiply-adds and memory of a network; the paper's table beside our counts",
 }
