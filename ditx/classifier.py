@@ -8,11 +8,15 @@ from jaxtyping import Array, Float, Int, Integer, UInt8
 from ditx.nn.classifier import Classifier
 
 MAX_SIDE = 64
-_STEPS, _BATCH, _RATE, _WARMUP, _MOMENTUM = 600, 64, 0.1, 50, 0.9
+_BATCH, _RATE, _WARMUP, _MOMENTUM = 64, 0.1, 50, 0.9
 
 
 def train_classifier(
-    images: UInt8[np.ndarray, "n h w c"], labels: Integer[np.ndarray, " n"], num_classes: int, seed: int = 0
+    images: UInt8[np.ndarray, "n h w c"],
+    labels: Integer[np.ndarray, " n"],
+    num_classes: int,
+    seed: int = 0,
+    steps: int = 600,
 ) -> tuple[Classifier, float]:
     """A classifier of such images, and its accuracy on the tenth of them that it was not trained on.
 
@@ -34,11 +38,11 @@ def train_classifier(
     model = Classifier(images.shape[-1], num_classes, key=jax.random.key(seed))
     velocity = jax.tree.map(jnp.zeros_like, model)
     order = rng.permutation(known)
-    for step in range(_STEPS):
+    for step in range(steps):
         if len(order) < _BATCH:
             order = np.concatenate([order, *(rng.permutation(known) for _ in range(1 + _BATCH // len(known)))])
         batch, order = order[:_BATCH], order[_BATCH:]
-        rate = _RATE * min(1, (step + 1) / _WARMUP) * np.cos(np.pi / 2 * step / _STEPS) ** 2
+        rate = _RATE * min(1, (step + 1) / _WARMUP) * np.cos(np.pi / 2 * step / steps) ** 2
         model, velocity = _update(model, velocity, images[batch], labels[batch].astype(np.int32), np.float32(rate))
     right = [
         np.asarray(_predicted(model, images[part])) == labels[part]

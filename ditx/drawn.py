@@ -40,7 +40,7 @@ class DrawingConfig:
     """sample number k depends on this and on k alone; of a classifier, that of its training"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """what the network computes in"""
-    batch: int = 100
+    batch: int = 128
     """samples drawn, or images read, at a time; a matter of memory and speed alone"""
     decode_batch: int = 4
     """latents decoded at a time on each device"""
@@ -60,7 +60,7 @@ class Samples:
     """What is judged, before any of it is read or drawn."""
 
     about: dict[str, Any]
-    """what tells these samples from all others, the number of them aside"""
+    """what tells these samples from all others, but for their number, and where they lie"""
     count: int
     image_shape: tuple[int, ...]
     batches: Callable[[int], Iterator[np.ndarray]]
@@ -78,9 +78,8 @@ def drawn(source: Path, described: Description, config: DrawingConfig, mesh: Mes
     step, weights = _identify(source, config.step)
     vae, vae_name, shape = _decoder(described, config)
     about = {
-        "source": str(source),
         "step": step,
-        "weights": f"{weights:08x}",
+        "weights": weights,
         "vae": vae_name,
         "seed": config.seed,
         "labels": "balanced" if config.balanced else "uniform at random",

@@ -94,16 +94,18 @@ def make_extract(features: FeatureNetwork, mesh: Mesh, batch_size: int = 32) -> 
 class Gathered:
     """Moments of features that come in batches, and the pool features themselves, of all or of those `kept`.
 
-    With a folder, each batch is also a file there, and those that are there already are read: what was killed goes on.
+    With a folder, each batch is also a file there, and those that are there already are read, up to as many images as
+    `most`: what was killed goes on.
     """
 
-    def __init__(self, folder: Path | None = None, kept: Bool[np.ndarray, " n"] | None = None):
+    def __init__(self, folder: Path | None = None, most: int = 0, *, kept: Bool[np.ndarray, " n"] | None = None):
         self.count, self._kept, self._folder = 0, kept, folder
         self._pool, self._moments, self._pending = [], (None, None), []
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            while (rows := _read(folder / f"{self.count:09d}.npz")) is not None:
-                self._add(rows)
+            while self.count < most and (rows := _read(folder / f"{self.count:09d}.npz")) is not None:
+                left = most - self.count
+                self._add(Rows(*(None if x is None else x[:left] for x in rows)))
 
     def add(self, rows: Rows) -> None:
         """Add the features of the images that come next."""
@@ -146,7 +148,7 @@ class Gathered:
 def _read(file: Path) -> Rows | None:
     """What `Gathered` has written, or None where a kill or a full disk prevented it."""
     try:
-        with np.load(file) as arrays:
+        with file.open("rb") as opened, np.load(opened) as arrays:
             return Rows(arrays["pool"], arrays.get("spatial"))
     except Exception:  # of any kind, for a damaged archive: it is written anew
         return None

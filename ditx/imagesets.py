@@ -54,7 +54,7 @@ def open_images(path: str, size: int = 0) -> ArraySource | FolderSource:
 def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Those of the named arrays that a file has. Raises ValueError, with the path, if it cannot be read."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: file[name] for name in names if name in file}
     except Exception as error:  # NumPy and zipfile raise many kinds for a damaged archive.
         raise ValueError(

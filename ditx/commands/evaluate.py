@@ -21,7 +21,7 @@ from ditx.commands.extract import Progress
 from ditx.drawn import DrawingConfig, Samples, drawn
 from ditx.evaluation import METRICS, Metric, measure
 from ditx.features import FeatureName, FeatureNetwork, Gathered, make_extract
-from ditx.imagesets import image_batches, open_images, with_channels
+from ditx.imagesets import image_batches, open_images, read_npz, with_channels
 from ditx.inception_weights import load_inception
 from ditx.nn.inception import Resize
 from ditx.pretrained import Description
@@ -58,7 +58,7 @@ class Config:
     metrics: tuple[Metric, ...] = METRICS
     """those to compute"""
     drawing: tyro.conf.OmitArgPrefixes[DrawingConfig] = field(default_factory=DrawingConfig)
-    feature_batch: int = 32
+    feature_batch: int = 64
     """images that the feature network sees at a time on each device"""
     out: str = ""
     """folder of results and of what is not finished; that of the run, or samples/NAME for weights, if not given"""
@@ -106,7 +106,7 @@ def parse(argv: list[str]) -> tuple[Config, Description | None]:
         return first, None
     # Read twice: what is named on the command line sets the defaults of the other flags.
     described = pretrained.describe(Path(source))
-    sampling = replace(described.sampling, guidance_scale=1.0, guidance_channels=0)
+    sampling = replace(described.sampling, guidance_scale=1.0)
     default = Config(source=source, drawing=DrawingConfig(sampling=sampling, vae=described.vae))
     return tyro.cli(Config, args=argv, prog=prog, default=default, description=description), described
 
@@ -126,6 +126,8 @@ def make_statistics(config: Config) -> None:
         raise ValueError(f"{config.source} is a network, not a data set; statistics are made from images")
     if out.suffix != ".npz" or out.exists():
         raise ValueError(f"--make-stats is {out}; give the name of a new file that ends in .npz")
+    if Path(config.source).suffix == ".npz" and "mu" in read_npz(Path(config.source), ("mu",)):
+        raise ValueError(f"{config.source} has statistics already; give it as the REFERENCE of an evaluation")
     mesh = make_mesh(config.mesh)
     source = open_images(config.source, config.size)
     print(f"images   {len(source):,} of {_shape(source.image_shape)}, {config.source}", flush=True)
@@ -190,20 +192,17 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
     mesh = make_mesh(config.mesh)
     reference = read_reference(Path(config.reference))
     features = FeatureNetwork(reference.classifier) if reference.classifier else read_inception(config)
+    source, folder = Path(config.source), Path(config.out) if config.out else None
     if described:
-        samples = drawn(Path(config.source), described, config.drawing, mesh)
-        folder = (
-            Path(config.source)
-            if pretrained.is_run(Path(config.source))
-            else Path("samples") / Path(config.source).stem
-        )
+        samples = drawn(source, described, config.drawing, mesh)
+        folder = folder or (source if pretrained.is_run(source) else Path("samples") / source.stem)
     else:
-        samples, folder = of_images(config), None
-    folder = Path(config.out) if config.out else folder
+        samples = of_images(config)
     if samples.count < 2:
         raise ValueError(f"{config.source} has {samples.count} images; a covariance needs at least 2")
     reference.check(features, samples.image_shape)
     result = {
+        "source": config.source,
         "samples": samples.about,
         "count": samples.count,
         "features": {"name": features.name, "checksum": features.checksum, "resize": features.resize},
@@ -223,17 +222,14 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
         if reference.images is not None and (reference.pool is None or "precision-recall" in config.metrics):
             _say(config, f"reads    {len(reference.images):,} images of the reference")
             of_reference, images = Gathered(), reference.images
-            parts = (
-                images[first : first + config.drawing.batch] for first in range(0, len(images), config.drawing.batch)
-            )
+            batch = config.drawing.batch
+            parts = (images[first : first + batch] for first in range(0, len(images), batch))
             gather(parts, of_reference, features, config, mesh, len(images))
             reference = reference.with_images(of_reference)
-        gathered = Gathered(partial)
+        gathered = Gathered(partial, samples.count)
         start = from_first(gathered.count)
-        _say(
-            config,
-            f"samples  {samples.count:,} of {_shape(samples.image_shape)}" + f", {start:,} are there" * (start > 0),
-        )
+        there = f", of which {start:,} are there" if start else ""
+        _say(config, f"samples  {samples.count:,} of {_shape(samples.image_shape)}{there}")
         gather(samples.batches(start), gathered, features, config, mesh, samples.count)
         if not is_first():
             return {}
@@ -257,9 +253,9 @@ def _stored(folder: Path | None, result: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def of_images(config: Config) -> Samples:
-    """Those of a folder or file."""
+    """Those of a data set, a folder or a file."""
     source = open_images(config.source, config.size)
-    about = {"source": config.source, "checksum": f"{source.checksum:08x}", "size": config.size}
+    about = {"checksum": f"{source.checksum:08x}", "size": config.size}
 
     def batches(start):
         return image_batches(source, start, config.drawing.batch)
@@ -270,14 +266,14 @@ def of_images(config: Config) -> Samples:
 def table(result: dict[str, Any]) -> str:
     """For people: the metrics, and the protocol that they hold for."""
     about, features, reference = result["samples"], result["features"], result["reference"]
-    lines = [("samples", f"{result['count']:,} of {about['source']}")]
+    lines = [("samples", f"{result['count']:,} of {result['source']}")]
     if "weights" in about:
         at = f" at step {about['step']:,}" if about["step"] else ""
         guided = "" if about["guidance_scale"] == 1 else f" on {about['guidance_channels'] or 'all'} channels"
         lines = [
             (
                 "samples",
-                f"{result['count']:,} of {about['source']}{at}, labels {about['labels']}, seed {about['seed']}",
+                f"{result['count']:,} of {result['source']}{at}, labels {about['labels']}, seed {about['seed']}",
             ),
             (
                 "sampler",
