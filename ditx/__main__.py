@@ -10,6 +10,7 @@ VERBS = {
     "evaluate": "FID, sFID, Inception Score, precision and recall of a run, of weights, or of images",
     "extract": "a folder of images into shards of latents, to train on",
     "info": "parameters, multiply-adds and memory of a network; the paper's table beside our counts",
+    "study": "networks of many kinds, trained and judged alike: tables and plots of FID against what they cost",
 }
 
 

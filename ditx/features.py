@@ -78,15 +78,15 @@ def make_extract(features: FeatureNetwork, mesh: Mesh, batch_size: int = 32) -> 
     compiled = jax.jit(run, out_shardings=everywhere(mesh))
 
     def extract(images):
-        parts = []
+        pool, spatial = [], []
         for first in range(0, len(images), count):
             part = images[first : first + count]
             # The last batch is filled up, so that one program serves all.
             padded = np.concatenate([part, np.zeros((count - len(part), *part.shape[1:]), np.uint8)])
             found = compiled(weights, put_whole(padded, rows))
-            parts.append([None if x is None else np.asarray(x, np.float32)[: len(part)] for x in found])
-        pool, spatial = zip(*parts, strict=True)
-        return Rows(np.concatenate(pool), None if spatial[0] is None else np.concatenate(spatial))
+            pool.append(np.asarray(found[0], np.float32)[: len(part)])
+            spatial += [] if found[1] is None else [np.asarray(found[1], np.float32)[: len(part)]]
+        return Rows(np.concatenate(pool), np.concatenate(spatial) if spatial else None)
 
     return extract
 

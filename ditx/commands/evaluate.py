@@ -206,7 +206,7 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
         "samples": samples.about,
         "count": samples.count,
         "features": {"name": features.name, "checksum": features.checksum, "resize": features.resize},
-        "reference": {"file": config.reference, "checksum": _checksum(Path(config.reference))},
+        "reference": {"file": config.reference, "checksum": checksum(Path(config.reference))},
         "wanted": list(config.metrics),
     }
     done = _stored(folder, result) if is_first() else None
@@ -305,7 +305,8 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _checksum(file: Path) -> str:
+def checksum(file: Path) -> str:
+    """CRC-32 of a file's contents."""
     crc = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 24):
