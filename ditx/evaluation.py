@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from jaxtyping import Int32, UInt8
 
 from ditx import data, metrics
-from ditx.features import FeatureNetwork, Gathered
+from ditx.features import FeatureNetwork, Gathered, make_extract
+from ditx.imagesets import with_channels
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.reference import Gaussian, Reference
 from ditx.sampling import Decode, SamplingConfig, make_draw, on_mesh, sample_keys
@@ -69,6 +70,22 @@ def make_images(
         return data.to_uint8(samples)
 
     return images
+
+
+def make_fid(
+    images: Images, features: FeatureNetwork, reference: Reference, mesh: Mesh, num: int
+) -> Callable[[DiT], float]:
+    """The function from weights, laid on the mesh, to the FID of their first `num` samples."""
+    extract = make_extract(features, mesh)
+
+    def fid(network):
+        gathered = Gathered()
+        while gathered.count < num:
+            batch = images(network, gathered.count)[: num - gathered.count]
+            gathered.add(extract(with_channels(batch, features.channels)))
+        return measure(gathered, features, reference, ("fid",))[0]["fid"]
+
+    return fid
 
 
 def measure(

@@ -105,7 +105,7 @@ class Gathered:
             folder.mkdir(parents=True, exist_ok=True)
             while self.count < most and (rows := _read(folder / f"{self.count:09d}.npz")) is not None:
                 left = most - self.count
-                self._add(Rows(*(None if x is None else x[:left] for x in rows)))
+                self._add(Rows(rows.pool[:left], None if rows.spatial is None else rows.spatial[:left]))
 
     def add(self, rows: Rows) -> None:
         """Add the features of the images that come next."""

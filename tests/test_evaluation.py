@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from ditx import data, metrics
+from ditx import checkpoint, data, metrics, runs
 from ditx.classifier import train_classifier
 from ditx.data import digits
-from ditx.evaluation import draw_labels, make_images, measure
+from ditx.evaluation import draw_labels, make_fid, make_images, measure
 from ditx.features import FeatureNetwork, Gathered, Rows, make_extract
 from ditx.nn.classifier import Classifier
 from ditx.nn.dit import DiT, DiTConfig
@@ -194,3 +194,33 @@ def test_metrics_are_those_of_the_features_and_what_is_missing_is_said(reference
     one.add(Rows(pool[:1], None))
     with pytest.raises(ValueError, match="at least 2 samples, and there are 1"):
         measure(one, features, reference)
+
+
+def test_training_logs_the_fid_that_evaluate_finds_and_keeps_the_best(run, tmp_path, monkeypatch):
+    features, gathered = FeatureNetwork(Classifier(1, 10, key=jax.random.key(0))), Gathered()
+    gathered.add(make_extract(features, make_mesh(MeshConfig()), 5)(digits().images[::125]))
+    path, folder = tmp_path / "reference.npz", tmp_path / "run"
+    Reference.of(gathered, features, "digits", (28, 28, 1)).write(path)
+    flags = (
+        "digits --model.hidden-size 16 --model.depth 1 --model.num-heads 2 --model.patch-size 14 --batch-size 8"
+        " --sampling.steps 2 --log-every 2 --sample-every 0 --keep 1 --steps 5 --eval-every 2 --eval-samples 10"
+    ).split()
+    # The FIDs are made to rise, so that the first is the best.
+    found = iter([1.0, 2.0])
+    with monkeypatch.context() as patch:
+        patch.setattr("train.make_fid", lambda *args: lambda ema: next(found, None) or make_fid(*args)(ema))
+        code, said = run.train(*flags, "--eval-stats", path, "--run", folder)
+    assert code == 0 and "step 5 FID" in said, said
+    assert checkpoint.steps(folder / "checkpoints") == [2, 5] and (folder / "loss.png").exists()
+    fids = {line["step"]: line["fid"] for line in runs.read_metrics(folder) if "fid" in line}
+    assert fids.pop(2) == 1 and fids.pop(4) == 2 and list(fids) == [5]
+    code, said = run.ditx("evaluate", folder, path, "--num", 10, "--metrics", "fid")
+    assert code == 0 and f"FID {fids[5]:.4f}" in said, (said, fids)
+
+    for wrong, sentence in [
+        ([], "eval_every needs --eval-stats; make them with: ditx evaluate --make-stats OUT DATA"),
+        (["--eval-stats", path, "--eval-samples", 1], "eval_samples is 1; a covariance needs at least 2"),
+        (["--eval-stats", tmp_path / "nowhere.npz"], "there is no such file; make it with"),
+    ]:
+        code, said = run.train(*flags, "--run", tmp_path / "other", *wrong)
+        assert code == 2 and sentence in said and not (tmp_path / "other").exists(), said

@@ -280,13 +280,13 @@ class Study:
                 rows.append({"network": name, **costs, "training_flops": training, **row})
         final = [row for row in rows if (row["step"], row["sampling_steps"]) == (steps, usual)]
         sizes = [row for row in final if row["block"] == "adaln-zero"]
-        correlation = _correlation([row["gflops"] for row in sizes], [row["fid"] for row in sizes])
+        with_size = correlation([row["gflops"] for row in sizes], [row["fid"] for row in sizes])
         table = {
             "steps": steps,
             "samples": self.grid.num,
             "sampling_steps": usual,
             "features": self.grid.features,
-            "correlation_of_fid_with_log_gflops": correlation,
+            "correlation_of_fid_with_log_gflops": with_size,
             "rows": rows,
         }
         runs.write(self.out / "table.json", json.dumps(table, indent=1) + "\n")
@@ -299,7 +299,7 @@ class Study:
         runs.write(self.out / "table.md", _markdown(final, table))
 
 
-def _correlation(gflops: list[float], fids: list[float]) -> float | None:
+def correlation(gflops: list[float], fids: list[float]) -> float | None:
     """Of FID with log Gflops (Peebles and Xie 2022, Figure 8); none of fewer than 3 networks."""
     if len(set(gflops)) < 3:
         return None

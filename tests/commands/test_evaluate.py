@@ -17,6 +17,7 @@ from ditx.nn.dit import DiT, DiTConfig
 from ditx.nn.inception import Inception
 from ditx.reference import read_reference
 from ditx.sampling import SamplingConfig
+from ditx.sharding import MeshConfig, make_mesh
 
 IMAGES = digits().images[::10, 2:26:3, 2:26:3]  # 500, of 8 x 8
 LABELS = digits().labels[::10].astype(int)
@@ -154,10 +155,11 @@ def test_inception_and_a_reference_of_the_adm_suite(run, tmp_path, monkeypatch):
     np.savez(tmp_path / "grey.npz", arr_0=grey)
     statistics = {"mu": rng.random(2048), "sigma": np.eye(2048), "mu_s": rng.random(2023), "sigma_s": np.eye(2023)}
     np.savez(tmp_path / "adm.npz", arr_0=images, **statistics)
-    add, rows = Gathered.add, []
+    add, rows, mesh = Gathered.add, [], make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(Gathered, "add", lambda self, each: (rows.append(each), add(self, each)))
+    monkeypatch.setattr("ditx.commands.evaluate.make_mesh", lambda config: mesh)  # compiled for one device, and soon
     monkeypatch.setattr("ditx.commands.evaluate.load_inception", lambda path: (network, f"{path} (CRC-32 00000000)"))
-    code, said = run.ditx("evaluate", tmp_path / "grey.npz", tmp_path / "adm.npz", "--json", "--feature-batch", 1)
+    code, said = run.ditx("evaluate", tmp_path / "grey.npz", tmp_path / "adm.npz", "--json", "--feature-batch", 5)
     assert code == 0 and "note: grey images are repeated to 3 channels" in said, said
     (reference, _), (pool, spatial) = rows
     assert reference.shape == pool.shape == (5, 2048) and spatial.shape == (5, 2023) and np.unique(pool).size > 1000
