@@ -75,6 +75,8 @@ def _figure(label: str, *, log: bool) -> tuple[Any, Any]:
     axes.set_ylabel("FID")
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")  # whose labels would lie over each other
+        axes.margins(x=0.1)
     axes.grid(alpha=0.3)
     return figure, axes
 
