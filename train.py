@@ -32,6 +32,9 @@ from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
     from ditx import checkpoint, data, ema, flops, pictures, pretrained, runs
+    from ditx.evaluation import make_fid, make_images
+    from ditx.features import FeatureNetwork
+    from ditx.inception_weights import load_inception
     from ditx.latents import LatentSource
     from ditx.monitor import Monitor, Profile, check_wandb, memory_of
     from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig, Remat
@@ -49,7 +52,8 @@ with install_import_hook("ditx", "beartype.beartype"):
         together,
         while_all_live,
     )
-    from ditx.sampling import SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
+    from ditx.reference import Reference, read_reference
+    from ditx.sampling import Decode, SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
     from ditx.sharding import (
         MeshConfig,
         batch_parts,
@@ -124,13 +128,21 @@ class Config(ObjectiveConfig):
     keep_every: int = 0
     """of the others, those of every so many steps are kept, too; 0 keeps none"""
     keep_best: int = 0
-    """of the others, so many of the lowest mean loss are kept, too"""
+    """of the others, so many of the lowest mean loss or, with eval_every, at least one, of the lowest FID, are kept"""
     max_skipped: int = 10
     """updates in a row that are skipped, for a loss or a gradient that is not finite, before the run ends"""
     sample_every: int = 10_000
     """steps between pictures; 0 draws none"""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """how the pictures are drawn"""
+    eval_every: int = 0
+    """steps between FIDs of the averaged weights, drawn as the pictures but without guidance; 0 computes none"""
+    eval_stats: str = ""
+    """what they compare with: a file that ditx evaluate --make-stats has written, or an ADM reference"""
+    eval_samples: int = 2_000
+    """samples of each; fewer than 10,000 tell one step from another, and no more"""
+    eval_inception: str = ""
+    """file of the Inception weights; pytorch-fid's, fetched once, if not given"""
     profile_steps: int = 0
     """steps, soon after the start, of which a trace is written to the run's folder profile; 0 writes none"""
     wandb: str = ""
@@ -204,6 +216,7 @@ PRESETS = {
 FREE = {"preset", "run", "data_path", "vae", "workers", "mesh", "processes", "unroll", "remat", "accumulate"}
 FREE |= {"log_every", "checkpoint_every", "keep", "keep_every", "keep_best", "max_skipped", "sample_every", "sampling"}
 FREE |= {"profile_steps", "wandb", "init_from"}
+FREE |= {"eval_every", "eval_stats", "eval_samples", "eval_inception"}
 
 
 def parse(argv: list[str]) -> tuple[str, Config]:
@@ -222,7 +235,7 @@ def check(config: Config) -> None:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     least_zero = ("learning_rate", "warmup", "weight_decay", "sample_every", "workers", "seed")
-    for name in (*least_zero, "keep_every", "keep_best", "profile_steps", "ema_every"):
+    for name in (*least_zero, "keep_every", "keep_best", "profile_steps", "ema_every", "eval_every"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
     if config.seed >= 2**32:
@@ -237,6 +250,13 @@ def check(config: Config) -> None:
         config.sampling.check(config.model, config)
     if config.ema_every:
         powers_of(config)
+    if config.eval_every:
+        if not config.eval_stats:
+            raise ValueError("eval_every needs --eval-stats; make them with: ditx evaluate --make-stats OUT DATA")
+        if config.dataset == "latents" and not config.vae:
+            raise ValueError("eval_every needs --vae, which decodes the latents")
+        if config.eval_samples < 2:
+            raise ValueError(f"eval_samples is {config.eval_samples}; a covariance needs at least 2")
     if config.wandb:
         check_wandb()
 
@@ -285,16 +305,37 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return adamw(rate, beta2=config.beta2, weight_decay=config.weight_decay)
 
 
+def read_decoder(config: Config, source: data.Source, mesh: Mesh) -> Decode | None:
+    """What decodes latents, where the data are latents."""
+    if not isinstance(source, LatentSource):
+        return None
+    vae, name = load_vae(config.vae)
+    check_scale(vae, name, source.metadata["scale"])
+    return make_decode(vae, mesh)
+
+
+def open_reference(config: Config, source: data.Source) -> tuple[Reference, FeatureNetwork] | None:
+    """What FIDs compare with, if any are to be computed. Raises ValueError if it does not fit the data."""
+    if not config.eval_every:
+        return None
+    reference = read_reference(Path(config.eval_stats))
+    if reference.pool is None:
+        raise ValueError(
+            f"{config.eval_stats} has images alone; make statistics of them with ditx evaluate --make-stats"
+        )
+    network = reference.classifier or load_inception(config.eval_inception)[0]
+    features = FeatureNetwork(network, reference.resize)
+    latent = isinstance(source, LatentSource)
+    side = source.metadata["image_size"] if latent else source.image_shape[0]
+    reference.check(features, (side, side, 3 if latent else source.image_shape[2]))
+    return reference, features
+
+
 def make_picture(config: Config, source: data.Source, mesh: Mesh) -> Callable[[DiT, Path], None] | None:
     """The function that writes samples of averaged weights: the same noise and up to ten classes every time."""
     if not config.sample_every or (isinstance(source, LatentSource) and not config.vae):
         return None
-    decode = None
-    if isinstance(source, LatentSource):
-        vae, name = load_vae(config.vae)
-        check_scale(vae, name, source.metadata["scale"])
-        decode = make_decode(vae, mesh)
-    num_classes = config.model.num_classes
+    decode, num_classes = read_decoder(config, source, mesh), config.model.num_classes
     columns = min(num_classes, 10) or 10
     count = -(-4 * columns // batch_parts(mesh)) * batch_parts(mesh)
     classes = np.linspace(0, max(num_classes - 1, 0), columns).astype(np.int32)
@@ -318,6 +359,7 @@ def train(preset: str, config: Config) -> int:
     with together():
         check(config)
         source, model_config = open_data(config, preset)
+        compared = open_reference(config, source)
         config = replace(config, model=model_config)
         check(config)
         mesh = make_mesh(config.mesh)
@@ -349,10 +391,12 @@ def train(preset: str, config: Config) -> int:
         with together():
             if not (run / "shared").exists() or (run / "shared").read_text() != token:
                 raise ValueError(f"{run} is not where the first process made it; give a --run that all processes share")
-        return fit(config, source, mesh)
+        return fit(config, source, mesh, compared)
 
 
-def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
+def fit(
+    config: Config, source: data.Source, mesh: Mesh, compared: tuple[Reference, FeatureNetwork] | None = None
+) -> int:
     """Train in a folder that is this run's, and locked; returns the exit code."""
     run, model_config, size = Path(config.run), config.model, config.model.input_size
     latent = isinstance(source, LatentSource)
@@ -428,7 +472,19 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
             aside = checkpoint.set_aside(checkpoints, step)
             print(f"warning: {sentence}; moved to {aside}, going back to step {start:,}", file=sys.stderr)
         print(f"goes on  from step {start:,}", flush=True)
-    draw_picture = make_picture(config, source, mesh)
+    draw_picture, fid_of = make_picture(config, source, mesh), None
+    if compared:
+        reference, features = compared
+        images = make_images(
+            replace(config.sampling, guidance_scale=1.0),
+            model_config,
+            config,
+            read_decoder(config, source, mesh),
+            mesh,
+            batch_size=min(128, config.eval_samples),
+            seed=config.seed,
+        )
+        fid_of = make_fid(images, features, reference, mesh, config.eval_samples)
 
     def finish(state):
         """Write the pictures of the last step, where they are missing."""
@@ -437,7 +493,7 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
             missing = [path for path in (last, loss_picture, time_picture) if is_first() and not path.exists()]
         if draw_picture and from_first(last in missing):
             draw_picture(state.ema, last)
-        lines = runs.read_metrics(run) if missing else []
+        lines = [line for line in runs.read_metrics(run) if missing and "loss" in line]
         names = ("step", "loss", "loss_by_time", "count_by_time")
         steps, losses, by_time, counts = (np.array([line[name] for line in lines], np.float64) for name in names)
         if loss_picture in missing:
@@ -494,7 +550,8 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
         checkpoints,
         keep=config.keep,
         keep_every=config.keep_every,
-        keep_best=config.keep_best,
+        keep_best=max(config.keep_best, config.eval_every > 0),
+        best="fid" if config.eval_every else "loss",
         described=runs.read_config(run),
     )
     bar = tqdm(
@@ -522,11 +579,11 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
                 terms, pending = jax.device_get(pending), None
                 monitor.add(step, terms)
 
-        def save():
+        def save(fid=None):
             nonlocal saved
             settle()
             trees = {part: getattr(state, part) for part in parts} | {"window": monitor.sums}
-            manager.save(step, trees, loss=monitor.mean_loss())
+            manager.save(step, trees, metrics={"loss": monitor.mean_loss(), "fid": fid})
             saved = step
 
         while step < config.steps:
@@ -559,11 +616,18 @@ def fit(config: Config, source: data.Source, mesh: Mesh) -> int:
                 settle()
                 with monitor.paused(step):
                     store(state.profiles, step)
-            due |= step % config.checkpoint_every == 0
+            fid = None
+            if fid_of and (step % config.eval_every == 0 or step == config.steps):
+                settle()
+                with monitor.paused(step):
+                    fid = fid_of(state.ema)
+                monitor.note(step, fid=fid)
+                bar.write(f"step {step:,}  FID {fid:.4f} of {config.eval_samples:,} samples")
+            due |= step % config.checkpoint_every == 0 or fid is not None
             if due:
                 settle()
                 if not monitor.in_a_row:  # else the newest checkpoint stays the one from before
-                    save()
+                    save(fid)
                     due = False
             if draw_picture and step % config.sample_every == 0:
                 settle()

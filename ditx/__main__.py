@@ -9,9 +9,11 @@ VERBS = {
     "bench": "how fast this machine trains, draws, encodes and reads, also beside PyTorch, and by which choices",
     "convert": "weights of runs, of the authors and of diffusers, each into the others",
     "ema": "an average of a run's weights of any length, after training",
+    "evaluate": "FID, sFID, Inception Score, precision and recall of a run, of weights, or of images",
     "extract": "a folder of images into shards of latents, to train on",
     "info": "parameters, multiply-adds and memory of a network; the paper's table beside our counts",
     "likelihood": "bits per dimension of images by a network of pixels",
+    "study": "networks of many kinds, trained and judged alike: tables and plots of FID against what they cost",
 }
 
 

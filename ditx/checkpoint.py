@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ _SLICE = 1 << 20  # bytes
 class Checkpoints:
     """The checkpoints in one folder, a subfolder for each step.
 
-    Kept are the newest `keep`, those of every step that `keep_every` divides, and the `keep_best` of the lowest loss.
-    What is stored is a dictionary of named trees of arrays; each can be read alone, on any devices. The manifest of
-    each holds its step, what is `described`, and the checksums of its files. Several processes share the folder.
+    Kept are the newest `keep`, those of every step that `keep_every` divides, and the `keep_best` in which the metric
+    `best` is lowest. What is stored is a dictionary of named trees of arrays; each can be read alone, on any devices.
+    The manifest of each holds its step, what is `described`, and the checksums of its files. Several processes share
+    the folder.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Checkpoints:
         keep: int = 3,
         keep_every: int = 0,
         keep_best: int = 0,
+        best: str = "loss",
         described: dict[str, Any] | None = None,
     ):
         # Orbax reports every failed read, which we do too, in one sentence, and much else.
@@ -42,12 +45,12 @@ class Checkpoints:
         kept = [policies.LatestN(keep)]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
         # Unless told otherwise, Orbax takes the highest for the best, and keeps all of unknown quality.
-        best = {
-            "get_metric_fn": lambda metrics: metrics["loss"],
+        ranked = {
+            "get_metric_fn": lambda metrics: metrics.get(best, math.inf),
             "reverse": True,
             "keep_checkpoints_without_metrics": False,
         }
-        kept += [policies.BestN(n=keep_best, **best)] if keep_best else []
+        kept += [policies.BestN(n=keep_best, **ranked)] if keep_best else []
         self._manager = ocp.training.Checkpointer(
             str(self.folder),
             context=ocp.Context(
@@ -61,7 +64,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    def save(self, step: int, trees: dict[str, Any], *, loss: float | None = None) -> None:
+    def save(self, step: int, trees: dict[str, Any], *, metrics: Mapping[str, float | None] | None = None) -> None:
         """Start to write `trees` as step `step`; waits only for the save before it. Raises OSError if that failed."""
         with self._failing():
             # Asked first, since a write that fails half-way has Orbax's threads print their tracebacks.
@@ -70,8 +73,8 @@ class Checkpoints:
                 free = shutil.disk_usage(self.folder).free
                 if free < size:
                     raise OSError(f"it takes {size:,} bytes, and the disk has {free:,} left")
-            metrics: Any = None if loss is None else {"loss": loss}
-            self._manager.save_checkpointables_async(step, trees, force=True, metrics=metrics)
+            known: Any = {name: value for name, value in (metrics or {}).items() if value is not None}
+            self._manager.save_checkpointables_async(step, trees, force=True, metrics=known or None)
 
     def close(self) -> None:
         """Wait until everything is on disk. Raises OSError if it could not be written."""

@@ -129,7 +129,7 @@ def digits() -> ArraySource:
         return ArraySource(arrays["images"][..., None], arrays["labels"], tuple("0123456789"))
 
 
-def cifar10(path: str | os.PathLike) -> Source:
+def cifar10(path: str | os.PathLike) -> ArraySource | FolderSource:
     """The CIFAR-10 training images (Krizhevsky 2009) in any of the forms in which people keep them.
 
     `path` is the folder of the official Python batches or the one above it; or an `.npz` of `images` (uint8, n h w c),

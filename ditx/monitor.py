@@ -135,6 +135,14 @@ class Monitor:
         self._clock, self._since, self._waited = time.perf_counter(), step, 0.0
         return line
 
+    def note(self, step: int, **values: float) -> None:
+        """Write a line of what is not measured at every step."""
+        if self._file:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
     def show(self, step: int, path: Path) -> None:
         """Have a picture appear beside the metrics."""
         if self._wandb:

@@ -104,16 +104,18 @@ def _described(model: DiTConfig, objective: ObjectiveConfig) -> Description:
     return Description(model, objective, sampling, names)
 
 
-def load(source: Path, description: Description, places: Any = None) -> tuple[DiT, str]:
+def load(source: Path, description: Description, places: Any = None, *, step: int = 0) -> tuple[DiT, str]:
     """Read the averaged weights of what `describe` described, where `places` (shapes with shardings) has them lie.
 
-    That is the first device if it is not given. Also returns a sentence on what was read. Raises ValueError if it is
-    damaged or does not fit.
+    That is the first device if it is not given. Of a run, they are those of the newest sound checkpoint, or of the one
+    at `step`. Also returns a sentence on what was read. Raises ValueError if it is damaged or does not fit.
     """
     if places is None:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         places = jax.jit(lambda key: DiT(description.model, key=key), out_shardings=first).eval_shape(jax.random.key(0))
     if is_run(source):
+        if step:
+            return checkpoint.load(source / "checkpoints", step, {"ema": places})["ema"], f"{source} at step {step:,}"
         restored = checkpoint.load_newest(source / "checkpoints", {"ema": places})
         if restored is None:
             raise ValueError(f"{source} has no checkpoint yet; let train.py reach its first")

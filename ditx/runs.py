@@ -55,8 +55,13 @@ def newest_run(root: Path) -> Path:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, less one that a kill may have cut off."""
-    lines, file = [], run / METRICS
+    """The lines of a run's metrics."""
+    return read_lines(run / METRICS)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of JSON in a file, of which there may be none, less one that a kill may have cut off."""
+    lines = []
     for line in file.read_text().splitlines() if file.exists() else []:
         with suppress(ValueError):
             lines.append(json.loads(line))

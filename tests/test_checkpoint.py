@@ -111,3 +111,17 @@ def test_a_full_disk_is_said_before_anything_is_written(folder, monkeypatch):
         manager.save(40, trees(40))
     manager.close()
     assert checkpoint.steps(folder) == [10, 20, 30]
+
+
+def test_the_best_by_the_metric_asked_for_is_kept(tmp_path):
+    manager = checkpoint.Checkpoints(tmp_path, keep=1, keep_best=1, best="fid")
+    for step, metrics in [
+        (1, {"fid": 3.0}),
+        (2, {"fid": 1.0, "loss": 9.0}),
+        (3, {"fid": None, "loss": 0.1}),
+        (4, {}),
+        (5, {"fid": 2.0}),
+    ]:
+        manager.save(step, trees(step), metrics=metrics)
+    manager.close()
+    assert checkpoint.steps(tmp_path) == [2, 5]

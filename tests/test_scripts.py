@@ -145,11 +145,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     # Files may not grow beyond 4 kB once the first checkpoint lies there: what a full disk does to a write.
     limited += (
         "import pathlib; from ditx import checkpoint; save = checkpoint.Checkpoints.save\n"
-        "def full(self, step, trees, loss):\n"
+        "def full(self, step, trees, metrics):\n"
         "    if step == 10:\n"
         "        self._manager.wait()\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "    save(self, step, trees, loss=loss)\n"
+        "    save(self, step, trees, metrics=metrics)\n"
         "checkpoint.Checkpoints.save = full\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"

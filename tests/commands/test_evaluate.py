@@ -1,0 +1,248 @@
+"""`ditx evaluate` as a user runs it: on runs' weights, folders and npz files, stopped half-way, on mistaken files."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import scripts
+
+from ditx import metrics, pictures, pretrained
+from ditx.classifier import train_classifier
+from ditx.data import digits
+from ditx.features import FeatureNetwork, Gathered
+from ditx.nn.dit import DiT, DiTConfig
+from ditx.nn.inception import Inception
+from ditx.reference import read_reference
+from ditx.sampling import SamplingConfig
+from ditx.sharding import MeshConfig, make_mesh
+
+IMAGES = digits().images[::10, 2:26:3, 2:26:3]  # 500, of 8 x 8
+LABELS = digits().labels[::10].astype(int)
+
+
+def write_folder(folder, images, labels=None):
+    for number, image in enumerate(images):
+        parent = folder if labels is None else folder / str(labels[number])
+        parent.mkdir(parents=True, exist_ok=True)
+        pictures.to_picture(image).save(parent / f"{number:04d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a data set, its reference, and weights."""
+    place = tmp_path_factory.mktemp("evaluate")
+    np.savez(place / "data.npz", arr_0=IMAGES, labels=LABELS)
+    model = DiTConfig(8, 4, 1, 16, 1, 2, num_classes=10, learn_sigma=False)
+    leaves, structure = jax.tree.flatten(DiT(model, key=jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    network = jax.tree.unflatten(
+        structure, [leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
+    )
+    sampling = SamplingConfig(steps=2, sampler="euler", guidance_scale=3.0)
+    described = pretrained.Description(model, "flow", sampling, tuple("0123456789"))
+    pretrained.write(place / "weights.safetensors", network, described)
+    return place
+
+
+@pytest.fixture(scope="module")
+def reference(place):
+    """Statistics of the data set, by a classifier that was hardly trained."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("ditx.commands.evaluate.train_classifier", lambda *args: train_classifier(*args, steps=20))
+    with monkeypatch.context():
+        from ditx.commands import evaluate
+
+        path = place / "reference.npz"
+        assert evaluate.main(["--make-stats", str(path), str(place / "data.npz"), "--features", "classifier"]) == 0
+    monkeypatch.undo()
+    return path
+
+
+def found(run, *arguments):
+    code, said = run.ditx("evaluate", *arguments, "--json")
+    assert code == 0, said
+    return json.loads(said[said.index("{") : said.rindex("}") + 1])
+
+
+def test_folders_and_arrays_are_judged_alike_and_as_by_the_library(reference, place, run, tmp_path):
+    images = IMAGES[::7]
+    np.savez(tmp_path / "samples.npz", arr_0=images)
+    write_folder(tmp_path / "folder", images)
+    by_array, by_folder = (found(run, tmp_path / name, reference) for name in ("samples.npz", "folder"))
+    assert by_array["metrics"] == pytest.approx(by_folder["metrics"], rel=1e-12) and by_array["count"] == 72
+
+    read = read_reference(reference)
+    network = FeatureNetwork(read.classifier)
+    data, pool = (np.asarray(jax.vmap(network.network)(x).pool, np.float64) for x in (IMAGES, images))
+    np.testing.assert_allclose(read.pool.covariance, np.cov(data.T), rtol=1e-4, atol=1e-8)
+    expected = {
+        "fid": metrics.frechet_distance(pool.mean(0), np.cov(pool.T), data.mean(0), np.cov(data.T)),
+        "inception_score": metrics.inception_score(network.logits(pool.astype(np.float32))),
+        **metrics.precision_recall(data.astype(np.float32), pool.astype(np.float32))._asdict(),
+    }
+    assert by_array["metrics"] == pytest.approx(expected, rel=1e-4)
+    assert by_array["metrics"]["precision"] == 1  # they are among the data
+
+    code, said = run.ditx("evaluate", tmp_path / "samples.npz", reference, "--metrics", "fid", "sfid")
+    assert code == 0 and f"FID {expected['fid']:.4f}" in said and "sFID none: the network has no spatial" in said, said
+    assert "recall" not in said and "72 samples: FID and sFID are too high" in said
+    assert "not to be compared with FIDs of Inception" in said and "500 images, from" in said
+
+
+def test_stopped_and_started_again_it_finds_what_it_would_have(reference, place, run, tmp_path, monkeypatch):
+    flags = [place / "weights.safetensors", reference, "--num", 40, "--batch", 8]
+    expected = found(run, *flags, "--out", tmp_path / "whole")
+    assert expected["samples"]["guidance_scale"] == 1.0 and expected["samples"]["steps"] == 2
+
+    add, told = Gathered.add, []
+    with monkeypatch.context() as patch:
+
+        def stop(self, rows):
+            if len(told) == 3:
+                raise KeyboardInterrupt
+            told.append(self.count)
+            add(self, rows)
+
+        patch.setattr(Gathered, "add", stop)
+        assert run.ditx("evaluate", *flags, "--out", tmp_path / "parts")[0] == 130
+    (partial,) = (tmp_path / "parts").iterdir()
+    # Other seeds and samplers begin anew, beside it.
+    other = found(run, *flags, "--out", tmp_path / "parts", "--seed", 1)
+    assert partial.exists() and other["metrics"] != expected["metrics"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Gathered, "add", lambda self, rows: (told.append(self.count), add(self, rows)))
+        assert found(run, *flags, "--out", tmp_path / "parts") == expected
+    assert told == [0, 8, 16, 24, 32] and [file.name for file in (tmp_path / "parts").iterdir()] == [
+        "evaluations.jsonl"
+    ]
+
+    # What was found is not computed again.
+    monkeypatch.setattr(Gathered, "add", None)
+    assert found(run, *flags, "--out", tmp_path / "parts") == expected
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "evaluations.jsonl").read_text().splitlines()]
+    assert lines == [other, expected]
+
+
+def test_one_device_two_processes_and_the_images_that_sample_py_writes(reference, place, run, tmp_path):
+    flags = [place / "weights.safetensors", reference, "--num", 20, "--balanced", "--batch", 16, "--seed", 5]
+    eight = found(run, *flags, "--out", tmp_path / "8")
+    command = [scripts.ROOT / "ditx" / "__main__.py", "evaluate", *flags, "--json"]
+    one = scripts.start(*command, "--out", tmp_path / "1")
+    two = scripts.start_together(*command, "--out", tmp_path / "2", devices=2)
+    for process in (one, *two):
+        code, said = scripts.finish(process)
+        assert code == 0, said
+    for folder in "12":
+        (line,) = (tmp_path / folder / "evaluations.jsonl").read_text().splitlines()
+        assert json.loads(line)["metrics"] == pytest.approx(eight["metrics"], rel=1e-3)
+
+    drawn = tmp_path / "drawn.png"
+    flags = ["--num", 20, "--npz", "--guidance-scale", 1, "--batch", 16, "--seed", 5, "--out", drawn]
+    assert run.sample(place / "weights.safetensors", *flags)[0] == 0
+    assert found(run, drawn.with_suffix(".npz"), reference)["metrics"] == pytest.approx(eight["metrics"], rel=1e-12)
+
+
+def test_inception_and_a_reference_of_the_adm_suite(run, tmp_path, monkeypatch):
+    """The network's features are held to the suite's in tests/nn; here, that each comes to its metric."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: Inception(key=key), jax.random.key(0))
+    network = jax.tree.map(lambda x: 0.05 * rng.random(x.shape, np.float32) ** 2, shapes)
+    grey, images = rng.integers(0, 256, (2, 5, 8, 8, 1)).astype(np.uint8)
+    np.savez(tmp_path / "grey.npz", arr_0=grey)
+    statistics = {"mu": rng.random(2048), "sigma": np.eye(2048), "mu_s": rng.random(2023), "sigma_s": np.eye(2023)}
+    np.savez(tmp_path / "adm.npz", arr_0=images, **statistics)
+    add, rows, mesh = Gathered.add, [], make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(Gathered, "add", lambda self, each: (rows.append(each), add(self, each)))
+    monkeypatch.setattr("ditx.commands.evaluate.make_mesh", lambda config: mesh)  # compiled for one device, and soon
+    monkeypatch.setattr("ditx.commands.evaluate.load_inception", lambda path: (network, f"{path} (CRC-32 00000000)"))
+    code, said = run.ditx("evaluate", tmp_path / "grey.npz", tmp_path / "adm.npz", "--json", "--feature-batch", 5)
+    assert code == 0 and "note: grey images are repeated to 3 channels" in said, said
+    (reference, _), (pool, spatial) = rows
+    assert reference.shape == pool.shape == (5, 2048) and spatial.shape == (5, 2023) and np.unique(pool).size > 1000
+    mu, sigma, mu_s, sigma_s = statistics.values()
+    expected = {
+        "fid": metrics.frechet_distance(pool.mean(0), np.cov(pool.T), mu, sigma),
+        "sfid": metrics.frechet_distance(spatial.mean(0), np.cov(spatial.T), mu_s, sigma_s),
+        "inception_score": metrics.inception_score(pool @ network.logits),
+        **metrics.precision_recall(reference, pool)._asdict(),
+    }
+    values = json.loads(said[said.index("{") : said.rindex("}") + 1])["metrics"]
+    assert values == pytest.approx(expected, rel=1e-4)
+
+
+def refused(run, *arguments):
+    code, said = run.ditx("evaluate", *arguments)
+    assert code == 2 and "Traceback" not in said, said
+    return said
+
+
+def test_mistakes_end_in_a_sentence(reference, place, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = place / "weights.safetensors"
+    for arguments, sentence in [
+        ([weights], "there is nothing to compare with; make statistics with: ditx evaluate --make-stats OUT DATA"),
+        ([], "there is no run under runs/"),
+        ([weights, reference, "--num", 1], "num is 1; it must be at least 2, since a covariance needs as many"),
+        ([weights, reference, "--step", 5], "step is 5, but"),
+        ([weights, reference, "--vae", "ft-mse"], "but the network makes images of 1 channels; leave it out"),
+        ([weights, reference, "--sampler", "ddpm"], "sampler ddpm does not fit objective flow"),
+        ([tmp_path / "nowhere", reference], "there is no such file or folder; give a folder of images"),
+        ([place / "data.npz", tmp_path / "nowhere.npz"], "there is no such file; make it with"),
+        (["--make-stats", "out.npz"], "what is out.npz to be made from?"),
+        (["--make-stats", "out.txt", "digits"], "give the name of a new file that ends in .npz"),
+        (["--make-stats", reference, "digits"], "give the name of a new file that ends in .npz"),
+        (["--make-stats", "out.npz", weights], "is a network, not a data set"),
+        (["--make-stats", "out.npz", reference], "has statistics already; give it as the REFERENCE"),
+        (["--make-stats", "out.npz", "digits", "--inception", "nowhere.pth"], "nowhere.pth: there is no such file"),
+    ]:
+        assert sentence in refused(run, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_cannot_be_judged_are_refused(reference, run, tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
+    for name, arrays, sentence in [
+        ("float", {"arr_0": colour / 255}, "cannot be judged: images are float64 of shape (6, 8, 8, 3); give uint8"),
+        ("five", {"arr_0": np.zeros((6, 8, 8, 5), np.uint8)}, "has images of 5 channels; give 1 (grey) or 3 (RGB)"),
+        ("other", {"x": colour}, "has no images, of the name arr_0 or images"),
+        ("one", {"arr_0": IMAGES[:1]}, "has 1 images; a covariance needs at least 2"),
+        ("colour", {"arr_0": colour}, "the images are of colour, but the reference is of grey ones"),
+        ("large", {"arr_0": colour.repeat(2, 1).repeat(2, 2)}, "the images are 16x16, those of the reference 8x8"),
+    ]:
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        assert sentence in refused(run, tmp_path / f"{name}.npz", reference)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "one.npz").read_bytes()[:300])
+    assert "cannot be read as an .npz" in refused(run, tmp_path / "cut.npz", reference)
+
+    folder = write_folder(tmp_path / "folder", IMAGES[::25], LABELS[::25])
+    whole = (folder / str(LABELS[75]) / "0003.png").read_bytes()
+    (folder / str(LABELS[75]) / "0003.png").write_bytes(whole[:60])
+    assert f"cannot read image {folder / str(LABELS[75]) / '0003.png'}: " in refused(run, folder, reference)
+    (folder / str(LABELS[75]) / "0003.png").write_bytes(b"")
+    assert "0003.png" in refused(run, folder, reference)
+    PIL.Image.new("L", (9, 8)).save(folder / str(LABELS[75]) / "0003.png")
+    said = refused(run, folder, reference)
+    assert "has images of 2 sizes: 19 of 8x8, but" in said and "0003.png is another" in said
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert "holds no images" in refused(run, folder, reference)
+    PIL.Image.new("L", (9, 8)).save(folder / "a.png")
+    assert "are 9x8, which is no square" in refused(run, folder, reference)
+
+
+def test_a_folder_of_classes_makes_a_reference(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ditx.commands.evaluate.train_classifier", lambda *args: train_classifier(*args, steps=2))
+    folder = write_folder(tmp_path / "folder", IMAGES[::16], LABELS[::16])
+    PIL.Image.new("RGB", (20, 30)).save(folder / "0" / "other.png")
+    flags = ["--features", "classifier", "--make-stats", tmp_path / "reference.npz", "--size", 8]
+    code, said = run.ditx("evaluate", folder, *flags)
+    assert code == 0 and "33 of 8x8x3" in said and "of a tenth held out" in said, said
+    read = read_reference(tmp_path / "reference.npz")
+    assert (read.count, read.image_shape, len(read.rows)) == (33, (8, 8, 3), 33)
+    flat = write_folder(tmp_path / "flat", IMAGES[:30])
+    said = refused(run, flat, "--features", "classifier", "--make-stats", tmp_path / "flat.npz")
+    assert "30 images of 1 classes train no classifier" in said
