@@ -1,6 +1,6 @@
 """The grids of networks that `ditx study` trains under one budget, and how it judges them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ditx.nn.dit import DIT_CONFIGS
@@ -40,15 +40,16 @@ def _published(name: str, block: str = "adaln-zero") -> tuple[str, ...]:
 
 _BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 _SMALL = {"T": (32, 2, 2), "M": (64, 3, 4), "D": (128, 4, 4)}  # tiny, medium, and that of the preset
-_CIFAR10 = {
-    "preset": "cifar10",
-    "flags": ("--ema-decay", "0.999", "--warmup", "500"),
-    "steps": 10_000,
-    "every": 2_500,
-    "num": 10_000,
-    "drawing": ("--dtype", "bfloat16", "--batch", "500", "--feature-batch", "250"),
-    "sampling_steps": (128, 16, 32, 64),
-}
+_CIFAR10 = Grid(
+    preset="cifar10",
+    flags=("--ema-decay", "0.999", "--warmup", "500"),
+    networks={f"{name}/{patch}": _published(f"DiT-{name}/{patch}") for patch in (8, 4, 2) for name in ("S", "B")},
+    steps=10_000,
+    every=2_500,
+    num=10_000,
+    drawing=("--dtype", "bfloat16", "--batch", "500", "--feature-batch", "250"),
+    sampling_steps=(128, 16, 32, 64),
+)
 GRIDS = {
     "digits": Grid(
         preset="digits",
@@ -64,9 +65,6 @@ GRIDS = {
         sampling_steps=(16, 2, 4, 8),
         features="classifier",
     ),
-    "sizes": Grid(
-        networks={f"{name}/{patch}": _published(f"DiT-{name}/{patch}") for patch in (8, 4, 2) for name in ("S", "B")},
-        **_CIFAR10,
-    ),
-    "blocks": Grid(networks={f"S/2 {block}": _published("DiT-S/2", block) for block in _BLOCKS}, **_CIFAR10),
+    "sizes": _CIFAR10,
+    "blocks": replace(_CIFAR10, networks={f"S/2 {block}": _published("DiT-S/2", block) for block in _BLOCKS}),
 }
