@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,73 +22,8 @@ import ditx
 from ditx import checkpoint, flops, plots, runs
 from ditx.commands import evaluate
 from ditx.commands.extract import stop_signals
-from ditx.nn.dit import DIT_CONFIGS, DiTConfig
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Networks that are trained alike, and how each is judged."""
-
-    preset: str
-    """of train.py"""
-    flags: tuple[str, ...]
-    """of train.py, for all"""
-    networks: dict[str, tuple[str, ...]]
-    """by name, the flags that make each"""
-    steps: int
-    every: int
-    """steps between evaluations along training"""
-    num: int
-    """samples an evaluation"""
-    drawing: tuple[str, ...]
-    """flags of ditx evaluate, for all"""
-    sampling_steps: tuple[int, ...]
-    """numbers of sampling steps that the last weights are also judged with; the first is that of all evaluations"""
-    features: Literal["inception", "classifier"] = "inception"
-
-
-def _network(width: int, depth: int, heads: int, patch: int, block: str = "adaln-zero") -> tuple[str, ...]:
-    fields = {"hidden-size": width, "depth": depth, "num-heads": heads, "patch-size": patch, "block": block}
-    return tuple(str(word) for name, value in fields.items() for word in (f"--model.{name}", value))
-
-
-def _published(name: str, block: str = "adaln-zero") -> tuple[str, ...]:
-    model = DIT_CONFIGS[name]
-    return _network(model.hidden_size, model.depth, model.num_heads, model.patch_size, block)
-
-
-_BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")
-_SMALL = {"T": (32, 2, 2), "M": (64, 3, 4), "D": (128, 4, 4)}  # tiny, medium, and that of the preset
-_CIFAR10 = {
-    "preset": "cifar10",
-    "flags": ("--ema-decay", "0.999", "--warmup", "500"),
-    "steps": 10_000,
-    "every": 2_500,
-    "num": 10_000,
-    "drawing": ("--dtype", "bfloat16", "--batch", "500", "--feature-batch", "250"),
-    "sampling_steps": (128, 16, 32, 64),
-}
-GRIDS = {
-    "digits": Grid(
-        preset="digits",
-        flags=(),
-        networks={
-            **{f"{name}/{patch}": _network(*sizes, patch) for patch in (14, 7) for name, sizes in _SMALL.items()},
-            **{f"M/7 {block}": _network(*_SMALL["M"], 7, block) for block in _BLOCKS[1:]},
-        },
-        steps=400,
-        every=100,
-        num=500,
-        drawing=("--sampler", "euler"),
-        sampling_steps=(16, 2, 4, 8),
-        features="classifier",
-    ),
-    "sizes": Grid(
-        networks={f"{name}/{patch}": _published(f"DiT-{name}/{patch}") for patch in (8, 4, 2) for name in ("S", "B")},
-        **_CIFAR10,
-    ),
-    "blocks": Grid(networks={f"S/2 {block}": _published("DiT-S/2", block) for block in _BLOCKS}, **_CIFAR10),
-}
+from ditx.grids import GRIDS, Grid
+from ditx.nn.dit import DiTConfig
 
 
 @dataclass(frozen=True)
@@ -134,9 +71,7 @@ def main(argv: list[str]) -> int:
             for name in config.only or study.grid.networks:
                 print(f"\n== {name}: {study.told(name)}", flush=True)
                 study.train(name)
-                # In a process of its own, so that no memory of a GPU is held while the next one is trained.
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    pool.submit(study.evaluate, name).result()
+                _apart(study.evaluate, name)
     except KeyboardInterrupt as stopped:
         print("stopped; the same command goes on from there", flush=True)
         return 128 + int(stopped.args[0])
@@ -147,6 +82,19 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError:
         print("no plots, for which matplotlib is needed: put --extra plot after uv run, or pip install matplotlib")
     return 0
+
+
+def _apart(function: Callable[..., Any], argument: Any) -> None:
+    """Call it in a process of its own, so that none of a GPU's memory is held while the next network is trained."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            pool.submit(function, argument).result()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.kill()  # It goes on from its last batch.
+            raise
+        except BrokenProcessPool as error:
+            raise ValueError("the evaluation was killed, perhaps for want of memory; start the study again") from error
 
 
 @dataclass(frozen=True)
@@ -194,8 +142,7 @@ class Study:
         flags = ["--features", self.grid.features, "--make-stats", str(self.reference)]
         source = self.data_path if self.grid.preset != "digits" else "digits"
         flags += ["--inception", self.inception] if self.inception else []
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(evaluate.main, [source, *flags]).result()
+        _apart(evaluate.main, [source, *flags])
 
     def steps(self) -> list[int]:
         """Those after which a network is judged."""
