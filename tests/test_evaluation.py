@@ -13,6 +13,7 @@ from ditx.evaluation import draw_labels, make_fid, make_images, measure
 from ditx.features import FeatureNetwork, Gathered, Rows, make_extract
 from ditx.nn.classifier import Classifier
 from ditx.nn.dit import DiT, DiTConfig
+from ditx.objectives import ObjectiveConfig
 from ditx.reference import Gaussian, Reference, read_reference
 from ditx.sampling import SamplingConfig, make_draw, sample_keys
 from ditx.sharding import MeshConfig, make_mesh, place, put_whole
@@ -101,9 +102,11 @@ def test_samples_are_those_of_the_sampler_on_any_devices():
     model = DiTConfig(8, 4, 1, 16, 1, 2, num_classes=10, learn_sigma=False)
     network, sampling = DiT(model, key=jax.random.key(0)), SamplingConfig(steps=2, sampler="euler")
     labels, keys = draw_labels(10, 16, 3)[5:], sample_keys(3, 5, 11)
-    expected = data.to_uint8(np.asarray(jax.jit(make_draw(sampling, model, "flow"))(network, labels, keys)[0]))
+    expected = data.to_uint8(
+        np.asarray(jax.jit(make_draw(sampling, model, ObjectiveConfig("flow")))(network, labels, keys)[0])
+    )
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-    images = make_images(sampling, model, "flow", None, mesh, batch_size=11, seed=3)
+    images = make_images(sampling, model, ObjectiveConfig("flow"), None, mesh, batch_size=11, seed=3)
     laid = jax.tree.map(lambda leaf, to: put_whole(leaf, to.sharding), network, place(network, mesh))
     found = images(laid, 5)
     assert found.dtype == np.uint8 and len(found) == 16  # a multiple of the devices

@@ -15,6 +15,7 @@ from ditx.data import digits
 from ditx.features import FeatureNetwork, Gathered
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.nn.inception import Inception
+from ditx.objectives import ObjectiveConfig
 from ditx.reference import read_reference
 from ditx.sampling import SamplingConfig
 from ditx.sharding import MeshConfig, make_mesh
@@ -43,7 +44,7 @@ def place(tmp_path_factory):
         structure, [leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
     )
     sampling = SamplingConfig(steps=2, sampler="euler", guidance_scale=3.0)
-    described = pretrained.Description(model, "flow", sampling, tuple("0123456789"))
+    described = pretrained.Description(model, ObjectiveConfig("flow"), sampling, tuple("0123456789"))
     pretrained.write(place / "weights.safetensors", network, described)
     return place
 
