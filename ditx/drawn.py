@@ -81,7 +81,7 @@ def drawn(source: Path, described: Description, config: DrawingConfig, mesh: Mes
         "seed": config.seed,
         "labels": "balanced" if config.balanced else "uniform at random",
         "dtype": config.dtype,
-        **asdict(config.sampling.resolved(described.objective)),
+        **json.loads(json.dumps(asdict(config.sampling.resolved(described.objective)))),  # as it is read back
     }
 
     def batches(start):

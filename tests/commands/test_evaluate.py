@@ -190,7 +190,7 @@ def test_mistakes_end_in_a_sentence(reference, place, run, tmp_path, monkeypatch
         ([weights, reference, "--num", 1], "num is 1; it must be at least 2, since a covariance needs as many"),
         ([weights, reference, "--step", 5], "step is 5, but"),
         ([weights, reference, "--vae", "ft-mse"], "but the network makes images of 1 channels; leave it out"),
-        ([weights, reference, "--sampler", "ddpm"], "sampler ddpm does not fit objective flow"),
+        ([weights, reference, "--guidance-interval", 5, 2], "guidance_interval is 5.0 to 2.0; give two times"),
         ([tmp_path / "nowhere", reference], "there is no such file or folder; give a folder of images"),
         ([place / "data.npz", tmp_path / "nowhere.npz"], "there is no such file; make it with"),
         (["--make-stats", "out.npz"], "what is out.npz to be made from?"),
