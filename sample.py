@@ -31,7 +31,7 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.processes import ProcessConfig, check_alike, connect, end, is_first, together
     from ditx.sampling import Decode, SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
     from ditx.sharding import MeshConfig, batch_parts, check_fit, everywhere, make_mesh, place
-    from ditx.vae_weights import check_scale, load_vae
+    from ditx.vae_weights import load_decoder
 
 
 @dataclass(frozen=True)
@@ -156,15 +156,9 @@ def read_network(source: Path, described: Description, config: Config, mesh: Mes
 
 def read_decoder(described: Description, config: Config, mesh: Mesh) -> Decode | None:
     """The function that decodes what the network makes, where that is latents."""
-    model, decode = described.model, None
+    decode = None
     if config.vae:
-        vae, name = load_vae(config.vae)
-        check_scale(vae, name, described.latent_scale)
-        if vae.config.latent_channels != model.in_channels:
-            raise ValueError(
-                f"the autoencoder {name} has latents of {vae.config.latent_channels} channels, the network makes"
-                f" {model.in_channels}; give the one that it was trained with"
-            )
+        vae, name = load_decoder(config.vae, described.model.in_channels, described.latent_scale)
         decode = make_decode(vae, mesh, config.decode_batch)
         print(f"decoder  {name}")
     return decode

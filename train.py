@@ -58,6 +58,7 @@ with install_import_hook("ditx", "beartype.beartype"):
         batch_parts,
         batch_sharding,
         bytes_per_device,
+        check_batch,
         check_fit,
         everywhere,
         local_rows,
@@ -67,7 +68,7 @@ with install_import_hook("ditx", "beartype.beartype"):
         table,
     )
     from ditx.training import TrainState, adamw, train_step
-    from ditx.vae_weights import check_scale, load_vae
+    from ditx.vae_weights import load_decoder
 
 
 def parse(argv: list[str]) -> tuple[str, Config]:
@@ -123,8 +124,7 @@ def read_decoder(config: Config, source: data.Source, mesh: Mesh) -> Decode | No
     """What decodes latents, where the data are latents."""
     if not isinstance(source, LatentSource):
         return None
-    vae, name = load_vae(config.vae)
-    check_scale(vae, name, source.metadata["scale"])
+    vae, _ = load_decoder(config.vae, source.image_shape[2], source.metadata["scale"])
     return make_decode(vae, mesh)
 
 
@@ -178,11 +178,7 @@ def train(preset: str, config: Config) -> int:
         check(config)
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=model_config.num_heads, mlp_size=model_config.mlp_size)
-        if config.batch_size % (batch_parts(mesh) * config.accumulate):
-            parts = f"the {batch_parts(mesh)} devices" + (
-                f" x accumulate {config.accumulate}" if config.accumulate > 1 else ""
-            )
-            raise ValueError(f"batch_size is {config.batch_size}; make it a multiple of {parts}")
+        check_batch(mesh, config.batch_size, config.accumulate)
         if config.init_from and not checkpoint.steps(Path(config.run) / "checkpoints"):
             describe_initial(Path(config.init_from), model_config)
     found: dict[str, Any] = {

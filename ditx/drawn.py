@@ -20,7 +20,7 @@ from ditx.pretrained import Description
 from ditx.processes import from_first
 from ditx.sampling import SamplingConfig, make_decode
 from ditx.sharding import check_fit, place
-from ditx.vae_weights import check_scale, load_vae
+from ditx.vae_weights import load_decoder
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,6 @@ def _decoder(described: Description, config: DrawingConfig) -> tuple[Autoencoder
         raise ValueError(
             f"the network makes latents of {channels} channels; decode them with --vae ft-mse, as the paper, or a path"
         )
-    vae, name = load_vae(config.vae)
-    check_scale(vae, name, described.latent_scale)
-    if vae.config.latent_channels != channels:
-        raise ValueError(
-            f"the autoencoder {name} has latents of {vae.config.latent_channels} channels, the network makes"
-            f" {channels}; give the one that it was trained with"
-        )
+    vae, name = load_decoder(config.vae, channels, described.latent_scale)
     side *= vae.config.downsampling
     return vae, name, (side, side, 3)

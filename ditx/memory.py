@@ -38,9 +38,7 @@ def step_memory(
     data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
     whole = _mesh(data, fsdp, tensor)
     sharding.check_fit(whole, num_heads=config.num_heads, mlp_size=config.mlp_size)
-    if batch_size % (data * fsdp * accumulate):
-        parts = f"the {data * fsdp} devices" + (f" x accumulate {accumulate}" if accumulate > 1 else "")
-        raise ValueError(f"batch_size is {batch_size}; make it a multiple of {parts}")
+    sharding.check_batch(whole, batch_size, accumulate)
     optimizer, key = adamw(0.0), jax.random.key(0)
 
     def create(config) -> Any:

@@ -83,7 +83,7 @@ class Reference:
         if self.checksum is not None and self.checksum != features.checksum:
             raise ValueError(
                 f"the reference was made with other weights of {self.features} (CRC-32 {self.checksum}) than these"
-                f" ({features.checksum}); give the same --inception, or make it anew"
+                f" ({features.checksum}); give the same weights, or make it anew"
             )
         if self.resize != features.resize:
             raise ValueError(

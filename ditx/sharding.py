@@ -58,6 +58,13 @@ def check_fit(mesh: Mesh, *, num_heads: int, mlp_size: int) -> None:
             raise ValueError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide {name}, {size}")
 
 
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Raise ValueError where a batch cannot be shared out evenly, in so many parts one after the other."""
+    if batch_size % (batch_parts(mesh) * accumulate):
+        parts = f"the {batch_parts(mesh)} devices" + (f" x accumulate {accumulate}" if accumulate > 1 else "")
+        raise ValueError(f"batch_size is {batch_size}; make it a multiple of {parts}")
+
+
 def specs(tree: Tree, mesh: Mesh) -> Tree:
     """The place of every leaf of a model, its average or its moments (arrays or their shapes).
 

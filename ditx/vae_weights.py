@@ -40,13 +40,23 @@ def load_vae(source: str) -> tuple[AutoencoderKL, str]:
     return model, f"{source if by_name else Path(source).absolute()} (CRC-32 {crc:08x})"
 
 
-def check_scale(vae: AutoencoderKL, name: str, scale: float | None) -> None:
-    """Raise ValueError for an autoencoder of another scale than that of the latents, where that is known."""
+def load_decoder(source: str, channels: int, scale: float | None) -> tuple[AutoencoderKL, str]:
+    """As `load_vae`, for latents of so many channels and, where it is known, of that scale.
+
+    Raises ValueError for an autoencoder of others.
+    """
+    vae, name = load_vae(source)
     if scale not in (None, vae.config.scale):
         raise ValueError(
             f"the autoencoder {name} scales latents by {vae.config.scale}, those of the data by {scale}; give the one"
             " that made them"
         )
+    if vae.config.latent_channels != channels:
+        raise ValueError(
+            f"the autoencoder {name} has latents of {vae.config.latent_channels} channels, the network makes"
+            f" {channels}; give the one that it was trained with"
+        )
+    return vae, name
 
 
 def _vae_config(source: str, config: dict[str, Any]) -> VAEConfig:

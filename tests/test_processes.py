@@ -1,6 +1,7 @@
 """Several processes: how they are told, agree, stop; that they compute what one does, and survive being killed."""
 
 import json
+import os
 import signal
 import time
 
@@ -88,6 +89,20 @@ def test_a_signal_that_comes_twice_is_one(monkeypatch):
         assert not ended
         signal.raise_signal(signal.SIGINT)
         assert ended == [130]
+
+
+def test_a_process_that_is_left_alone_ends_and_one_short_of_memory_says_so(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("ditx.processes.end", ended.append)
+    with processes.while_all_live():
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection closed by peer\nmore")
+    assert ended == [os.EX_TEMPFAIL]
+    said = capsys.readouterr().err
+    assert "another process has gone (UNAVAILABLE: connection closed by peer); start all of them again" in said
+    with pytest.raises(jax.errors.JaxRuntimeError), processes.while_all_live():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    assert len(ended) == 1
 
 
 def metrics(run):

@@ -55,8 +55,11 @@ def drawn(objective, guide=None, scale=None, **fields):
     draw = make_draw(SamplingConfig(**fields), CONFIG, objective, by_another=guide is not None)
     other = None if guide is None else Best(objective, *guide)
     labels, keys = jnp.zeros(64, jnp.int32), sample_keys(0, 0, 64)
-    function = lambda scale: draw(Best(objective), labels, keys, guide=other, scale=scale)[0]  # noqa: E731
-    return np.asarray(jax.jit(function)(None if scale is None else np.float32(scale)))
+
+    def samples(scale):
+        return draw(Best(objective), labels, keys, guide=other, scale=scale)[0]
+
+    return np.asarray(jax.jit(samples)(None if scale is None else np.float32(scale)))
 
 
 @pytest.mark.parametrize("sampler", STEPS)

@@ -347,6 +347,16 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(sentence, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_too_little_memory_is_said_with_what_helps(monkeypatch, capsys):
+    def short(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+
+    monkeypatch.setattr(train, "train", short)
+    code, said = call(train, monkeypatch, capsys)
+    assert code == 2 and "the devices have too little memory (RESOURCE_EXHAUSTED: Out of memory allocating 9" in said
+    assert "try --remat full" in said and "more" not in said
+
+
 def test_an_unknown_flag_gets_exit_code_2(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, said = call(train, monkeypatch, capsys, "digits", "--step", 3)

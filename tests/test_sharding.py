@@ -127,6 +127,15 @@ def sizes(step):
     return total
 
 
+def sorts(shapes):
+    """How often each shape comes, whatever the order of its axes."""
+    return Counter(tuple(sorted(shape)) for shape in shapes)
+
+
+def split(groups):
+    return sorts(shape for group in groups for shape in group)
+
+
 def leaves(tree):
     return [leaf.shape for leaf in jax.tree.leaves(tree)]
 
@@ -159,8 +168,6 @@ def test_fsdp_gathers_each_block_once_a_direction_and_reduces_once(name, options
     others = Counter(leaves(state.model)) - Counter(leaves(state.model.blocks))
     loops = {inside for inside, _ in sent} - {"entry"}
     assert len(loops) == 2
-    split = lambda shapes: Counter(tuple(sorted(shape)) for group in shapes for shape in group)  # noqa: E731
-    sorts = lambda shapes: Counter(tuple(sorted(shape)) for shape in shapes)  # noqa: E731
     (backward,) = [inside for inside, operation in sent if operation == "reduce-scatter" and inside != "entry"]
     (forward,) = loops - {backward}
     assert split(sent[forward, "all-gather"]) == sorts(block)
@@ -200,7 +207,6 @@ def test_all_three_axes_gather_over_fsdp_alone():
         if "fsdp" in spec:
             whole = NamedSharding(mesh, P(*("tensor" if name == "tensor" else None for name in spec)))
             parts.append(whole.shard_shape(leaf.shape)[1:])
-    sorts = lambda shapes: Counter(tuple(sorted(shape)) for shape in shapes)  # noqa: E731
     gathered = {
         inside: sorts(shape for group in groups for shape in group)
         for (inside, operation), groups in sent.items()

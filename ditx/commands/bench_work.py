@@ -21,7 +21,7 @@ from ditx.monitor import memory_of
 from ditx.nn.dit import DiT, DiTConfig, Remat
 from ditx.objectives import ObjectiveConfig, make_objective
 from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
-from ditx.sharding import MeshConfig, batch_parts, batch_sharding, check_fit, everywhere, make_mesh, place, put_whole
+from ditx.sharding import MeshConfig, batch_sharding, check_batch, check_fit, everywhere, make_mesh, place, put_whole
 from ditx.training import TrainState, adamw, train_step
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -200,9 +200,7 @@ def check_network(config: Train | Sample) -> Mesh:
     check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
     accumulate = config.accumulate if isinstance(config, Train) else 1
     for size in (config.batch_size, *(config.batch_sizes if isinstance(config, Train) else ())):
-        if size % (batch_parts(mesh) * accumulate):
-            parts = f"the {batch_parts(mesh)} devices" + (f" x accumulate {accumulate}" if accumulate > 1 else "")
-            raise ValueError(f"batch_size is {size}; make it a multiple of {parts}")
+        check_batch(mesh, size, accumulate)
     return mesh
 
 

@@ -34,7 +34,9 @@ def test_both_bounds_are_means_over_images_with_their_labels(run, stored):
     grid = ObjectiveConfig("flow").levels(5, "log-snr")
 
     def one(x, y, key):
-        predict = lambda x, t: network(x, t, y)  # noqa: E731
+        def predict(x, t):
+            return network(x, t, y)
+
         bound = likelihood.variational_bpd(grid, predict, x, key=key)["total"]
         return bound, likelihood.ode_bpd(grid, predict, x, key=key, probes=2)
 
