@@ -7,9 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
 import ditx.__main__
 import sample
 import train
+from ditx.features import FeatureNetwork, Gathered, make_extract
+from ditx.nn.classifier import Classifier
+from ditx.reference import Reference
+from ditx.sharding import MeshConfig, make_mesh
 
 ROOT = Path(train.__file__).parent
 
@@ -85,3 +91,11 @@ def open_mpi(n):
 def finish(process):
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
+
+
+def write_reference(path, images):
+    """Statistics of some images, in batches of 5, by a classifier that was never trained; told as of the digits."""
+    features, gathered = FeatureNetwork(Classifier(images.shape[-1], 10, key=jax.random.key(0))), Gathered()
+    gathered.add(make_extract(features, make_mesh(MeshConfig()), 5)(images))
+    Reference.of(gathered, features, "digits", images.shape[1:]).write(path)
+    return path

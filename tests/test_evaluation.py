@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import scripts
 
 from ditx import checkpoint, data, metrics, runs
 from ditx.classifier import train_classifier
@@ -200,10 +201,7 @@ def test_metrics_are_those_of_the_features_and_what_is_missing_is_said(reference
 
 
 def test_training_logs_the_fid_that_evaluate_finds_and_keeps_the_best(run, tmp_path, monkeypatch):
-    features, gathered = FeatureNetwork(Classifier(1, 10, key=jax.random.key(0))), Gathered()
-    gathered.add(make_extract(features, make_mesh(MeshConfig()), 5)(digits().images[::125]))
-    path, folder = tmp_path / "reference.npz", tmp_path / "run"
-    Reference.of(gathered, features, "digits", (28, 28, 1)).write(path)
+    path, folder = scripts.write_reference(tmp_path / "reference.npz", digits().images[::125]), tmp_path / "run"
     flags = (
         "digits --model.hidden-size 16 --model.depth 1 --model.num-heads 2 --model.patch-size 14 --batch-size 8"
         " --sampling.steps 2 --log-every 2 --sample-every 0 --keep 1 --steps 5 --eval-every 2 --eval-samples 10"

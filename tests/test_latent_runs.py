@@ -5,6 +5,7 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
+import scripts
 from references import load, weights
 
 from ditx import pretrained
@@ -75,6 +76,17 @@ def test_images_become_latents_a_run_and_samples(run, photos, vae, tmp_path):
     assert code == 0, said
     with np.load(tmp_path / "again.npz") as again, np.load(folder / "drawn-000.npz") as drawn:
         assert np.abs(again["arr_0"].astype(int) - drawn["arr_0"]).max() <= 1  # of other batches
+        reference = scripts.write_reference(tmp_path / "reference.npz", np.concatenate(list(drawn.values())[:1]))
+
+    # What is judged are the decoded images, those of sample.py.
+    code, said = run.sample(weights_file, *draw, "--num", 8, "--guidance-scale", 1, "--out", tmp_path / "eight.png")
+    assert code == 0, said
+    fids = []
+    for source in ([tmp_path / "eight.npz"], [weights_file, "--vae", vae, "--num", 8, "--balanced", "--steps", 2]):
+        code, said = run.ditx("evaluate", source[0], reference, *source[1:], "--json")
+        assert code == 0, said
+        fids.append(json.loads(said[said.index("{") : said.rindex("}") + 1])["metrics"]["fid"])
+    assert fids[0] == pytest.approx(fids[1], rel=1e-2)  # a pixel may differ by one, of other batches
 
 
 def test_without_an_autoencoder_it_trains_and_says_that_there_are_no_pictures(run, photos, vae, tmp_path):

@@ -12,6 +12,7 @@ import scripts
 import soak
 
 from ditx import checkpoint, processes
+from ditx.data import digits
 from ditx.processes import ProcessConfig, in_step, launched, stop_signals, together
 from ditx.sharding import MeshConfig, make_mesh
 
@@ -165,6 +166,20 @@ def test_a_run_restored_on_eight_one_two_times_four_and_eight_devices_is_the_sam
     assert step == 3 and max(float(abs(leaf).max()) for leaf in jax.tree.leaves(state["ema"])) > 0
     for name in ("1", "2x4", "back"):
         jax.tree.map(np.testing.assert_array_equal, soak.arrays(tmp_path / name, 3), state)
+
+
+def test_two_processes_find_the_fid_of_one_while_they_train(tmp_path):
+    reference = scripts.write_reference(tmp_path / "reference.npz", digits().images[::125])
+    flags = [*FLAGS, "--steps", 3, "--sampling.steps", 2, "--eval-every", 3, "--eval-samples", 24]
+    fids = []
+    for start in (scripts.start, scripts.start_together):
+        started, run = (
+            start(TRAIN, *flags, "--eval-stats", reference, "--run", tmp_path / start.__name__),
+            start.__name__,
+        )
+        complete(*(started if isinstance(started, list) else [started]))
+        fids.append([line["fid"] for line in metrics(tmp_path / run) if "fid" in line])
+    assert len(fids[0]) == 1 and fids[0] == pytest.approx(fids[1], rel=1e-2)  # a pixel may be rounded otherwise
 
 
 def test_mistakes_of_one_process_end_all_of_them_in_one_sentence(tmp_path):

@@ -3,19 +3,17 @@
 import csv
 import dataclasses
 import json
+import signal
+import time
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
+import scripts
 
 from ditx import checkpoint, plots
 from ditx.commands import study
 from ditx.data import digits
-from ditx.features import FeatureNetwork, Gathered, make_extract
-from ditx.nn.classifier import Classifier
-from ditx.reference import Reference
-from ditx.sharding import MeshConfig, make_mesh
 
 TINY = dataclasses.replace(
     study.GRIDS["digits"],
@@ -34,11 +32,7 @@ TINY = dataclasses.replace(
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """Statistics of 40 digits by a classifier that was never trained."""
-    features, gathered = FeatureNetwork(Classifier(1, 10, key=jax.random.key(0))), Gathered()
-    gathered.add(make_extract(features, make_mesh(MeshConfig()), 5)(digits().images[::125]))
-    path = tmp_path_factory.mktemp("study") / "reference.npz"
-    Reference.of(gathered, features, "digits", (28, 28, 1)).write(path)
-    return path
+    return scripts.write_reference(tmp_path_factory.mktemp("study") / "reference.npz", digits().images[::125])
 
 
 def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_path, monkeypatch, reference):
@@ -70,6 +64,29 @@ def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_p
 
     code, said = run.ditx("study", *flags, "--steps", 6, "--", "--batch-size", 0)
     assert code == 2 and "train.py ended with 2 for A/14, for the reason above" in said, said
+
+
+def test_told_to_stop_it_ends_with_a_checkpoint_of_the_network_in_training_and_goes_on_from_there(reference, tmp_path):
+    flags = ["digits", "--only", "T/14", "--out", tmp_path, "--reference", reference, "--steps", 3000, "--num", 8]
+    command = [scripts.ROOT / "ditx" / "__main__.py", "study", *flags, "--every", 3000, "--", "--log-every", 1]
+    started, metrics = scripts.start(*command), tmp_path / "runs" / "T-14" / "metrics.jsonl"
+    while not metrics.exists():
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    code, said = scripts.finish(started)
+    assert code == 143 and "stopped; the same command goes on from there" in said and "Traceback" not in said, said
+    (saved,) = checkpoint.steps(metrics.parent / "checkpoints")
+    assert 0 < saved < 3000 and saved == json.loads(metrics.read_text().splitlines()[-1])["step"]
+    started = scripts.start(*command)
+    while len(metrics.read_text().splitlines()) <= saved:
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    assert scripts.finish(started)[0] == 143
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()[: saved + 1]] == [
+        *range(1, saved + 2)
+    ]
 
 
 def test_the_correlation_is_that_with_the_logarithm():
