@@ -59,7 +59,7 @@ class ObjectiveConfig:
                 f"weighting is {self.weighting}, but objective {name} weighs times by how often they are drawn; see"
                 " --flow-time"
             )
-        if not self.straight and self.prediction != "velocity":
+        if self.prediction != "velocity" and name != "flow":
             raise ValueError(f"prediction is {self.prediction}, which is for objective flow; use --objective x0")
         if not (self.flow_shift > 0 and self.flow_time[1] >= 0):
             raise ValueError(
@@ -69,14 +69,17 @@ class ObjectiveConfig:
 
     def levels(self, steps: int = 1000, spacing: Spacing = "time") -> Schedule:
         """The levels of a sampler of so many steps; 1000 in `time` are those of training."""
+        if self.straight and spacing == "time":
+            return flow.uniform_grid(steps, shift=self.flow_shift, prediction=self.prediction)
         if self.straight:
-            options: Any = {"prediction": self.prediction, "sit": self.objective == "sit"}
-            if spacing == "time":
-                return flow.uniform_grid(steps, shift=self.flow_shift, **options)
-            return spaced(flow.uniform_grid(1000, **options), steps, spacing)
+            return spaced(flow.uniform_grid(1000, prediction=self.prediction), steps, spacing)
         prediction: Any = self.objective
         whole = (linear_schedule if self.schedule == "linear" else cosine_schedule)(prediction=prediction)
         return respace(whole, steps) if spacing == "time" else spaced(whole, steps, spacing)
+
+    def predictor(self, network: Callable[..., Float[Array, "h w o"]]) -> Callable[..., Float[Array, "h w o"]]:
+        """A network of this objective, called alike, as those levels have it."""
+        return flow.from_sit(network) if self.objective == "sit" else network
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
@@ -88,12 +91,10 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     schedule = config.levels()
 
     def on_straight_path(predict, x0, noise, key):
-        if config.flow_density == "uniform":
-            s = jax.random.uniform(key)
-        else:
-            s = flow.logit_normal(*config.flow_time, key=key)
+        uniform = config.flow_density == "uniform"
+        s = jax.random.uniform(key) if uniform else flow.logit_normal(*config.flow_time, key=key)
         s = flow.shifted(s, config.flow_shift)
-        terms = flow.training_loss(predict, x0, s, noise, prediction=config.prediction, sit=config.objective == "sit")
+        terms = flow.training_loss(config.predictor(predict), x0, s, noise, prediction=config.prediction)
         return terms, jnp.minimum(BINS * s, BINS - 1).astype(int)
 
     def on_schedule(predict, x0, noise, key):

@@ -35,10 +35,9 @@ class Best:
         self.config = SimpleNamespace(num_classes=num_classes, null_label=num_classes)
 
     def __call__(self, x, t, y, *, unroll=1):
-        objective = self.objective
+        objective, sit = self.objective, self.objective.objective == "sit"
         if objective.straight:
-            sit = objective.objective == "sit"
-            here = flow.level(1 - t if sit else t / 1000, sit=sit)
+            here = flow.level(1 - t if sit else t / 1000)
         else:
             whole = objective.levels()
             alpha = jnp.exp(jnp.interp(t, jnp.asarray(whole.time), jnp.log(jnp.asarray(whole.alpha))))
@@ -47,7 +46,7 @@ class Best:
         a, b, mean = here.alpha, here.sigma, self.means[1 if y is None else y]
         rest = (x - a * mean) / (a**2 * S**2 + b**2)
         kind = objective.prediction if objective.straight else objective.objective
-        return compose(kind, mean + a * S**2 * rest, b * rest, here)
+        return (-1 if sit else 1) * compose(kind, mean + a * S**2 * rest, b * rest, here)
 
 
 @cache

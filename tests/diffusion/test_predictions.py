@@ -24,11 +24,7 @@ def on_circle(angle):
     return Level(angle, alpha, sigma, -sigma, alpha)
 
 
-PATHS = {
-    "vp": lambda s: on_circle(s * math.pi / 2),
-    "linear": lambda s: flow.level(jnp.asarray(s)),
-    "sit": lambda s: flow.level(jnp.asarray(s), sit=True),
-}
+PATHS = {"vp": lambda s: on_circle(s * math.pi / 2), "linear": lambda s: flow.level(jnp.asarray(s))}
 
 
 def drawn():
@@ -70,7 +66,7 @@ def test_each_prediction_is_what_its_paper_defines(s, x0, noise):
         x = noised(level, x0, noise)
         density = jax.grad(lambda x, mean, b: -jnp.square(x - mean).sum() / (2 * b**2))
         close(target("score"), density(x, level.alpha * x0, level.sigma), rtol=1e-9)
-        scale = {"vp": math.pi / 2, "linear": 1, "sit": -1}[name]
+        scale = {"vp": math.pi / 2, "linear": 1}[name]
         _, velocity = jax.jvp(lambda s, path=path: noised(path(s), x0, noise), (jnp.asarray(s),), (jnp.asarray(1.0),))
         close(target("velocity") * scale, velocity)
     close(compose("velocity", x0, noise, PATHS["vp"](s)), compose("v", x0, noise, PATHS["vp"](s)))
