@@ -26,13 +26,13 @@ def level(s: Float[Array, ""]) -> Level:
     return Level(TIME_SCALE * s, 1 - s, s, -one, one)
 
 
-def from_sit(predict: Callable[..., Float[Array, "h w o"]]) -> Callable[..., Image]:
+def from_sit(predict: Callable[..., Float[Array, "h w o"]]) -> Callable[..., Float[Array, "h w o"]]:
     """A network of SiT (Ma et al. 2024), called alike, as one that is fed 1000 s and predicts the velocity.
 
     SiT runs the other way: its networks are fed 1 - s itself and predict x_0 - noise, behind which, on as many
     channels, nothing has been trained.
     """
-    return lambda x, t, *others: -split_variance(predict(x, 1 - t / TIME_SCALE, *others), x)[0]
+    return lambda x, t, *others: -predict(x, 1 - t / TIME_SCALE, *others)
 
 
 def uniform_grid(steps: int, *, shift: float = 1.0, prediction: Prediction = "velocity") -> Schedule:
@@ -73,5 +73,7 @@ def training_loss(
     divides its error by `s`, or by `floor` where `s` is less (Li and He 2025).
     """
     here = level(s)
-    error = jnp.square(predict(noised(here, x0, noise), here.time) - compose(prediction, x0, noise, here)).mean()
+    x = noised(here, x0, noise)
+    predicted, _ = split_variance(predict(x, here.time), x)
+    error = jnp.square(predicted - compose(prediction, x0, noise, here)).mean()
     return {"loss": loss_ratio(prediction, "velocity", here, floor=floor) * error}

@@ -44,12 +44,13 @@ def p_mean_variance(schedule: Schedule, output: Float[Array, "h w o"], x: Image,
     """p(x_{t-1} | x_t) from the output: the prediction, then, if it has twice the channels of `x`, the variance.
 
     The log variance is interpolated between that of the posterior (at -1) and log beta (at 1), without clamping
-    (Nichol and Dhariwal 2021, Eq. 15). A network without variance channels gets the posterior's.
+    (Nichol and Dhariwal 2021, Eq. 15). A network without variance channels gets the posterior's, and so does a flow,
+    which trains none.
     """
     prediction, fraction = split_variance(output, x)
     x0, _ = components(prediction, schedule.prediction, x, level(schedule, i))
     gaussian = posterior(schedule, x0, x, i)
-    if fraction is None:
+    if fraction is None or schedule.path == "linear":
         return gaussian
     upper = (fraction + 1) / 2
     log_variance = upper * at(schedule.log_beta, i) + (1 - upper) * at(schedule.posterior_log_variance, i)
@@ -99,7 +100,7 @@ def training_loss(
     """The paper's loss at step `i`: `loss` = `mse` of the prediction + `vb`, the bound's term in bits per dimension.
 
     The bound trains the variance alone: the prediction inside it is held constant (Nichol and Dhariwal 2021, section
-    3.1), and it is not scaled by the number of steps. A network without variance channels has no `vb`.
+    3.1), and it is not scaled by the number of steps. A network without variance channels has no `vb`, nor has a flow.
     With a `weight` the error in `loss` is instead that of the noise, times `weight`, whatever the network predicts.
     """
     here = level(schedule, i)
@@ -108,7 +109,7 @@ def training_loss(
     prediction, fraction = split_variance(output, x)
     mse = jnp.square(prediction - compose(schedule.prediction, x0, noise, here)).mean()
     error = mse if weight is None else weight * loss_ratio(schedule.prediction, "eps", here) * mse
-    if fraction is None:
+    if fraction is None or schedule.path == "linear":
         return {"loss": error, "mse": mse}
     frozen = jnp.concatenate([jax.lax.stop_gradient(prediction), fraction], -1)
     vb = variational_bound(schedule, frozen, x0, x, i)

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.stats import norm
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ditx.diffusion.gaussian import predicted, prior_bpd, q_sample, variational_bound
@@ -37,7 +38,7 @@ def ode_bpd(schedule: Schedule, predict: Predict, x0: Image, *, key: PRNGKeyArra
     noise_key, probe_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
     signs = jax.random.rademacher(probe_key, (probes, *x0.shape), x0.dtype)
-    drawn = normal_log_density(noise) - x0.size * jnp.log(at(schedule.sigma, 0))
+    drawn = norm.logpdf(noise).sum() - x0.size * jnp.log(at(schedule.sigma, 0))
     nats = drawn - ode_log_density(schedule, predict, q_sample(schedule, x0, 0, noise), signs)
     return nats / (x0.size * math.log(2)) + _term(schedule, predict, x0, 0, noise)
 
@@ -70,12 +71,7 @@ def ode_log_density(
 
     start = (x, jnp.zeros((), x.dtype))
     (noise, total), _ = jax.lax.scan(body, start, jnp.arange(len(schedule) - 1))
-    return normal_log_density(noise) + total
-
-
-def normal_log_density(x: Image) -> Float[Array, ""]:
-    """Log density of a standard normal image, in nats."""
-    return -0.5 * jnp.sum(jnp.square(x) + math.log(2 * math.pi))
+    return norm.logpdf(noise).sum() + total
 
 
 def _term(schedule: Schedule, predict: Predict, x0: Image, i: Index, noise: Image) -> Float[Array, ""]:
