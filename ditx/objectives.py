@@ -90,25 +90,23 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     """
     schedule = config.levels()
 
-    def on_straight_path(predict, x0, noise, key):
-        uniform = config.flow_density == "uniform"
-        s = jax.random.uniform(key) if uniform else flow.logit_normal(*config.flow_time, key=key)
-        s = flow.shifted(s, config.flow_shift)
-        terms = flow.training_loss(config.predictor(predict), x0, s, noise, prediction=config.prediction)
-        return terms, jnp.minimum(BINS * s, BINS - 1).astype(int)
-
-    def on_schedule(predict, x0, noise, key):
-        i, weight = jax.random.randint(key, (), 0, len(schedule)), None
-        if config.weighting == "min-snr":
-            weight = weightings.min_snr(at(schedule.log_snr, i))
-        elif config.weighting == "sigmoid":
-            weight = weightings.sigmoid(at(schedule.log_snr, i)) * weightings.log_snr_fall(schedule, i)
-        return gaussian.training_loss(schedule, predict, x0, i, noise, weight=weight), BINS * i // len(schedule)
-
     def objective(predict, x0, key):
         time_key, noise_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, x0.shape)
-        terms, place = (on_straight_path if config.straight else on_schedule)(predict, x0, noise, time_key)
+        if config.straight:
+            uniform = config.flow_density == "uniform"
+            s = jax.random.uniform(time_key) if uniform else flow.logit_normal(*config.flow_time, key=time_key)
+            s = flow.shifted(s, config.flow_shift)
+            terms = flow.training_loss(config.predictor(predict), x0, s, noise, prediction=config.prediction)
+            place = jnp.minimum(BINS * s, BINS - 1).astype(int)
+        else:
+            i, weight = jax.random.randint(time_key, (), 0, len(schedule)), None
+            if config.weighting == "min-snr":
+                weight = weightings.min_snr(at(schedule.log_snr, i))
+            elif config.weighting == "sigmoid":
+                weight = weightings.sigmoid(at(schedule.log_snr, i)) * weightings.log_snr_fall(schedule, i)
+            terms = gaussian.training_loss(schedule, predict, x0, i, noise, weight=weight)
+            place = BINS * i // len(schedule)
         here = jax.nn.one_hot(place, BINS)
         return terms | {"by_time": jnp.stack([here, here * terms["loss"]])}
 

@@ -132,12 +132,11 @@ def on_mesh(draw: Draw, mesh: Mesh) -> Draw:
     """
 
     def spread(model, labels, keys, *, guide=None, scale=None):
-        gathers = [make_gather(network, mesh) if network else lambda none: none for network in (model, guide)]
+        gather, gather_guide = make_gather(model, mesh), make_gather(guide, mesh)
 
         def local(given, rows):
-            *networks, scale = given
-            model, guide = (gather(network) for gather, network in zip(gathers, networks, strict=True))
-            return draw(model, *rows, guide=guide, scale=scale)
+            model, guide, scale = given
+            return draw(gather(model), *rows, guide=gather_guide(guide), scale=scale)
 
         given = (model, guide, scale)
         return by_rows(local, given, mesh)(given, (labels, keys))

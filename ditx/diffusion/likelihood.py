@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ditx.diffusion.gaussian import predicted, prior_bpd, q_sample, variational_bound
 from ditx.diffusion.predictions import Image, Predict
-from ditx.diffusion.schedule import Index, Schedule, at
+from ditx.diffusion.schedule import Index, Schedule, at, level
 
 
 def variational_bpd(
@@ -56,9 +56,9 @@ def ode_log_density(
         """What the step from level i to the next changes, judged at level j, and its divergence."""
 
         def along(x):
+            here, there = level(schedule, i), level(schedule, i + 1)
             x0, noise = predicted(schedule, predict, x, j)
-            rise = [at(table, i + 1) - at(table, i) for table in (schedule.alpha, schedule.sigma)]
-            return rise[0] * x0 + rise[1] * noise
+            return (there.alpha - here.alpha) * x0 + (there.sigma - here.sigma) * noise
 
         value, pull = jax.vjp(along, x)
         return value, jax.vmap(lambda probe: jnp.vdot(probe, pull(probe)[0]))(probes).mean()

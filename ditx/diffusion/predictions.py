@@ -27,11 +27,6 @@ class Level(NamedTuple):
     alpha_rate: Float[Array, ""]
     sigma_rate: Float[Array, ""]
 
-    @property
-    def log_snr(self) -> Float[Array, ""]:
-        """log(alpha^2 / sigma^2)."""
-        return 2 * (jnp.log(self.alpha) - jnp.log(self.sigma))
-
 
 def noised(level: Level, x0: Image, noise: Image) -> Image:
     """The image at a level of noise."""

@@ -140,12 +140,9 @@ def spaced(schedule: Schedule, steps: int, spacing: Spacing = "time") -> Schedul
         times = np.linspace(time[0], time[-1], steps + 1)[1:]
     else:
         ratio = np.exp(-np.asarray(schedule.log_snr, np.float64) / 2)
-        clean, noisy = ratio[0], ratio[np.isfinite(ratio)][-1]
-        if spacing == "log-snr":
-            ratio = np.geomspace(noisy, clean, steps)
-        else:
-            ratio = np.linspace(noisy ** (1 / 7), clean ** (1 / 7), steps) ** 7
-        times = time_at(schedule, ratio[::-1])
+        noisy, clean = (ratio[np.isfinite(ratio)][[-1, 0]] ** (1 / 7)).tolist()
+        between = np.geomspace if spacing == "log-snr" else np.linspace
+        times = time_at(schedule, between(noisy, clean, steps)[::-1] ** 7)
     signal = np.interp(times, time, signal)
     vp = schedule.path == "vp"
     alpha, sigma = (np.exp(signal), np.sqrt(-np.expm1(2 * signal))) if vp else (signal, 1 - signal)

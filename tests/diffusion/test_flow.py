@@ -91,6 +91,7 @@ def test_grid_runs_from_noise_to_data_in_equal_steps(steps):
     np.testing.assert_allclose(grid.sigma, s, rtol=1e-12)
     np.testing.assert_allclose(grid.alpha, 1 - s, atol=1e-12)
     np.testing.assert_allclose(grid.time, 1000 * s, atol=1e-12)
+    np.testing.assert_allclose(grid.log_snr[:-1], 2 * np.log((1 - s[:-1]) / s[:-1]), rtol=1e-9, atol=1e-9)
     assert level(grid, 0)[3:] == (-1, 1)
     assert (grid.path, grid.prediction) == ("linear", "velocity")
 

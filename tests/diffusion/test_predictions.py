@@ -88,8 +88,3 @@ def test_a_floor_bounds_the_ratio():
     level = flow.level(jnp.asarray(0.01))
     assert float(loss_ratio("x0", "velocity", level)) == pytest.approx(1e4, rel=1e-5)
     assert float(loss_ratio("x0", "velocity", level, floor=0.05)) == pytest.approx(400, rel=1e-5)
-
-
-def test_log_snr_is_that_of_the_level():
-    assert float(on_circle(math.pi / 4).log_snr) == pytest.approx(0, abs=1e-6)
-    assert float(flow.level(jnp.asarray(0.25)).log_snr) == pytest.approx(2 * math.log(3), rel=1e-6)
