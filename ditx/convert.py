@@ -136,8 +136,8 @@ _OLD_NAMES = {"qkv": ("query", "key", "value"), "out": ("proj_attn",)}
 def dit_from_torch(state_dict: StateDict, config: DiTConfig) -> DiT:
     """Read a network from the layout of the authors' checkpoints (their `pos_embed`, `fixed_positions`, is ignored).
 
-    SiT's (Ma et al. 2024) have the same names and shapes, so that nothing tells them apart: such a network is to be
-    sampled on the grids of `ditx.diffusion.flow` with `sit=True`, and is then as any other.
+    SiT's (Ma et al. 2024) have the same names and shapes, so that nothing tells them apart: `ditx.flow.from_sit` makes
+    flows of them.
     Raises ValueError with all missing, surplus and mis-shaped names at once, or if the layout has no such blocks.
     """
     return _read(state_dict, _abstract_dit(config), _DIT, _dit_fields(config), ignored={"pos_embed"})

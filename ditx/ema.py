@@ -6,11 +6,13 @@ now and then, span nearly any other: a weighted sum of the stored ones.
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+Numbers: TypeAlias = Float[np.ndarray, "*#n"]
 LONGEST = 12**-0.5  # of gamma 0: all steps alike
 
 
@@ -36,12 +38,7 @@ def update_rate(step: Int[Array, ""] | int, gamma: float) -> Float[Array, ""]:
     return -jnp.expm1((gamma + 1) * jnp.log1p(-1 / jnp.asarray(step, float)))
 
 
-def inner_product(
-    step1: Float[np.ndarray, "*#n"],
-    gamma1: Float[np.ndarray, "*#n"],
-    step2: Float[np.ndarray, "*#n"],
-    gamma2: Float[np.ndarray, "*#n"],
-) -> Float[np.ndarray, "*n"]:
+def inner_product(step1: Numbers, gamma1: Numbers, step2: Numbers, gamma2: Numbers) -> Float[np.ndarray, "*n"]:
     """The integral of the product of two profiles, seen from two steps (appendix C.2)."""
     # Logarithms, since powers of steps overflow.
     shorter = np.minimum(step1, step2)

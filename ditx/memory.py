@@ -29,6 +29,7 @@ def step_memory(
     accumulate: int = 1,
     unroll: int = 1,
     remat: Remat = "none",
+    profiles: int = 0,
 ) -> dict[str, int]:
     """Bytes of one device in a step of `ditx.training.train_step`, by what they are for; their sum is its peak.
 
@@ -42,7 +43,7 @@ def step_memory(
     optimizer, key = adamw(0.0), jax.random.key(0)
 
     def create(config) -> Any:
-        return jax.eval_shape(lambda key: TrainState.create(config, optimizer, key=key), key)
+        return jax.eval_shape(lambda key: TrainState.create(config, optimizer, profiles=profiles, key=key), key)
 
     placed = sharding.place(create(config), whole)
 
@@ -58,7 +59,8 @@ def step_memory(
     batch = {"x": jax.ShapeDtypeStruct(x, jnp.float32), "y": jax.ShapeDtypeStruct(y, jnp.int32)}
     objective = make_objective(ObjectiveConfig("eps" if config.learn_sigma else "flow"))
     step = partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.0, dtype=jnp.dtype(dtype))
-    step = partial(step, accumulate=accumulate, unroll=unroll, remat=remat, mesh=_mesh(2, fsdp, 1))
+    step = partial(step, gammas=profiles * (1.0,), accumulate=accumulate, unroll=unroll, remat=remat)
+    step = partial(step, mesh=_mesh(2, fsdp, 1))
     traced = jax.make_jaxpr(step)(state, batch, key)
     (local,) = (equation for equation in traced.eqns if equation.primitive.name == "shard_map")
     live, kept = _peak(local.params["jaxpr"])
@@ -69,7 +71,7 @@ def step_memory(
     kept = min(kept, own - gradients)
     return {
         "weights": weights,
-        "ema": sharding.bytes_per_device(placed.ema),
+        "ema": sharding.bytes_per_device((placed.ema, placed.profiles)),
         "moments": sharding.bytes_per_device(placed.opt_state),
         "batch": 4 * rows * (math.prod(x[1:]) + 1),
         "gradients": gradients,

@@ -59,7 +59,7 @@ class ObjectiveConfig:
                 f"weighting is {self.weighting}, but objective {name} weighs times by how often they are drawn; see"
                 " --flow-time"
             )
-        if not self.straight and self.prediction != "velocity":
+        if self.prediction != "velocity" and name != "flow":
             raise ValueError(f"prediction is {self.prediction}, which is for objective flow; use --objective x0")
         if not (self.flow_shift > 0 and self.flow_time[1] >= 0):
             raise ValueError(
@@ -69,14 +69,17 @@ class ObjectiveConfig:
 
     def levels(self, steps: int = 1000, spacing: Spacing = "time") -> Schedule:
         """The levels of a sampler of so many steps; 1000 in `time` are those of training."""
+        if self.straight and spacing == "time":
+            return flow.uniform_grid(steps, shift=self.flow_shift, prediction=self.prediction)
         if self.straight:
-            options: Any = {"prediction": self.prediction, "sit": self.objective == "sit"}
-            if spacing == "time":
-                return flow.uniform_grid(steps, shift=self.flow_shift, **options)
-            return spaced(flow.uniform_grid(1000, **options), steps, spacing)
+            return spaced(flow.uniform_grid(1000, prediction=self.prediction), steps, spacing)
         prediction: Any = self.objective
         whole = (linear_schedule if self.schedule == "linear" else cosine_schedule)(prediction=prediction)
         return respace(whole, steps) if spacing == "time" else spaced(whole, steps, spacing)
+
+    def predictor(self, network: Callable[..., Float[Array, "h w o"]]) -> Callable[..., Float[Array, "h w o"]]:
+        """A network of this objective, called alike, as those levels have it."""
+        return flow.from_sit(network) if self.objective == "sit" else network
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
@@ -87,27 +90,23 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     """
     schedule = config.levels()
 
-    def on_straight_path(predict, x0, noise, key):
-        if config.flow_density == "uniform":
-            s = jax.random.uniform(key)
-        else:
-            s = flow.logit_normal(*config.flow_time, key=key)
-        s = flow.shifted(s, config.flow_shift)
-        terms = flow.training_loss(predict, x0, s, noise, prediction=config.prediction, sit=config.objective == "sit")
-        return terms, jnp.minimum(BINS * s, BINS - 1).astype(int)
-
-    def on_schedule(predict, x0, noise, key):
-        i, weight = jax.random.randint(key, (), 0, len(schedule)), None
-        if config.weighting == "min-snr":
-            weight = weightings.min_snr(at(schedule.log_snr, i))
-        elif config.weighting == "sigmoid":
-            weight = weightings.sigmoid(at(schedule.log_snr, i)) * weightings.log_snr_fall(schedule, i)
-        return gaussian.training_loss(schedule, predict, x0, i, noise, weight=weight), BINS * i // len(schedule)
-
     def objective(predict, x0, key):
         time_key, noise_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, x0.shape)
-        terms, place = (on_straight_path if config.straight else on_schedule)(predict, x0, noise, time_key)
+        if config.straight:
+            uniform = config.flow_density == "uniform"
+            s = jax.random.uniform(time_key) if uniform else flow.logit_normal(*config.flow_time, key=time_key)
+            s = flow.shifted(s, config.flow_shift)
+            terms = flow.training_loss(config.predictor(predict), x0, s, noise, prediction=config.prediction)
+            place = jnp.minimum(BINS * s, BINS - 1).astype(int)
+        else:
+            i, weight = jax.random.randint(time_key, (), 0, len(schedule)), None
+            if config.weighting == "min-snr":
+                weight = weightings.min_snr(at(schedule.log_snr, i))
+            elif config.weighting == "sigmoid":
+                weight = weightings.sigmoid(at(schedule.log_snr, i)) * weightings.log_snr_fall(schedule, i)
+            terms = gaussian.training_loss(schedule, predict, x0, i, noise, weight=weight)
+            place = BINS * i // len(schedule)
         here = jax.nn.one_hot(place, BINS)
         return terms | {"by_time": jnp.stack([here, here * terms["loss"]])}
 

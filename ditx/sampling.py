@@ -99,26 +99,25 @@ def make_draw(
     step = partial(samplers.ddim_step, eta=config.eta) if config.sampler == "ddim" else STEPS[config.sampler]
     grid = objective.levels(config.steps, spacing)
     shape = (model.input_size, model.input_size, model.in_channels)
-    low, high = config.guidance_interval
-    if objective.objective == "sit":  # whose networks are fed 1 - s
-        low, high = 1 - high / 1000, 1 - low / 1000
-    options: Any = {"channels": config.guidance_channels or None}
-    options["interval"] = None if config.guidance_interval == (0, 1000) else (low, high)
+    interval = None if config.guidance_interval == (0, 1000) else config.guidance_interval
 
     def draw(model, labels, keys, *, guide=None, scale=None):
+        scale = config.guidance_scale if scale is None else scale
+        by: Any = {"scale": scale, "channels": config.guidance_channels or None, "interval": interval}
+
+        @objective.predictor
+        def apply(x, t, y, network=model):
+            # The state of a sampler is float32, whatever the network computes in.
+            return network(x.astype(network.patch.weight.dtype), t, y, unroll=unroll).astype(x.dtype)
+
         def one(y, key):
             start_key, noise_key = jax.random.split(key)
-
-            def apply(x, t, y, network=model):
-                # The state of a sampler is float32, whatever the network computes in.
-                return network(x.astype(network.patch.weight.dtype), t, y, unroll=unroll).astype(x.dtype)
-
-            by = options | {"scale": config.guidance_scale if scale is None else scale}
             if guide is None:
                 predict = guidance.classifier_free(apply, y, null_label=model.config.null_label, **by)
             else:
                 other = y if guide.config.num_classes else None
-                predict = guidance.guide(lambda x, t: apply(x, t, y), lambda x, t: apply(x, t, other, guide), **by)
+                strong, weak = (lambda x, t: apply(x, t, y)), (lambda x, t: apply(x, t, other, guide))
+                predict = guidance.guide(strong, weak, **by)
             return samplers.sample(step, predict, grid, jax.random.normal(start_key, shape), key=noise_key)
 
         return jax.vmap(one)(labels, keys)
@@ -133,12 +132,11 @@ def on_mesh(draw: Draw, mesh: Mesh) -> Draw:
     """
 
     def spread(model, labels, keys, *, guide=None, scale=None):
-        gathers = [make_gather(network, mesh) if network else lambda none: none for network in (model, guide)]
+        gather, gather_guide = make_gather(model, mesh), make_gather(guide, mesh)
 
         def local(given, rows):
-            *networks, scale = given
-            model, guide = (gather(network) for gather, network in zip(gathers, networks, strict=True))
-            return draw(model, *rows, guide=guide, scale=scale)
+            model, guide, scale = given
+            return draw(gather(model), *rows, guide=gather_guide(guide), scale=scale)
 
         given = (model, guide, scale)
         return by_rows(local, given, mesh)(given, (labels, keys))

@@ -170,7 +170,7 @@ def make_gather(model: Any, mesh: Mesh | None, *, recomputed: bool = False) -> C
     no device ever holds more than one; gradients are summed and scattered in float32. So the network is called as ever,
     and knows nothing of it. `recomputed` says that whole blocks are recomputed in the backward pass anyway.
     """
-    if mesh is None or mesh.shape["fsdp"] == 1:
+    if model is None or mesh is None or mesh.shape["fsdp"] == 1:
         return lambda shards: shards
     places, nested = specs(model, mesh), mesh.shape["tensor"] > 1
     inner = tuple(P(*spec[1:]) for spec in jax.tree.leaves(places.blocks))

@@ -65,10 +65,9 @@ def test_network_of_sit_is_drawn_from_as_sit_does(highest_precision):
     x = expected = jnp.asarray(hwc(golden["x"])[0])
     for step in range(5):
         expected = expected + forward(model, expected, jnp.asarray(step / 5), 3)[..., : x.shape[-1]] / 5
-    grid = ditx.flow.uniform_grid(5, sit=True)
-    drawn, _ = ditx.samplers.sample(
-        ditx.samplers.euler_step, lambda x, t: model(x, t, 3), grid, x, key=jax.random.key(0)
-    )
+    predict = ditx.flow.from_sit(lambda x, t: model(x, t, 3))
+    grid = ditx.flow.uniform_grid(5)
+    drawn, _ = ditx.samplers.sample(ditx.samplers.euler_step, predict, grid, x, key=jax.random.key(0))
     assert_close(drawn, expected, 1e-5)
 
 

@@ -40,14 +40,15 @@ def expected(config, here, i):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @x64
 def test_a_network_is_asked_for_what_its_objective_says(config):
+    sit = config.objective == "sit"
     for seed in range(5):
         noise = jax.random.normal(jax.random.split(jax.random.key(seed))[1], X0.shape)
         seen = []
 
         def predict(x, t, noise=noise, seen=seen):
             if config.straight:
-                s = 1 - t if config.objective == "sit" else t / 1000
-                here, i, place = flow.level(s, sit=config.objective == "sit"), 0, s
+                s = 1 - t if sit else t / 1000
+                here, i, place = flow.level(s), 0, s
             else:
                 schedule = linear_schedule() if config.schedule == "linear" else cosine_schedule()
                 i = int(t)
@@ -55,7 +56,7 @@ def test_a_network_is_asked_for_what_its_objective_says(config):
             close(x, here.alpha * X0 + here.sigma * noise)
             seen.append((here, i, float(place)))
             kind = config.prediction if config.straight else config.objective
-            return compose(kind, jnp.asarray(X0), noise, here) + ERROR
+            return (-1 if sit else 1) * compose(kind, jnp.asarray(X0), noise, here) + ERROR
 
         terms = make_objective(config)(predict, jnp.asarray(X0), jax.random.key(seed))
         ((here, i, place),) = seen

@@ -1,5 +1,8 @@
 """Batches of samples by networks of which all is known: the best ones for Gaussian data, whose mean is by the label."""
 
+import math
+import re
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -11,7 +14,7 @@ from gaussian_data import MU, S
 
 from ditx.diffusion import flow
 from ditx.diffusion.predictions import Level, compose
-from ditx.nn.dit import DiTConfig
+from ditx.nn.dit import DiT, DiTConfig
 from ditx.objectives import ObjectiveConfig
 from ditx.sampling import STEPS, SamplingConfig, make_draw, sample_keys
 
@@ -35,10 +38,9 @@ class Best:
         self.config = SimpleNamespace(num_classes=num_classes, null_label=num_classes)
 
     def __call__(self, x, t, y, *, unroll=1):
-        objective = self.objective
+        objective, sit = self.objective, self.objective.objective == "sit"
         if objective.straight:
-            sit = objective.objective == "sit"
-            here = flow.level(1 - t if sit else t / 1000, sit=sit)
+            here = flow.level(1 - t if sit else t / 1000)
         else:
             whole = objective.levels()
             alpha = jnp.exp(jnp.interp(t, jnp.asarray(whole.time), jnp.log(jnp.asarray(whole.alpha))))
@@ -47,7 +49,7 @@ class Best:
         a, b, mean = here.alpha, here.sigma, self.means[1 if y is None else y]
         rest = (x - a * mean) / (a**2 * S**2 + b**2)
         kind = objective.prediction if objective.straight else objective.objective
-        return compose(kind, mean + a * S**2 * rest, b * rest, here)
+        return (-1 if sit else 1) * compose(kind, mean + a * S**2 * rest, b * rest, here)
 
 
 @cache
@@ -101,6 +103,45 @@ def test_the_interval_is_in_the_same_times_for_all_conventions():
     np.testing.assert_array_equal(
         drawn(OBJECTIVES[2], guidance_interval=(0.0, 0.0), **settings), drawn(OBJECTIVES[2], sampler="euler", steps=20)
     )
+
+
+def compiled_work(text):
+    """Numbers that matrix products of a compiled program make: outside all branches, and in those of each condition."""
+    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+    conditions = []
+
+    def work(name):
+        total = 0
+        for line in bodies[name].splitlines():
+            total += sum(math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]\S* dot\(", line))
+            if " conditional(" in line:
+                names = re.findall(r"%?([\w.-]+)", "".join(re.findall(r"_computations?=(\{.*?\}|[^,]+)", line)))
+                conditions.append([work(branch) for branch in names])
+            else:
+                total += sum(work(called) for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line))
+        return total
+
+    (entry,) = re.findall(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
+    return work(entry), conditions
+
+
+@pytest.mark.parametrize(("sampler", "evaluations"), [("euler", 1), ("dpm-solver", 1), ("heun", 2)])
+def test_outside_the_interval_the_program_of_a_batch_has_one_evaluation(sampler, evaluations):
+    config = replace(CONFIG, learn_sigma=False)
+
+    def compiled(**fields):
+        draw = make_draw(SamplingConfig(sampler, 6, **fields), config, OBJECTIVES[2])
+        arguments = DiT(config, key=jax.random.key(0)), jnp.zeros(4, jnp.int32), sample_keys(0, 0, 4)
+        return compiled_work(jax.jit(lambda *given: draw(*given)[0]).lower(*arguments).compile().as_text())
+
+    plain, conditions = compiled()
+    # Heun's last step has no second evaluation, which is a condition of its own.
+    assert len(conditions) == evaluations - 1 and all(branches == [0, plain] for branches in conditions)
+    outside, conditions = compiled(guidance_scale=2.0, guidance_interval=(300.0, 700.0))
+    guided = [branches for branches in conditions if all(branches)]
+    # The patches and the time of both evaluations are embedded once.
+    assert outside == 0 and len(guided) == evaluations
+    assert all(alone == plain and 1.5 * plain < both < 2 * plain for alone, both in guided)
 
 
 def test_auto_is_the_usual_choice():

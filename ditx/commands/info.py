@@ -66,6 +66,8 @@ class Config:
     """what the backward pass recomputes: none; all but the products with weights (dots); whole blocks (full)"""
     accumulate: int = 1
     """parts of a batch that follow each other within one step"""
+    profiles: int = 0
+    """averages by power profiles: as many as --ema-lengths, with train.py's --ema-every"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """devices, which need not be at hand; without --mesh.data, there is one copy of the weights"""
     paper: bool = False
@@ -81,9 +83,9 @@ def main(argv: list[str]) -> int:
     model = DIT_CONFIGS[source] if source in DIT_CONFIGS else _described(source)
     # Read twice: the network named on the command line sets the defaults of the other flags.
     config = tyro.cli(Config, args=argv, prog=prog, default=Config(model=model), description=description)
-    for name in ("batch_size", "unroll", "accumulate"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name, least in {"batch_size": 1, "unroll": 1, "accumulate": 1, "profiles": 0}.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}")
     if config.paper:
         rows = paper()
         print(json.dumps(rows, indent=2) if config.json else _paper_table(rows))
@@ -101,7 +103,8 @@ def info(config: Config) -> dict[str, Any]:
     for name, size in mesh.items():
         if size < 1:
             raise ValueError(f"mesh.{name} is {size}; the devices need not be at hand, so give their number, 1 or more")
-    options = {name: getattr(config, name) for name in ("unroll", "remat", "accumulate")}
+    options = {name: getattr(config, name) for name in ("unroll", "remat", "accumulate", "profiles")}
+    held = {"weights": 1, "ema": 1 + config.profiles, "moments": 2, "gradients": 1}
     device = step_memory(model, batch_size=batch_size, mesh=mesh, dtype=jnp.dtype(config.dtype), **options)
     return {
         "config": asdict(model),
@@ -109,7 +112,7 @@ def info(config: Config) -> dict[str, Any]:
         "multiply_adds": flops.macs(model),
         "batch_size": batch_size,
         "training_step_flops": flops.training_step(model, batch_size),
-        "bytes": {"weights": 4 * count, "ema": 4 * count, "moments": 8 * count, "gradients": 4 * count},
+        "bytes": {name: 4 * count * copies for name, copies in held.items()},
         "mesh": mesh,
         "dtype": config.dtype,
         **options,

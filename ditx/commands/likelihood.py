@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
     @jax.jit
     def both(network, x, y, keys):
         def one(x, y, key):
+            @described.objective.predictor
             def predict(x, t):
                 return network(x, t, y if model.num_classes else None)
 

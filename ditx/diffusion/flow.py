@@ -2,11 +2,9 @@
 
 `s` runs from 0 at the data to 1 at the noise: x_s = (1 - s) x_0 + s noise, with velocity dx/ds = noise - x_0. The
 network is fed 1000 s, in the units of the schedules of `ditx.diffusion.schedule`, and predicts the velocity.
-
-SiT (Ma et al. 2024) runs the other way: its networks are fed 1 - s itself and predict x_0 - noise, behind which, on as
-many channels, nothing has been trained. With `sit=True`, levels and grids are those of its released networks.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -22,13 +20,22 @@ TIME_SCALE = 1000
 Times = TypeVar("Times", Float[Array, ""], Float[np.ndarray, " T"])
 
 
-def level(s: Float[Array, ""], *, sit: bool = False) -> Level:
+def level(s: Float[Array, ""]) -> Level:
     """The level of noise at `s`."""
     one = jnp.ones_like(s)
-    return Level(1 - s, 1 - s, s, one, -one) if sit else Level(TIME_SCALE * s, 1 - s, s, -one, one)
+    return Level(TIME_SCALE * s, 1 - s, s, -one, one)
 
 
-def uniform_grid(steps: int, *, shift: float = 1.0, prediction: Prediction = "velocity", sit: bool = False) -> Schedule:
+def from_sit(predict: Callable[..., Float[Array, "h w o"]]) -> Callable[..., Float[Array, "h w o"]]:
+    """A network of SiT (Ma et al. 2024), called alike, as one that is fed 1000 s and predicts the velocity.
+
+    SiT runs the other way: its networks are fed 1 - s itself and predict x_0 - noise, behind which, on as many
+    channels, nothing has been trained.
+    """
+    return lambda x, t, *others: -predict(x, 1 - t / TIME_SCALE, *others)
+
+
+def uniform_grid(steps: int, *, shift: float = 1.0, prediction: Prediction = "velocity") -> Schedule:
     """`steps` equal steps from noise to data, or, with a `shift`, equal ones of what `shifted` is given.
 
     Raises ValueError below one step, and for a shift that is not above 0.
@@ -38,8 +45,7 @@ def uniform_grid(steps: int, *, shift: float = 1.0, prediction: Prediction = "ve
     if not shift > 0:
         raise ValueError(f"shift is {shift}; give a number above 0, 1 for none")
     s = shifted(np.linspace(0, 1, steps + 1)[1:], shift)
-    time, sign = (1 - s, -1.0) if sit else (TIME_SCALE * s, 1.0)
-    return from_levels(time, 1 - s, s, path="linear", prediction=prediction, sign=sign)
+    return from_levels(TIME_SCALE * s, 1 - s, s, path="linear", prediction=prediction)
 
 
 def logit_normal(mean: float = 0.0, std: float = 1.0, *, key: PRNGKeyArray) -> Float[Array, ""]:
@@ -59,7 +65,6 @@ def training_loss(
     noise: Image,
     *,
     prediction: Prediction = "velocity",
-    sit: bool = False,
     floor: float = 0.05,
 ) -> dict[str, Float[Array, ""]]:
     """Mean squared error of the velocity at `s` (Lipman et al. 2023, Eq. 14 for the straight path).
@@ -67,7 +72,7 @@ def training_loss(
     A network that predicts something else, as the data, is held to the velocity which that means; of the data, this
     divides its error by `s`, or by `floor` where `s` is less (Li and He 2025).
     """
-    here = level(s, sit=sit)
+    here = level(s)
     x = noised(here, x0, noise)
     predicted, _ = split_variance(predict(x, here.time), x)
     error = jnp.square(predicted - compose(prediction, x0, noise, here)).mean()

@@ -9,11 +9,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.stats import norm
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ditx.diffusion.gaussian import predicted, prior_bpd, q_sample, variational_bound
 from ditx.diffusion.predictions import Image, Predict
-from ditx.diffusion.schedule import Index, Schedule, at
+from ditx.diffusion.schedule import Index, Schedule, at, level
 
 
 def variational_bpd(
@@ -37,7 +38,7 @@ def ode_bpd(schedule: Schedule, predict: Predict, x0: Image, *, key: PRNGKeyArra
     noise_key, probe_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
     signs = jax.random.rademacher(probe_key, (probes, *x0.shape), x0.dtype)
-    drawn = normal_log_density(noise) - x0.size * jnp.log(at(schedule.sigma, 0))
+    drawn = norm.logpdf(noise).sum() - x0.size * jnp.log(at(schedule.sigma, 0))
     nats = drawn - ode_log_density(schedule, predict, q_sample(schedule, x0, 0, noise), signs)
     return nats / (x0.size * math.log(2)) + _term(schedule, predict, x0, 0, noise)
 
@@ -55,9 +56,9 @@ def ode_log_density(
         """What the step from level i to the next changes, judged at level j, and its divergence."""
 
         def along(x):
+            here, there = level(schedule, i), level(schedule, i + 1)
             x0, noise = predicted(schedule, predict, x, j)
-            rise = [at(table, i + 1) - at(table, i) for table in (schedule.alpha, schedule.sigma)]
-            return rise[0] * x0 + rise[1] * noise
+            return (there.alpha - here.alpha) * x0 + (there.sigma - here.sigma) * noise
 
         value, pull = jax.vjp(along, x)
         return value, jax.vmap(lambda probe: jnp.vdot(probe, pull(probe)[0]))(probes).mean()
@@ -70,12 +71,7 @@ def ode_log_density(
 
     start = (x, jnp.zeros((), x.dtype))
     (noise, total), _ = jax.lax.scan(body, start, jnp.arange(len(schedule) - 1))
-    return normal_log_density(noise) + total
-
-
-def normal_log_density(x: Image) -> Float[Array, ""]:
-    """Log density of a standard normal image, in nats."""
-    return -0.5 * jnp.sum(jnp.square(x) + math.log(2 * math.pi))
+    return norm.logpdf(noise).sum() + total
 
 
 def _term(schedule: Schedule, predict: Predict, x0: Image, i: Index, noise: Image) -> Float[Array, ""]:

@@ -27,11 +27,6 @@ class Level(NamedTuple):
     alpha_rate: Float[Array, ""]
     sigma_rate: Float[Array, ""]
 
-    @property
-    def log_snr(self) -> Float[Array, ""]:
-        """log(alpha^2 / sigma^2)."""
-        return 2 * (jnp.log(self.alpha) - jnp.log(self.sigma))
-
 
 def noised(level: Level, x0: Image, noise: Image) -> Image:
     """The image at a level of noise."""
@@ -72,15 +67,13 @@ def loss_ratio(source: Prediction, target: Prediction, level: Level, *, floor: f
 def _weights(kind: Prediction, level: Level) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weights of the data and of the noise in a prediction."""
     zero, one = jnp.zeros_like(level.alpha), jnp.ones_like(level.alpha)
-    if kind == "eps":
-        return zero, one
-    if kind == "x0":
-        return one, zero
-    if kind == "v":
-        return -level.sigma, level.alpha
-    if kind == "score":
-        return zero, -1 / level.sigma
-    return level.alpha_rate, level.sigma_rate
+    return {
+        "eps": (zero, one),
+        "x0": (one, zero),
+        "v": (-level.sigma, level.alpha),
+        "score": (zero, -1 / level.sigma),
+        "velocity": (level.alpha_rate, level.sigma_rate),
+    }[kind]
 
 
 def _determinant(kind: Prediction, level: Level) -> Float[Array, ""]:

@@ -13,6 +13,7 @@ from ditx.diffusion.predictions import Level, Prediction
 Table: TypeAlias = Float[Array | np.ndarray, " T"]
 Index: TypeAlias = Int[Array, ""] | int
 Spacing: TypeAlias = Literal["time", "log-snr", "karras"]
+Path: TypeAlias = Literal["vp", "linear"]
 
 
 class Schedule(eqx.Module):
@@ -29,9 +30,6 @@ class Schedule(eqx.Module):
     """scale of the data"""
     sigma: Table
     """standard deviation of the noise"""
-    alpha_rate: Table
-    """derivative of alpha by the time that velocities mean: on the path vp, the angle, so that they are v"""
-    sigma_rate: Table
     log_snr: Table
     """log(alpha^2 / sigma^2)"""
     beta: Table
@@ -45,7 +43,7 @@ class Schedule(eqx.Module):
     """weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)"""
     posterior_mean_xt: Table
     """weight of x_t in that mean"""
-    path: Literal["vp", "linear"] = eqx.field(static=True)
+    path: Path = eqx.field(static=True)
     """alpha^2 + sigma^2 = 1 (variance preserving), or alpha + sigma = 1"""
     prediction: Prediction = eqx.field(static=True)
     """what the network predicts"""
@@ -65,8 +63,10 @@ def at(table: Table, i: Index) -> Float[Array, ""]:
 
 
 def level(schedule: Schedule, i: Index) -> Level:
-    """Level `i` of a schedule."""
-    return Level(*(at(getattr(schedule, name), i) for name in Level._fields))
+    """Level `i` of a schedule; velocities on the path vp are by the angle, so that they are v."""
+    time, alpha, sigma = (at(table, i) for table in (schedule.time, schedule.alpha, schedule.sigma))
+    rates = (-sigma, alpha) if schedule.path == "vp" else (-jnp.ones_like(alpha), jnp.ones_like(alpha))
+    return Level(time, alpha, sigma, *rates)
 
 
 def linear_schedule(steps: int = 1000, *, prediction: Prediction = "eps") -> Schedule:
@@ -97,33 +97,21 @@ def _from_betas(beta: np.ndarray, prediction: Prediction) -> Schedule:
 
 
 def from_levels(
-    time: np.ndarray,
-    alpha: np.ndarray,
-    sigma: np.ndarray,
-    *,
-    path: Literal["vp", "linear"],
-    prediction: Prediction,
-    sign: float = 1.0,
+    time: np.ndarray, alpha: np.ndarray, sigma: np.ndarray, *, path: Path, prediction: Prediction
 ) -> Schedule:
-    """The schedule of any levels of a path, from the data on; velocities run from data to noise, or back at `sign` -1.
-
-    With betas such that every level keeps its `alpha` and `sigma`.
-    """
+    """The schedule of any levels of a path, from the data on, with betas such that each keeps `alpha` and `sigma`."""
     alpha_before, sigma_before = np.concatenate([[1.0], alpha[:-1]]), np.concatenate([[0.0], sigma[:-1]])
     scale = alpha / alpha_before
     beta = sigma**2 - (scale * sigma_before) ** 2
     posterior_variance = beta * sigma_before**2 / sigma**2
     # A schedule of one step has no second step to borrow from; it never draws noise either.
     log_source = np.concatenate([posterior_variance[1:2], posterior_variance[1:]]) if len(beta) > 1 else beta
-    rates = (-sigma, alpha) if path == "vp" else (-np.ones_like(alpha), np.ones_like(alpha))
     with np.errstate(divide="ignore"):  # Pure noise has no signal.
         log_snr = 2 * (np.log(alpha) - np.log(sigma))
     return Schedule(
         time=time,
         alpha=alpha,
         sigma=sigma,
-        alpha_rate=sign * rates[0],
-        sigma_rate=sign * rates[1],
         log_snr=log_snr,
         beta=beta,
         log_beta=np.log(beta),
@@ -136,14 +124,8 @@ def from_levels(
     )
 
 
-def _with_levels(schedule: Schedule, time: np.ndarray, alpha: np.ndarray, sigma: np.ndarray) -> Schedule:
-    """Other levels of the same path."""
-    sign = float(np.sign(schedule.sigma_rate[0]))
-    return from_levels(time, alpha, sigma, path=schedule.path, prediction=schedule.prediction, sign=sign)
-
-
 def spaced(schedule: Schedule, steps: int, spacing: Spacing = "time") -> Schedule:
-    """`steps` levels between those of a schedule of evenly spaced times, at times that need not be whole.
+    """`steps` levels between those of a schedule of even times, at times that need not be whole.
 
     `time`: steps equally long, the last one to the data (the "trailing" ones of Lin et al. 2024, not rounded).
     `log-snr`: equal differences of log-SNR between noisiest and cleanest level (Lu et al. 2022, section 3.4).
@@ -153,42 +135,32 @@ def spaced(schedule: Schedule, steps: int, spacing: Spacing = "time") -> Schedul
     """
     if steps < 1 or len(schedule) < 2:
         raise ValueError(f"cannot take {steps} of {len(schedule)} levels; give at least 1 step, of at least 2 levels")
-    index, time, signal = _axis(schedule)
+    time, signal = _axis(schedule)
     if spacing == "time":
-        indices = np.linspace(-1, len(schedule) - 1, steps + 1)[1:]
-        wanted = np.interp(indices, index, signal)
+        times = np.linspace(time[0], time[-1], steps + 1)[1:]
     else:
-        log_snr = np.asarray(schedule.log_snr, np.float64)
-        clean, noisy = log_snr[0], log_snr[np.isfinite(log_snr)][-1]
-        if spacing == "log-snr":
-            log_snr = np.linspace(noisy, clean, steps)[::-1]
-        else:
-            log_snr = -14 * np.log(np.linspace(np.exp(-noisy / 14), np.exp(-clean / 14), steps)[::-1])
-        wanted = _signal(log_snr, schedule.path)
-        indices = np.interp(-wanted, -signal, index)
+        ratio = np.exp(-np.asarray(schedule.log_snr, np.float64) / 2)
+        noisy, clean = (ratio[np.isfinite(ratio)][[-1, 0]] ** (1 / 7)).tolist()
+        between = np.geomspace if spacing == "log-snr" else np.linspace
+        times = time_at(schedule, between(noisy, clean, steps)[::-1] ** 7)
+    signal = np.interp(times, time, signal)
     vp = schedule.path == "vp"
-    sigma = np.sqrt(-np.expm1(2 * wanted)) if vp else 1 - wanted
-    return _with_levels(schedule, np.interp(indices, index, time), np.exp(wanted) if vp else wanted, sigma)
+    alpha, sigma = (np.exp(signal), np.sqrt(-np.expm1(2 * signal))) if vp else (signal, 1 - signal)
+    return from_levels(times, alpha, sigma, path=schedule.path, prediction=schedule.prediction)
 
 
-def time_at(schedule: Schedule, ratio: float) -> float:
-    """The time, not always whole, at which sigma / alpha is `ratio`: the sigma of Karras et al. 2022."""
-    index, time, signal = _axis(schedule)
-    return float(
-        np.interp(np.interp(-_signal(np.asarray(-2 * np.log(ratio)), schedule.path), -signal, index), index, time)
-    )
+def time_at(schedule: Schedule, ratio: float | np.ndarray) -> np.ndarray:
+    """The times, not always whole, at which sigma / alpha is `ratio`: the sigma of Karras et al. 2022."""
+    time, signal = _axis(schedule)
+    wanted = -np.log1p(ratio**2) / 2 if schedule.path == "vp" else 1 / (1 + ratio)
+    return np.asarray(np.interp(-wanted, -signal, time))
 
 
-def _axis(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Index, time, and what is linear between the levels: log alpha, or on the path linear alpha; the data in front."""
+def _axis(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """Times, and what is linear between them: log alpha, or on the path linear alpha; the data in front."""
     time, alpha = np.asarray(schedule.time, np.float64), np.asarray(schedule.alpha, np.float64)
     signal = np.concatenate([[0.0], np.log(alpha)]) if schedule.path == "vp" else np.concatenate([[1.0], alpha])
-    return np.arange(-1.0, len(schedule)), np.concatenate([2 * time[:1] - time[1:2], time]), signal
-
-
-def _signal(log_snr: np.ndarray, path: str) -> np.ndarray:
-    """What `_axis` has, of a log-SNR."""
-    return np.asarray(-np.logaddexp(0, -log_snr) / 2 if path == "vp" else 1 / (1 + np.exp(-log_snr / 2)))
+    return np.concatenate([2 * time[:1] - time[1:2], time]), signal
 
 
 def respace(schedule: Schedule, steps: str | int | Sequence[int]) -> Schedule:
@@ -199,8 +171,8 @@ def respace(schedule: Schedule, steps: str | int | Sequence[int]) -> Schedule:
     the schedule has no such steps.
     """
     indices = _grid(len(schedule), steps)
-    tables = (schedule.time, schedule.alpha, schedule.sigma)
-    return _with_levels(schedule, *(np.asarray(table, np.float64)[indices] for table in tables))
+    kept = (np.asarray(table, np.float64)[indices] for table in (schedule.time, schedule.alpha, schedule.sigma))
+    return from_levels(*kept, path=schedule.path, prediction=schedule.prediction)
 
 
 def _grid(total: int, steps: str | int | Sequence[int]) -> np.ndarray:

@@ -32,6 +32,9 @@ def test_costs_of_a_published_network(run):
     assert code == 0 and costs["parameters"] == 674834720
     assert costs["bytes"] == {name: n * 674834720 for name, n in zip(costs["bytes"], (4, 4, 8, 4), strict=True)}
     assert costs["training_step_flops"] == 6 * 128 * costs["multiply_adds"]
+    code, said = run.ditx("info", "DiT-XL/2", "--json", "--profiles", 2)
+    assert json.loads(said)["bytes"]["ema"] == 3 * costs["bytes"]["ema"]
+    assert json.loads(said)["device_bytes"]["ema"] == 3 * costs["device_bytes"]["ema"]
     code, said = run.ditx("info", "DiT-XL/2")
     assert code == 0 and "674,834,720" in said and "118.62 G (the paper's Gflops)" in said and "GiB" in said
 

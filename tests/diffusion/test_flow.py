@@ -10,17 +10,18 @@ from strategies import images, x64
 
 from ditx import flow
 from ditx.diffusion.predictions import compose, noised
+from ditx.diffusion.schedule import level
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 
 
-@given(images(), images(), st.floats(0, 1), st.booleans())
+@given(images(), images(), st.floats(0, 1))
 @x64
-def test_path_is_straight_from_data_to_noise(x0, noise, s, sit):
-    here = flow.level(jnp.asarray(s), sit=sit)
+def test_path_is_straight_from_data_to_noise(x0, noise, s):
+    here = flow.level(jnp.asarray(s))
     close(noised(here, jnp.asarray(x0), jnp.asarray(noise)), x0 + s * (noise - x0))
-    close(here.time, 1 - s if sit else 1000 * s)
-    close(compose("velocity", jnp.asarray(x0), jnp.asarray(noise), here), x0 - noise if sit else noise - x0)
+    close(here.time, 1000 * s)
+    close(compose("velocity", jnp.asarray(x0), jnp.asarray(noise), here), noise - x0)
 
 
 @given(images(), images(), images(), st.floats(0, 1))
@@ -69,7 +70,7 @@ def test_loss_in_sits_convention_is_the_same_and_leaves_surplus_channels_alone(x
         seen.append(t)
         return jnp.concatenate([jnp.asarray(x0 - noise + error), 1e6 * x], -1)
 
-    losses = flow.training_loss(predict, jnp.asarray(x0), jnp.asarray(s), jnp.asarray(noise), sit=True)
+    losses = flow.training_loss(flow.from_sit(predict), jnp.asarray(x0), jnp.asarray(s), jnp.asarray(noise))
     close(losses["loss"], np.square(error).mean())
     close(seen[0], 1 - s)
 
@@ -82,16 +83,16 @@ def test_a_shift_multiplies_the_ratio_of_noise(s, shift):
     close(flow.shifted(moved, 1 / shift), s)
 
 
-@given(st.integers(1, 200), st.booleans())
-def test_grid_runs_from_noise_to_data_in_equal_steps(steps, sit):
-    grid = flow.uniform_grid(steps, sit=sit)
+@given(st.integers(1, 200))
+def test_grid_runs_from_noise_to_data_in_equal_steps(steps):
+    grid = flow.uniform_grid(steps)
     s = np.arange(1, steps + 1) / steps
     assert len(grid) == steps and grid.alpha[-1] == 0 and grid.sigma[-1] == 1
     np.testing.assert_allclose(grid.sigma, s, rtol=1e-12)
     np.testing.assert_allclose(grid.alpha, 1 - s, atol=1e-12)
-    np.testing.assert_allclose(grid.time, 1 - s if sit else 1000 * s, atol=1e-12)
-    np.testing.assert_array_equal(grid.alpha_rate, 1 if sit else -1)
-    np.testing.assert_array_equal(grid.sigma_rate, -1 if sit else 1)
+    np.testing.assert_allclose(grid.time, 1000 * s, atol=1e-12)
+    np.testing.assert_allclose(grid.log_snr[:-1], 2 * np.log((1 - s[:-1]) / s[:-1]), rtol=1e-9, atol=1e-9)
+    assert level(grid, 0)[3:] == (-1, 1)
     assert (grid.path, grid.prediction) == ("linear", "velocity")
 
 

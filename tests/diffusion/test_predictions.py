@@ -24,11 +24,7 @@ def on_circle(angle):
     return Level(angle, alpha, sigma, -sigma, alpha)
 
 
-PATHS = {
-    "vp": lambda s: on_circle(s * math.pi / 2),
-    "linear": lambda s: flow.level(jnp.asarray(s)),
-    "sit": lambda s: flow.level(jnp.asarray(s), sit=True),
-}
+PATHS = {"vp": lambda s: on_circle(s * math.pi / 2), "linear": lambda s: flow.level(jnp.asarray(s))}
 
 
 def drawn():
@@ -70,7 +66,7 @@ def test_each_prediction_is_what_its_paper_defines(s, x0, noise):
         x = noised(level, x0, noise)
         density = jax.grad(lambda x, mean, b: -jnp.square(x - mean).sum() / (2 * b**2))
         close(target("score"), density(x, level.alpha * x0, level.sigma), rtol=1e-9)
-        scale = {"vp": math.pi / 2, "linear": 1, "sit": -1}[name]
+        scale = {"vp": math.pi / 2, "linear": 1}[name]
         _, velocity = jax.jvp(lambda s, path=path: noised(path(s), x0, noise), (jnp.asarray(s),), (jnp.asarray(1.0),))
         close(target("velocity") * scale, velocity)
     close(compose("velocity", x0, noise, PATHS["vp"](s)), compose("v", x0, noise, PATHS["vp"](s)))
@@ -92,8 +88,3 @@ def test_a_floor_bounds_the_ratio():
     level = flow.level(jnp.asarray(0.01))
     assert float(loss_ratio("x0", "velocity", level)) == pytest.approx(1e4, rel=1e-5)
     assert float(loss_ratio("x0", "velocity", level, floor=0.05)) == pytest.approx(400, rel=1e-5)
-
-
-def test_log_snr_is_that_of_the_level():
-    assert float(on_circle(math.pi / 4).log_snr) == pytest.approx(0, abs=1e-6)
-    assert float(flow.level(jnp.asarray(0.25)).log_snr) == pytest.approx(2 * math.log(3), rel=1e-6)

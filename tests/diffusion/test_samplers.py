@@ -69,12 +69,7 @@ ALL = {
     "dpm-solver": (dpm_solver_step, 2),
     "euler-maruyama": (euler_maruyama_step, 1),
 }
-BASES = {
-    "linear": FULL,
-    "cosine": ditx.cosine_schedule(prediction="v"),
-    "flow": flow.uniform_grid(1000),
-    "sit": flow.uniform_grid(1000, sit=True),
-}
+BASES = {"linear": FULL, "cosine": ditx.cosine_schedule(prediction="v"), "flow": flow.uniform_grid(1000)}
 
 
 def test_euler_is_ddim_without_noise():
@@ -112,13 +107,12 @@ def test_flows_converge_to_the_data_from_pure_noise_in_even_steps(step, order):
 
 
 @pytest.mark.parametrize(
-    ("base", "kinds"), [("linear", ["eps", "v", "score"]), ("flow", ["velocity", "v"]), ("sit", ["velocity"])]
+    ("base", "kinds"), [("linear", ["eps", "v", "score", "velocity"]), ("flow", ["velocity", "v"])]
 )
 @x64
 def test_every_sampler_draws_the_same_from_every_prediction(base, kinds):
     """The network is of one mind, and says so in different ways."""
     x, key = jax.random.normal(jax.random.key(0), (2, 2, 1)), jax.random.key(1)
-    plain = ditx.respace(BASES["flow" if base == "sit" else base], [100, 400, 700, 999])
     grid = ditx.respace(BASES[base], [100, 400, 700, 999])
 
     def draws(schedule, predict):
@@ -133,7 +127,7 @@ def test_every_sampler_draws_the_same_from_every_prediction(base, kinds):
 
         return predict
 
-    plain = dataclasses.replace(plain, prediction="x0")
+    plain = dataclasses.replace(grid, prediction="x0")
     expected = draws(plain, network(plain))
     for kind in kinds:
         schedule = dataclasses.replace(grid, prediction=kind)
@@ -159,7 +153,7 @@ def test_dpm_solver_extrapolates_the_data_in_log_snr():
 
 
 @x64
-def test_sit_grids_sample_as_sit_does():
+def test_a_network_of_sit_is_drawn_from_as_sit_does():
     """Ma et al. 2024: t from 0 (noise) to 1 (data), fed as it is; velocity data - noise; surplus channels dropped."""
 
     def network(x, t):
@@ -168,7 +162,7 @@ def test_sit_grids_sample_as_sit_does():
     x = expected = jax.random.normal(jax.random.key(0), (2, 2, 1))
     for t in np.arange(8) / 8:
         expected = expected + network(expected, t)[..., :1] / 8
-    close(sample(euler_step, network, flow.uniform_grid(8, sit=True), x, key=jax.random.key(0))[0], expected)
+    close(sample(euler_step, flow.from_sit(network), flow.uniform_grid(8), x, key=jax.random.key(0))[0], expected)
 
 
 @x64
@@ -232,7 +226,6 @@ def test_noise_enters_every_other_step_with_its_deviation(step, x, noise):
         (ddim_step, ditx.respace(FULL, [3, 500, 999]), [999, 500, 3]),
         (euler_step, flow.uniform_grid(4), [1000, 750, 500, 250]),
         (heun_step, flow.uniform_grid(2), [1000, 500, 500]),  # the last step is Euler's
-        (euler_step, flow.uniform_grid(4, sit=True), [0, 0.25, 0.5, 0.75]),
     ],
 )
 def test_network_is_fed_the_times_of_training(step, schedule, expected):

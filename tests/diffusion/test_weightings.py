@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from strategies import FULL, step_of, steps, x64
 
 from ditx.diffusion.predictions import loss_ratio
-from ditx.diffusion.schedule import level
+from ditx.diffusion.schedule import at, level
 from ditx.diffusion.weightings import log_snr_fall, min_snr, sigmoid
 
 
@@ -20,7 +20,7 @@ def test_min_snr_is_the_papers_for_each_prediction(step, gamma):
     snr = schedule.alpha[i] ** 2 / schedule.sigma[i] ** 2
     expected = {"x0": min(snr, gamma), "eps": min(snr, gamma) / snr, "v": min(snr, gamma) / (snr + 1)}
     for kind, weight in expected.items():
-        found = min_snr(here.log_snr, gamma) * loss_ratio(kind, "eps", here)
+        found = min_snr(at(schedule.log_snr, i), gamma) * loss_ratio(kind, "eps", here)
         np.testing.assert_allclose(found, weight, rtol=1e-10)
 
 
@@ -29,8 +29,8 @@ def test_min_snr_is_the_papers_for_each_prediction(step, gamma):
 def test_sigmoid_of_the_noise_is_that_of_the_data_mirrored(step, bias):
     schedule, i = step_of(step)
     here, log_snr = level(schedule, i), schedule.log_snr[i]
-    np.testing.assert_allclose(sigmoid(here.log_snr, bias), 1 / (1 + math.exp(log_snr - bias)), rtol=1e-9)
-    found = sigmoid(here.log_snr, bias) * loss_ratio("x0", "eps", here)
+    np.testing.assert_allclose(sigmoid(at(schedule.log_snr, i), bias), 1 / (1 + math.exp(log_snr - bias)), rtol=1e-9)
+    found = sigmoid(at(schedule.log_snr, i), bias) * loss_ratio("x0", "eps", here)
     # Hoogeboom et al. 2024: of the data's error, e^b sigmoid(log_snr - b).
     np.testing.assert_allclose(found, math.exp(bias) / (1 + math.exp(bias - log_snr)), rtol=1e-9)
 
