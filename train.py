@@ -60,6 +60,7 @@ with install_import_hook("ditx", "beartype.beartype"):
         bytes_per_device,
         check_batch,
         check_fit,
+        check_kernels,
         everywhere,
         local_rows,
         make_mesh,
@@ -178,6 +179,7 @@ def train(preset: str, config: Config) -> int:
         check(config)
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=model_config.num_heads, mlp_size=model_config.mlp_size)
+        check_kernels(mesh, config.kernels)
         check_batch(mesh, config.batch_size, config.accumulate)
         if config.init_from and not checkpoint.steps(Path(config.run) / "checkpoints"):
             describe_initial(Path(config.init_from), model_config)
@@ -236,6 +238,7 @@ def fit(
         dtype=jnp.dtype(config.dtype),
         unroll=config.unroll,
         remat=config.remat,
+        kernels=config.kernels,
         accumulate=config.accumulate,
         mesh=mesh,
     )

@@ -58,6 +58,15 @@ def check_fit(mesh: Mesh, *, num_heads: int, mlp_size: int) -> None:
             raise ValueError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide {name}, {size}")
 
 
+def check_kernels(mesh: Mesh, kernels: str) -> None:
+    """Raise ValueError where fused kernels cannot work."""
+    platform, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
+    if kernels == "fused" and tensor > 1:
+        raise ValueError(f"kernels is fused, which needs whole examples, but mesh.tensor is {tensor}; use plain")
+    if kernels == "fused" and platform != "gpu":
+        raise ValueError(f"kernels is fused, which is for GPUs, but the devices are of the kind {platform}; use plain")
+
+
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Raise ValueError where a batch cannot be shared out evenly, in so many parts one after the other."""
     if batch_size % (batch_parts(mesh) * accumulate):
@@ -195,11 +204,11 @@ class _Gathered(eqx.Module):
     nested: bool = eqx.field(static=True)
     recomputed: bool = eqx.field(static=True)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
         def call(shards, *inputs):
             leaves, structure = jax.tree.flatten(shards)
             whole = [_gather(leaf, spec, nested=self.nested) for leaf, spec in zip(leaves, self.specs, strict=True)]
-            return jax.tree.unflatten(structure, whole)(*inputs)
+            return jax.tree.unflatten(structure, whole)(*inputs, **options)
 
         if not self.recomputed:  # What was gathered is not kept for the backward pass, all else is.
             call = jax.checkpoint(call, policy=lambda op, *_, **__: op.name not in ("all_gather", "shard_map"))

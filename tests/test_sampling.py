@@ -34,7 +34,7 @@ class Best:
         self.objective, self.means = objective, jnp.array([mean, without])
         self.config = SimpleNamespace(num_classes=num_classes, null_label=num_classes)
 
-    def __call__(self, x, t, y, *, unroll=1):
+    def __call__(self, x, t, y, *, unroll=1, kernels="plain"):
         objective = self.objective
         if objective.straight:
             sit = objective.objective == "sit"

@@ -84,6 +84,7 @@ def alone():
         ("fsdp", {"remat": "dots", "unroll": 3}),
         ("data-fsdp", {"accumulate": 2}),
         ("all", {"accumulate": 2, "remat": "full", "unroll": 3}),
+        ("data-fsdp", {"kernels": "interpreted"}),
     ],
 )
 def test_eight_devices_equal_one(alone, name, options):

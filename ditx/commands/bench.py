@@ -23,6 +23,8 @@ from ditx.nn.dit import DIT_CONFIGS, DiTConfig, Remat
 from ditx.sharding import make_mesh
 
 KINDS = {"train": Train, "sample": Sample, "extract": Extract, "data": Data}
+# What a sweep tries.
+CHOICES = ("batch_size", "unroll", "remat", "kernels")
 # The network of the figures on two CPU cores.
 TINY = DiTConfig(28, 4, 1, 96, 4, 4, num_classes=10)
 
@@ -161,18 +163,20 @@ def sweep(config: Train) -> dict[str, Any]:
     mesh = bench_work.check_network(config)
     sizes = sorted(set(config.batch_sizes or (config.batch_size, 2 * config.batch_size)))
     unrolls = sorted({1, config.model.depth})
+    usable = jax.default_backend() == "gpu" and config.mesh.tensor == 1
+    kernels = ("plain", "fused") if usable else ("plain",)
     rows: list[dict[str, Any]] = []
-    too_large: set[tuple[int, str]] = set()
-    for batch_size, unroll, remat in product(sizes, unrolls, get_args(Remat)):
-        row: dict[str, Any] = {"batch_size": batch_size, "unroll": unroll, "remat": remat}
-        if (unroll, remat) in too_large:
+    too_large: set[tuple[Any, ...]] = set()
+    for batch_size, *choice in product(sizes, unrolls, get_args(Remat), kernels):
+        row: dict[str, Any] = dict(zip(CHOICES, (batch_size, *choice), strict=True))
+        if tuple(choice) in too_large:
             row |= {"skipped": "out of memory with a smaller batch already"}
         else:
             try:
                 row |= rates(bench_work.train(replace(config, **row)))
             except OutOfMemoryError as error:
                 row |= {"skipped": f"out of memory: {error}"}
-                too_large.add((unroll, remat))
+                too_large.add(tuple(choice))
             gc.collect()  # what a failure held on to
         rows.append(row)
         if not config.json:
@@ -195,7 +199,7 @@ def sweep(config: Train) -> dict[str, Any]:
 
 def flags_of(row: dict[str, Any]) -> str:
     """A choice as flags of train.py."""
-    return " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in ("batch_size", "unroll", "remat"))
+    return " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in CHOICES)
 
 
 def beside(config: Train | Sample) -> dict[str, Any]:
@@ -301,9 +305,9 @@ def beside_text(told: dict[str, Any]) -> str:
 def sweep_line(row: dict[str, Any]) -> str:
     """One choice, for people."""
     if "skipped" in row:
-        return f"{flags_of(row):<48} skipped: {row['skipped']}"
+        return f"{flags_of(row):<64} skipped: {row['skipped']}"
     return (
-        f"{flags_of(row):<48}{1e3 * row['seconds']:>10,.2f} ms{row['images_per_second']:>12,.2f} images/s"
+        f"{flags_of(row):<64}{1e3 * row['seconds']:>10,.2f} ms{row['images_per_second']:>12,.2f} images/s"
         f"{row['program_bytes'] / 2**20:>12,.1f} MiB   compiled in {row['compile_seconds']:,.1f} s"
     )
 

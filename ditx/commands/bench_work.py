@@ -21,7 +21,17 @@ from ditx.monitor import memory_of
 from ditx.nn.dit import DiT, DiTConfig, Remat
 from ditx.objectives import ObjectiveConfig, make_objective
 from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
-from ditx.sharding import MeshConfig, batch_sharding, check_batch, check_fit, everywhere, make_mesh, place, put_whole
+from ditx.sharding import (
+    MeshConfig,
+    batch_sharding,
+    check_batch,
+    check_fit,
+    check_kernels,
+    everywhere,
+    make_mesh,
+    place,
+    put_whole,
+)
 from ditx.training import TrainState, adamw, train_step
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -42,6 +52,8 @@ class Network:
     """what the network computes in; auto is float32 on CPUs and bfloat16 elsewhere"""
     unroll: int = 1
     """blocks compiled in a row"""
+    kernels: Literal["plain", "fused"] = "plain"
+    """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     repeats: int = 20
     """steps, or draws, that are timed, after two that are not"""
@@ -64,7 +76,8 @@ class Train(Network):
     accumulate: int = 1
     """parts of a batch that follow each other within one step"""
     sweep: bool = False
-    """try all kinds of --remat with blocks unrolled and not, at each of --batch-sizes, and recommend the fastest"""
+    """try all kinds of --remat with blocks unrolled and not, on GPUs with all --kernels, at each of --batch-sizes, and
+    recommend the fastest"""
     batch_sizes: tuple[int, ...] = ()
     """with --sweep: what to try; once and twice --batch-size if not given"""
 
@@ -198,6 +211,7 @@ def check_network(config: Train | Sample) -> Mesh:
     """The mesh. Raises ValueError for what cannot be, before anything is compiled."""
     mesh = make_mesh(config.mesh)
     check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
+    check_kernels(mesh, config.kernels)
     accumulate = config.accumulate if isinstance(config, Train) else 1
     for size in (config.batch_size, *(config.batch_sizes if isinstance(config, Train) else ())):
         check_batch(mesh, size, accumulate)
@@ -216,6 +230,7 @@ def train(config: Train) -> Timing:
         dtype=jnp.dtype(resolved(config.dtype)),
         unroll=config.unroll,
         remat=config.remat,
+        kernels=config.kernels,
         accumulate=config.accumulate,
         mesh=mesh,
     )
@@ -261,7 +276,8 @@ def sample(config: Sample) -> Timing:
     """Time draws: the whole loop is one program, its weights in what it computes in; labels and noise are arguments."""
     mesh, model = check_network(config), config.model
     dtype = jnp.dtype(resolved(config.dtype))
-    draw = on_mesh(make_draw(config.sampling, model, objective_of(model), unroll=config.unroll), mesh)
+    draw = make_draw(config.sampling, model, objective_of(model), unroll=config.unroll, kernels=config.kernels)
+    draw = on_mesh(draw, mesh)
 
     def create(key):
         network = random_weights(DiT(model, key=key))

@@ -1,6 +1,7 @@
 """Layers that a diffusion transformer is made of, each acting on one example."""
 
 import math
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+Kernels: TypeAlias = Literal["plain", "fused", "interpreted"]
+"""What computes norms, gates and GELUs: XLA; kernels of our own, on a GPU; or those in Pallas' interpreter, for tests."""
 
 
 class Linear(eqx.Module):
@@ -57,6 +61,51 @@ class LayerNorm(eqx.Module):
 def modulate(x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"]) -> Float[Array, "n d"]:
     """Shift and scale every token alike: `x * (1 + scale) + shift` (Perez et al. 2018, centred on the identity)."""
     return x * (1 + scale) + shift
+
+
+def norm_modulate(
+    x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"], kernels: Kernels = "plain"
+) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+    """`x` as it is, for the way around a branch, and `modulate(layer_norm(x), shift, scale)`, for the branch."""
+    if kernels != "plain":
+        return _fused().norm_modulate(x, shift, scale, kernels == "interpreted")
+    return x, modulate(layer_norm(x), shift, scale)
+
+
+def gate_norm_modulate(
+    x: Float[Array, "n d"],
+    gate: Float[Array, " d"],
+    branch: Float[Array, "n d"],
+    shift: Float[Array, " d"],
+    scale: Float[Array, " d"],
+    kernels: Kernels = "plain",
+) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+    """`norm_modulate(x + gate * branch, shift, scale)`: the end of one branch and the beginning of the next."""
+    if kernels != "plain":
+        return _fused().gate_norm_modulate(x, gate, branch, shift, scale, kernels == "interpreted")
+    return norm_modulate(x + gate * branch, shift, scale)
+
+
+def gate_residual(
+    x: Float[Array, "n d"], gate: Float[Array, " d"], branch: Float[Array, "n d"], kernels: Kernels = "plain"
+) -> Float[Array, "n d"]:
+    """`x + gate * branch`: the end of a branch."""
+    if kernels != "plain":
+        return _fused().gate_residual(x, gate, branch, kernels == "interpreted")
+    return x + gate * branch
+
+
+def bias_gelu(x: Float[Array, "n d"], bias: Float[Array, " d"], kernels: Kernels = "plain") -> Float[Array, "n d"]:
+    """GELU in its tanh form (Hendrycks and Gimpel 2016) of `x + bias`."""
+    if kernels != "plain":
+        return _fused().bias_gelu(x, bias, kernels == "interpreted")
+    return jax.nn.gelu(x + bias, approximate=True)
+
+
+def _fused() -> Any:
+    from ditx.nn import kernels  # for those alone who use them, since Pallas takes a while to import
+
+    return kernels
 
 
 class Attention(eqx.Module):
@@ -116,7 +165,7 @@ def attend(
 
 
 class MLP(eqx.Module):
-    """Two linear maps around a GELU in its tanh form (Hendrycks and Gimpel 2016)."""
+    """Two linear maps around a GELU."""
 
     up: Linear
     down: Linear
@@ -126,8 +175,8 @@ class MLP(eqx.Module):
         self.up = Linear(hidden_size, mlp_size, key=up_key)
         self.down = Linear(mlp_size, hidden_size, key=down_key)
 
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+    def __call__(self, x: Float[Array, "n d"], *, kernels: Kernels = "plain") -> Float[Array, "n d"]:
+        return self.down(bias_gelu(jnp.tensordot(x, self.up.weight, 1), self.up.bias, kernels))
 
 
 class TimeEmbedding(eqx.Module):

@@ -87,8 +87,8 @@ def test_a_sweep_recommends_the_fastest_and_skips_what_does_not_fit(run, monkeyp
     code, said = run.ditx("bench", "train", "tiny", *flags)
     assert code == 0, said
     told = json.loads(said)
-    assert told["recommended"] == "--batch-size 16 --unroll 1 --remat full"
-    assert told["by_batch_size"]["8"] == "--batch-size 8 --unroll 2 --remat dots"
+    assert told["recommended"] == "--batch-size 16 --unroll 1 --remat full --kernels plain"
+    assert told["by_batch_size"]["8"] == "--batch-size 8 --unroll 2 --remat dots --kernels plain"
     skipped = {(row["batch_size"], row["unroll"]): row["skipped"] for row in told["rows"] if "skipped" in row}
     assert skipped[16, 1] == "out of memory: it takes 2.00 GiB on each device, which has 1.00"
     assert skipped[32, 2] == "out of memory with a smaller batch already" and (32, 2, "none") not in tried
@@ -203,6 +203,8 @@ def test_encoding_and_decoding_rates(run, tmp_path, monkeypatch):
         (["train", "tiny", "--sweep", "--batch-sizes", 12], "batch_size is 12; make it a multiple of the 8 devices"),
         (["train", "tiny", "--sweep", "--batch-sizes", 0], "each must be at least 1"),
         (["train", "tiny", "--sweep", "--beside", "torch"], "not both at once"),
+        (["train", "tiny", "--kernels", "fused", "--mesh.tensor", 2], "needs whole examples, but mesh.tensor is 2"),
+        (["sample", "tiny", "--kernels", "fused"], "for GPUs, but the devices are of the kind cpu; use plain"),
         (["sample", "tiny", "--steps", 0], "steps is 0; objective eps samples in 1 to 1000 steps"),
         (["sample", "tiny", "--batch-size", 12], "batch_size is 12; make it a multiple of the 8 devices"),
         (["extract", "--batch-size", 12], "batch_size is 12; make it a multiple of the 8 devices"),
