@@ -30,7 +30,16 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.pretrained import Description
     from ditx.processes import ProcessConfig, check_alike, connect, end, is_first, together
     from ditx.sampling import Decode, SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
-    from ditx.sharding import MeshConfig, batch_parts, check_fit, check_kernels, everywhere, make_mesh, place
+    from ditx.sharding import (
+        MeshConfig,
+        batch_parts,
+        check_fit,
+        check_kernels,
+        compiler_options,
+        everywhere,
+        make_mesh,
+        place,
+    )
     from ditx.vae_weights import load_decoder
 
 
@@ -198,7 +207,7 @@ def draw_all(
             )
         return data.to_uint8(samples)
 
-    compiled = jax.jit(run_batch, out_shardings=everywhere(mesh))
+    compiled = jax.jit(run_batch, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh))
     images, frames = [], []
     quiet = len(labels) <= batch or not is_first()
     for first in tqdm(range(0, len(labels), batch), unit="batch", disable=quiet or None):

@@ -27,6 +27,7 @@ from ditx.sharding import (
     check_batch,
     check_fit,
     check_kernels,
+    compiler_options,
     everywhere,
     make_mesh,
     place,
@@ -257,7 +258,8 @@ def train(config: Train) -> Timing:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), jax.eval_shape(draw, key)
     )
     with memory_checked():
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        options = compiler_options(mesh)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
         program, compile_seconds, program_bytes = compiled(jitted, abstract, shapes, key)
         batch = jax.jit(draw, out_shardings=rows)(key)
         state = jax.jit(create, out_shardings=places)(key)
@@ -292,9 +294,8 @@ def sample(config: Sample) -> Timing:
     labels = put_whole(np.arange(config.batch_size, dtype=np.int32) % model.num_classes, whole)
     firsts = [put_whole(np.int32(k * config.batch_size), whole) for k in range(config.repeats + 3)]
     with memory_checked():
-        program, compile_seconds, program_bytes = compiled(
-            jax.jit(run_batch, out_shardings=whole), abstract, labels, firsts[0]
-        )
+        jitted = jax.jit(run_batch, out_shardings=whole, compiler_options=compiler_options(mesh))
+        program, compile_seconds, program_bytes = compiled(jitted, abstract, labels, firsts[0])
         network = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
         # Each is waited for, as sample.py does; a CPU would run two at once.
         times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop())), config.repeats)

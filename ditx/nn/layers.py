@@ -1,6 +1,7 @@
 """Layers that a diffusion transformer is made of, each acting on one example."""
 
 import math
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
@@ -11,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Kernels: TypeAlias = Literal["plain", "fused", "interpreted"]
-"""What computes norms, gates and GELUs: XLA; kernels of our own, on a GPU; or those in Pallas' interpreter, for tests."""
+"""What computes norms, gates and GELUs: XLA; kernels of our own, for GPUs; or these, interpreted, for tests."""
 
 
 class Linear(eqx.Module):
@@ -109,9 +110,9 @@ def _fused() -> Any:
 
 
 class Attention(eqx.Module):
-    """Multi-head self-attention (Vaswani et al. 2017) with one fused projection to queries, keys and values.
+    """Multi-head self-attention (Vaswani et al. 2017), its projections to queries, keys and values stacked in one.
 
-    These are an axis of the projection's output, so that its last axis is that of the heads and can be split by them.
+    These are an axis of the layer's output, so that its last axis is that of the heads and can be split by them.
     """
 
     qkv: Linear
@@ -125,7 +126,13 @@ class Attention(eqx.Module):
         self.num_heads = num_heads
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        q, k, v = rearrange(self.qkv(x), "n three d -> three n d")
+        # Three products, since parts of a weight are cheaper to come by than parts of what is made of all tokens; not
+        # kept for the backward pass, to which the weight itself is at hand.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def project(layer, x):
+            return [x @ layer.weight[:, part] + layer.bias[part] for part in range(3)]
+
+        q, k, v = project(self.qkv, x)
         return self.out(attend(q, k, v, self.num_heads))
 
 
