@@ -1,4 +1,4 @@
-"""`ditx bench WHAT ...`: how fast this machine trains, draws, encodes and reads, and by which choices it is fastest."""
+"""`ditx bench WHAT ...`: how fast this machine trains, draws, judges, encodes and reads, and by which choices."""
 
 import gc
 import json
@@ -16,13 +16,14 @@ import numpy as np
 import tyro
 
 from ditx import flops
-from ditx.commands import bench_reading, bench_torch, bench_work
+from ditx.commands import bench_evaluation, bench_reading, bench_torch, bench_work
+from ditx.commands.bench_evaluation import Evaluate
 from ditx.commands.bench_reading import Data, Extract
 from ditx.commands.bench_work import OutOfMemoryError, Sample, Timing, Train, objective_of, resolved
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig, Remat
-from ditx.sharding import make_mesh
+from ditx.sharding import compiler_options, make_mesh
 
-KINDS = {"train": Train, "sample": Sample, "extract": Extract, "data": Data}
+KINDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "extract": Extract, "data": Data}
 # What a sweep tries.
 CHOICES = ("batch_size", "unroll", "remat", "kernels")
 # The network of the figures on two CPU cores.
@@ -48,11 +49,8 @@ def main(argv: list[str]) -> int:
         told, text = beside(config), beside_text
     elif isinstance(config, Train | Sample):
         told, text = network(config), network_text
-    elif isinstance(config, Extract):
-        told, text = extraction(config), rates_text
     else:
-        timings = bench_reading.read(config)
-        told, text = {"what": "data", **machine(), "read": {name: rates(t) for name, t in timings.items()}}, rates_text
+        told, text = reading(what, config), rates_text
     print(json.dumps(told | {"config": asdict(config)}, indent=2) if config.json else text(told))
     return 0
 
@@ -108,6 +106,7 @@ def devices(mesh: Any, dtype: str) -> dict[str, Any]:
         "device": device.device_kind,
         "mesh": dict(mesh.shape),
         "dtype": dtype,
+        "compiler_options": compiler_options(mesh),
         "peak_tflops_measured": measured / 1e12,
         "peak_side": side,
         "peak_tflops_nominal": nominal and nominal * mesh.size / 1e12,
@@ -148,14 +147,17 @@ def describe(config: Train | Sample) -> dict[str, Any]:
     return {"what": what, "network": config.source, "parameters": flops.parameters(config.model), **machine()}
 
 
-def extraction(config: Extract) -> dict[str, Any]:
-    """Figures of the encoder and, given images, of their decoding."""
-    decoded = bench_reading.decode(config) if config.images else None
-    encoded = bench_reading.extract(config)
-    read = {"encode": rates(encoded)} | ({"decode": rates(decoded)} if decoded else {})
-    device = jax.local_devices()[0]
-    where = {"backend": jax.default_backend(), "device": device.device_kind, "dtype": resolved(config.dtype)}
-    return {"what": "extract", **machine(), **where, "read": read}
+def reading(what: str, config: Evaluate | Extract | Data) -> dict[str, Any]:
+    """Figures of what is done with images."""
+    where = {"backend": jax.default_backend(), "device": jax.local_devices()[0].device_kind}
+    if isinstance(config, Evaluate):
+        timings = bench_evaluation.evaluate(config)
+    elif isinstance(config, Extract):
+        decoded = {"decode": bench_reading.decode(config)} if config.images else {}
+        timings, where["dtype"] = {"encode": bench_reading.extract(config), **decoded}, resolved(config.dtype)
+    else:
+        timings, where = bench_reading.read(config), {}
+    return {"what": what, **machine(), **where, "read": {name: rates(timing) for name, timing in timings.items()}}
 
 
 def sweep(config: Train) -> dict[str, Any]:
@@ -262,7 +264,8 @@ def head(told: dict[str, Any]) -> list[str]:
     mesh = ", ".join(f"{axis} {count}" for axis, count in told["mesh"].items())
     return [
         f"{told['what']:<8} {told['network']}, {told['parameters']:,} parameters",
-        f"devices  {np.prod(list(told['mesh'].values()))} x {told['device']} ({mesh}), computing in {told['dtype']}",
+        f"devices  {np.prod(list(told['mesh'].values()))} x {told['device']} ({mesh}), computing in {told['dtype']}"
+        + "".join(f", {name}" for name in told["compiler_options"]),
         f"date     {told['date']}, {versions}",
     ]
 
@@ -277,9 +280,9 @@ def duration(told: dict[str, Any]) -> str:
 
 
 def rates_text(told: dict[str, Any]) -> str:
-    """Rates of reading, encoding and decoding, for people."""
+    """Rates of what is done with images, for people."""
     lines = [
-        f"{name:<8} {row['images_per_second']:>12,.1f} images/s   {duration(row)}" for name, row in told["read"].items()
+        f"{name:<16}{row['images_per_second']:>12,.1f} images/s   {duration(row)}" for name, row in told["read"].items()
     ]
     return "\n".join(lines)
 
