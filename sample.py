@@ -30,7 +30,16 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.pretrained import Description
     from ditx.processes import ProcessConfig, check_alike, connect, end, is_first, together
     from ditx.sampling import Decode, SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
-    from ditx.sharding import MeshConfig, batch_parts, check_fit, everywhere, make_mesh, place
+    from ditx.sharding import (
+        MeshConfig,
+        batch_parts,
+        check_fit,
+        check_kernels,
+        compiler_options,
+        everywhere,
+        make_mesh,
+        place,
+    )
     from ditx.vae_weights import load_decoder
 
 
@@ -57,6 +66,8 @@ class Config:
     """sample number k depends on this and on k alone"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """what the network computes in; the sampler and the decoder keep float32"""
+    kernels: Literal["plain", "fused"] = "plain"
+    """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
     out: str = ""
     """the grid to write, a PNG; a new one in the run's folder, or in samples/NAME for weights, if not given"""
     separate: bool = False
@@ -174,7 +185,9 @@ def draw_all(
     mesh: Mesh,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The samples as uint8 images and, to animate, as many at about 40 moments of the way."""
-    draw = on_mesh(make_draw(config.sampling, network.config, objective, by_another=guide is not None), mesh)
+    by_another = guide is not None
+    draw = make_draw(config.sampling, network.config, objective, by_another=by_another, kernels=config.kernels)
+    draw = on_mesh(draw, mesh)
     batch = -(-min(config.batch, len(labels)) // batch_parts(mesh)) * batch_parts(mesh)
     stride = max(1, config.sampling.steps // 40)
 
@@ -194,7 +207,7 @@ def draw_all(
             )
         return data.to_uint8(samples)
 
-    compiled = jax.jit(run_batch, out_shardings=everywhere(mesh))
+    compiled = jax.jit(run_batch, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh))
     images, frames = [], []
     quiet = len(labels) <= batch or not is_first()
     for first in tqdm(range(0, len(labels), batch), unit="batch", disable=quiet or None):
@@ -236,6 +249,7 @@ def sample(argv: list[str]) -> int:
         config = replace(config, sampling=config.sampling.resolved(described.objective))
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
+        check_kernels(mesh, config.kernels)
         if config.guide:
             weaker = pretrained.describe(Path(config.guide))
             check_guide(weaker, described)

@@ -60,6 +60,8 @@ with install_import_hook("ditx", "beartype.beartype"):
         bytes_per_device,
         check_batch,
         check_fit,
+        check_kernels,
+        compiler_options,
         everywhere,
         local_rows,
         make_mesh,
@@ -178,6 +180,7 @@ def train(preset: str, config: Config) -> int:
         check(config)
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=model_config.num_heads, mlp_size=model_config.mlp_size)
+        check_kernels(mesh, config.kernels)
         check_batch(mesh, config.batch_size, config.accumulate)
         if config.init_from and not checkpoint.steps(Path(config.run) / "checkpoints"):
             describe_initial(Path(config.init_from), model_config)
@@ -211,13 +214,15 @@ def fit(
     run, model_config, size = Path(config.run), config.model, config.model.input_size
     latent = isinstance(source, LatentSource)
     checkpoints, loss_picture, time_picture = (run / name for name in ("checkpoints", "loss.png", "loss-by-time.png"))
+    options = compiler_options(mesh)
     print(
         f"model    DiT of {flops.parameters(model_config):,} parameters, {flops.macs(model_config) / 1e9:.3f} G"
         f" multiply-adds, {model_config.num_tokens} tokens, objective {config.objective}\n"
         f"data     {config.dataset}: {len(source):,} images of {size}x{size}x{model_config.in_channels},"
         f" {model_config.num_classes} classes\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}"
-        f" ({', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())}), computing in {config.dtype}\n"
+        f" ({', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())}), computing in {config.dtype}"
+        f"{''.join(f', {name}' for name in options)}\n"
         f"plan     {config.steps:,} steps of {config.batch_size} images"
         f" ({config.steps * config.batch_size / len(source):,.1f} epochs)\n"
         f"writes   {run}"
@@ -236,6 +241,7 @@ def fit(
         dtype=jnp.dtype(config.dtype),
         unroll=config.unroll,
         remat=config.remat,
+        kernels=config.kernels,
         accumulate=config.accumulate,
         mesh=mesh,
     )
@@ -328,7 +334,8 @@ def fit(
         return 0
 
     began = time.perf_counter()
-    compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None)).lower(abstract, batch, key).compile()
+    jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
+    compiled = jitted.lower(abstract, batch, key).compile()
     took, needs = time.perf_counter() - began, memory_of(compiled) / 2**20
     print(f"compiled in {took:.1f} s; a step takes {needs:,.1f} MiB on each device", flush=True)
     with together():

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 VERBS = {
-    "bench": "how fast this machine trains, draws, encodes and reads, also beside PyTorch, and by which choices",
+    "bench": "how fast this machine trains, draws, judges, encodes and reads, beside PyTorch, and by which choices",
     "convert": "weights of runs, of the authors and of diffusers, each into the others",
     "ema": "an average of a run's weights of any length, after training",
     "evaluate": "FID, sFID, Inception Score, precision and recall of a run, of weights, or of images",

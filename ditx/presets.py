@@ -53,6 +53,8 @@ class Config(ObjectiveConfig):
     """blocks compiled in a row: more is faster on a GPU and slower to compile"""
     remat: Remat = "none"
     """what the backward pass recomputes: none; all but the products with weights (dots); whole blocks (full)"""
+    kernels: Literal["plain", "fused"] = "plain"
+    """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
     accumulate: int = 1
     """parts of a batch that follow each other within one step: less memory, the same result"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -154,9 +156,9 @@ PRESETS = {
     "imagenet512-xl2": paper("DiT-XL/2", steps=3_000_000, input_size=64),
 }
 # What may differ when a run goes on: it changes neither the data nor the arithmetic (beyond rounding).
-FREE = {"preset", "run", "data_path", "vae", "workers", "mesh", "processes", "unroll", "remat", "accumulate"}
+FREE = {"preset", "run", "data_path", "vae", "workers", "mesh", "processes", "unroll", "remat", "kernels"}
 FREE |= {"log_every", "checkpoint_every", "keep", "keep_every", "keep_best", "max_skipped", "sample_every", "sampling"}
-FREE |= {"profile_steps", "wandb", "init_from"}
+FREE |= {"profile_steps", "wandb", "init_from", "accumulate"}
 FREE |= {"eval_every", "eval_stats", "eval_samples", "eval_inception"}
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from ditx.diffusion import guidance, samplers
 from ditx.nn.dit import DiTConfig
+from ditx.nn.layers import Kernels
 from ditx.nn.vae import AutoencoderKL
 from ditx.objectives import ObjectiveConfig
 from ditx.sharding import batch_parts, batch_sharding, by_rows, everywhere, make_gather, put_whole
@@ -82,12 +83,18 @@ Draw: TypeAlias = Callable[..., tuple[Float[Array, "b h w c"], Float[Array, "b T
 
 
 def make_draw(
-    config: SamplingConfig, model: DiTConfig, objective: ObjectiveConfig, *, by_another: bool = False, unroll: int = 1
+    config: SamplingConfig,
+    model: DiTConfig,
+    objective: ObjectiveConfig,
+    *,
+    by_another: bool = False,
+    unroll: int = 1,
+    kernels: Kernels = "plain",
 ) -> Draw:
     """The function that draws a batch, and is given another network to guide with if `by_another`.
 
     The states are all those on the way, to be dropped inside `jax.jit` where only samples are wanted. `unroll` blocks
-    are compiled in a row.
+    are compiled in a row, all but their products and attention by `kernels`.
     Raises ValueError where the configurations do not fit together.
     """
     config.check(model, objective, by_another=by_another)
@@ -104,7 +111,8 @@ def make_draw(
         @objective.predictor
         def apply(x, t, y, network=model):
             # The state of a sampler is float32, whatever the network computes in.
-            return network(x.astype(network.patch.weight.dtype), t, y, unroll=unroll).astype(x.dtype)
+            output = network(x.astype(network.patch.weight.dtype), t, y, unroll=unroll, kernels=kernels)
+            return output.astype(x.dtype)
 
         def one(y, key):
             start_key, noise_key = jax.random.split(key)

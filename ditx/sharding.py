@@ -1,5 +1,6 @@
 """Devices as a mesh, where each array lies on it, and how work on a batch is shared out."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -58,11 +59,31 @@ def check_fit(mesh: Mesh, *, num_heads: int, mlp_size: int) -> None:
             raise ValueError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide {name}, {size}")
 
 
+def check_kernels(mesh: Mesh, kernels: str) -> None:
+    """Raise ValueError where fused kernels cannot work."""
+    platform, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
+    if kernels == "fused" and tensor > 1:
+        raise ValueError(f"kernels is fused, which needs whole examples, but mesh.tensor is {tensor}; use plain")
+    if kernels == "fused" and platform != "gpu":
+        raise ValueError(f"kernels is fused, which is for GPUs, but the devices are of the kind {platform}; use plain")
+
+
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Raise ValueError where a batch cannot be shared out evenly, in so many parts one after the other."""
     if batch_size % (batch_parts(mesh) * accumulate):
         parts = f"the {batch_parts(mesh)} devices" + (f" x accumulate {accumulate}" if accumulate > 1 else "")
         raise ValueError(f"batch_size is {batch_size}; make it a multiple of {parts}")
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """What XLA is told beyond its defaults, for `jax.jit`, unless XLA_FLAGS says it one way or the other.
+
+    Several GPUs compute while they send: the schedule that NVIDIA's images of JAX have and XLA as such has not. For a
+    single one no option is known that pays.
+    """
+    name = "xla_gpu_enable_latency_hiding_scheduler"
+    several = mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"
+    return {name: True} if several and name not in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def specs(tree: Tree, mesh: Mesh) -> Tree:
@@ -195,14 +216,15 @@ class _Gathered(eqx.Module):
     nested: bool = eqx.field(static=True)
     recomputed: bool = eqx.field(static=True)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
         def call(shards, *inputs):
             leaves, structure = jax.tree.flatten(shards)
             whole = [_gather(leaf, spec, nested=self.nested) for leaf, spec in zip(leaves, self.specs, strict=True)]
-            return jax.tree.unflatten(structure, whole)(*inputs)
+            return jax.tree.unflatten(structure, whole)(*inputs, **options)
 
-        if not self.recomputed:  # What was gathered is not kept for the backward pass, all else is.
-            call = jax.checkpoint(call, policy=lambda op, *_, **__: op.name not in ("all_gather", "shard_map"))
+        if not self.recomputed:  # What was gathered is not kept for the backward pass, nor parts of it; all else is.
+            dropped = ("all_gather", "shard_map", "slice", "squeeze")
+            call = jax.checkpoint(call, policy=lambda op, *_, **__: op.name not in dropped)
         return call(self.block, *inputs)
 
 

@@ -336,6 +336,7 @@ MISTAKES = {
     "needs --data-path": ["cifar10"],
     "nowhere does not exist": ["cifar10", "--data-path", "nowhere"],
     "nowhere is not a folder": ["images", "--data-path", "nowhere"],
+    "kernels is fused, which is for GPUs, but the devices are of the kind cpu; use plain": ["--kernels", "fused"],
 }
 
 
@@ -488,6 +489,7 @@ SAMPLE_MISTAKES = {
     "guidance_channels is 3; the network has 1": ["--guidance-channels", 3],
     "num is -1": ["--num", -1],
     "give a name that ends in .png": ["--out", "grid.jpg"],
+    "kernels is fused, which is for GPUs": ["--kernels", "fused"],
 }
 
 

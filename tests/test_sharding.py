@@ -18,7 +18,17 @@ from ditx import sharding
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.objectives import ObjectiveConfig, make_objective
 from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
-from ditx.sharding import MeshConfig, batch_sharding, check_fit, local_rows, make_mesh, place, put_batch
+from ditx.sharding import (
+    MeshConfig,
+    batch_sharding,
+    check_fit,
+    check_kernels,
+    compiler_options,
+    local_rows,
+    make_mesh,
+    place,
+    put_batch,
+)
 from ditx.training import TrainState, train_step
 
 CONFIG = DiTConfig(8, 4, 2, 32, 3, 8, num_classes=7)
@@ -84,6 +94,7 @@ def alone():
         ("fsdp", {"remat": "dots", "unroll": 3}),
         ("data-fsdp", {"accumulate": 2}),
         ("all", {"accumulate": 2, "remat": "full", "unroll": 3}),
+        ("data-fsdp", {"kernels": "interpreted"}),
     ],
 )
 def test_eight_devices_equal_one(alone, name, options):
@@ -194,7 +205,8 @@ def test_tensor_parallelism_sums_twice_a_block_and_direction_and_moves_no_weight
     sent = collectives(compiled("tensor").as_text())
     tokens = (BATCH, CONFIG.num_tokens, CONFIG.hidden_size)
     loops = [groups for (inside, _), groups in sent.items() if inside != "entry"]
-    assert loops == [[[tokens]] * 2] * 2
+    # The gradient of the tokens through queries, keys and values is three arrays, though sent at once.
+    assert loops == [[[tokens], [tokens]], [[tokens], [tokens] * 3]]
     assert {operation for _, operation in sent} == {"all-reduce"}
     assert all(shape == () for group in sent["entry", "all-reduce"] for shape in group)
 
@@ -296,3 +308,35 @@ def test_the_table_tells_every_leaf():
     assert line.split() == "blocks.mlp.up.weight 3x32x128 axis 1 over fsdp, axis 2 over tensor 12,288 bytes".split()
     total = sum(int(line.split()[-2].replace(",", "")) for line in lines[1:])
     assert total == sharding.bytes_per_device(placed)
+
+
+class Gpu:
+    """As much of a device as is asked of it."""
+
+    platform, process_index = "gpu", 0
+
+    def __init__(self, number):
+        self.id = number
+
+
+def gpus(*shape):
+    devices = np.array([Gpu(number) for number in range(math.prod(shape))], object).reshape(shape)
+    return jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"))
+
+
+def test_several_gpus_send_while_they_compute_unless_it_is_said_otherwise(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    options = compiler_options(gpus(2, 1, 1))
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # XLA knows them
+    assert len(options) == 1 and compiler_options(gpus(1, 1, 1)) == compiler_options(make_mesh(MESHES["data"])) == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{next(iter(options))}=false")
+    assert compiler_options(gpus(2, 1, 1)) == {}
+
+
+def test_fused_kernels_need_gpus_and_whole_examples():
+    check_kernels(gpus(2, 2, 1), "fused")
+    check_kernels(make_mesh(MESHES["tensor"]), "plain")
+    with pytest.raises(ValueError, match=r"needs whole examples, but mesh\.tensor is 2; use plain"):
+        check_kernels(gpus(1, 1, 2), "fused")
+    with pytest.raises(ValueError, match="is for GPUs, but the devices are of the kind cpu; use plain"):
+        check_kernels(make_mesh(MESHES["data"]), "fused")

@@ -1,4 +1,4 @@
-"""`ditx bench WHAT ...`: how fast this machine trains, draws, encodes and reads, and by which choices it is fastest."""
+"""`ditx bench WHAT ...`: how fast this machine trains, draws, judges, encodes and reads, and by which choices."""
 
 import gc
 import json
@@ -16,13 +16,16 @@ import numpy as np
 import tyro
 
 from ditx import flops
-from ditx.commands import bench_reading, bench_torch, bench_work
+from ditx.commands import bench_evaluation, bench_reading, bench_torch, bench_work
+from ditx.commands.bench_evaluation import Evaluate
 from ditx.commands.bench_reading import Data, Extract
 from ditx.commands.bench_work import OutOfMemoryError, Sample, Timing, Train, objective_of, resolved
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig, Remat
-from ditx.sharding import make_mesh
+from ditx.sharding import compiler_options, make_mesh
 
-KINDS = {"train": Train, "sample": Sample, "extract": Extract, "data": Data}
+KINDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "extract": Extract, "data": Data}
+# What a sweep tries.
+CHOICES = ("batch_size", "unroll", "remat", "kernels")
 # The network of the figures on two CPU cores.
 TINY = DiTConfig(28, 4, 1, 96, 4, 4, num_classes=10)
 
@@ -46,11 +49,8 @@ def main(argv: list[str]) -> int:
         told, text = beside(config), beside_text
     elif isinstance(config, Train | Sample):
         told, text = network(config), network_text
-    elif isinstance(config, Extract):
-        told, text = extraction(config), rates_text
     else:
-        timings = bench_reading.read(config)
-        told, text = {"what": "data", **machine(), "read": {name: rates(t) for name, t in timings.items()}}, rates_text
+        told, text = reading(what, config), rates_text
     print(json.dumps(told | {"config": asdict(config)}, indent=2) if config.json else text(told))
     return 0
 
@@ -106,6 +106,7 @@ def devices(mesh: Any, dtype: str) -> dict[str, Any]:
         "device": device.device_kind,
         "mesh": dict(mesh.shape),
         "dtype": dtype,
+        "compiler_options": compiler_options(mesh),
         "peak_tflops_measured": measured / 1e12,
         "peak_side": side,
         "peak_tflops_nominal": nominal and nominal * mesh.size / 1e12,
@@ -146,14 +147,17 @@ def describe(config: Train | Sample) -> dict[str, Any]:
     return {"what": what, "network": config.source, "parameters": flops.parameters(config.model), **machine()}
 
 
-def extraction(config: Extract) -> dict[str, Any]:
-    """Figures of the encoder and, given images, of their decoding."""
-    decoded = bench_reading.decode(config) if config.images else None
-    encoded = bench_reading.extract(config)
-    read = {"encode": rates(encoded)} | ({"decode": rates(decoded)} if decoded else {})
-    device = jax.local_devices()[0]
-    where = {"backend": jax.default_backend(), "device": device.device_kind, "dtype": resolved(config.dtype)}
-    return {"what": "extract", **machine(), **where, "read": read}
+def reading(what: str, config: Evaluate | Extract | Data) -> dict[str, Any]:
+    """Figures of what is done with images."""
+    where = {"backend": jax.default_backend(), "device": jax.local_devices()[0].device_kind}
+    if isinstance(config, Evaluate):
+        timings = bench_evaluation.evaluate(config)
+    elif isinstance(config, Extract):
+        decoded = {"decode": bench_reading.decode(config)} if config.images else {}
+        timings, where["dtype"] = {"encode": bench_reading.extract(config), **decoded}, resolved(config.dtype)
+    else:
+        timings, where = bench_reading.read(config), {}
+    return {"what": what, **machine(), **where, "read": {name: rates(timing) for name, timing in timings.items()}}
 
 
 def sweep(config: Train) -> dict[str, Any]:
@@ -161,18 +165,20 @@ def sweep(config: Train) -> dict[str, Any]:
     mesh = bench_work.check_network(config)
     sizes = sorted(set(config.batch_sizes or (config.batch_size, 2 * config.batch_size)))
     unrolls = sorted({1, config.model.depth})
+    usable = jax.default_backend() == "gpu" and config.mesh.tensor == 1
+    kernels = ("plain", "fused") if usable else ("plain",)
     rows: list[dict[str, Any]] = []
-    too_large: set[tuple[int, str]] = set()
-    for batch_size, unroll, remat in product(sizes, unrolls, get_args(Remat)):
-        row: dict[str, Any] = {"batch_size": batch_size, "unroll": unroll, "remat": remat}
-        if (unroll, remat) in too_large:
+    too_large: set[tuple[Any, ...]] = set()
+    for batch_size, *choice in product(sizes, unrolls, get_args(Remat), kernels):
+        row: dict[str, Any] = dict(zip(CHOICES, (batch_size, *choice), strict=True))
+        if tuple(choice) in too_large:
             row |= {"skipped": "out of memory with a smaller batch already"}
         else:
             try:
                 row |= rates(bench_work.train(replace(config, **row)))
             except OutOfMemoryError as error:
                 row |= {"skipped": f"out of memory: {error}"}
-                too_large.add((unroll, remat))
+                too_large.add(tuple(choice))
             gc.collect()  # what a failure held on to
         rows.append(row)
         if not config.json:
@@ -195,7 +201,7 @@ def sweep(config: Train) -> dict[str, Any]:
 
 def flags_of(row: dict[str, Any]) -> str:
     """A choice as flags of train.py."""
-    return " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in ("batch_size", "unroll", "remat"))
+    return " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in CHOICES)
 
 
 def beside(config: Train | Sample) -> dict[str, Any]:
@@ -258,7 +264,8 @@ def head(told: dict[str, Any]) -> list[str]:
     mesh = ", ".join(f"{axis} {count}" for axis, count in told["mesh"].items())
     return [
         f"{told['what']:<8} {told['network']}, {told['parameters']:,} parameters",
-        f"devices  {np.prod(list(told['mesh'].values()))} x {told['device']} ({mesh}), computing in {told['dtype']}",
+        f"devices  {np.prod(list(told['mesh'].values()))} x {told['device']} ({mesh}), computing in {told['dtype']}"
+        + "".join(f", {name}" for name in told["compiler_options"]),
         f"date     {told['date']}, {versions}",
     ]
 
@@ -273,9 +280,9 @@ def duration(told: dict[str, Any]) -> str:
 
 
 def rates_text(told: dict[str, Any]) -> str:
-    """Rates of reading, encoding and decoding, for people."""
+    """Rates of what is done with images, for people."""
     lines = [
-        f"{name:<8} {row['images_per_second']:>12,.1f} images/s   {duration(row)}" for name, row in told["read"].items()
+        f"{name:<16}{row['images_per_second']:>12,.1f} images/s   {duration(row)}" for name, row in told["read"].items()
     ]
     return "\n".join(lines)
 
@@ -301,9 +308,9 @@ def beside_text(told: dict[str, Any]) -> str:
 def sweep_line(row: dict[str, Any]) -> str:
     """One choice, for people."""
     if "skipped" in row:
-        return f"{flags_of(row):<48} skipped: {row['skipped']}"
+        return f"{flags_of(row):<64} skipped: {row['skipped']}"
     return (
-        f"{flags_of(row):<48}{1e3 * row['seconds']:>10,.2f} ms{row['images_per_second']:>12,.2f} images/s"
+        f"{flags_of(row):<64}{1e3 * row['seconds']:>10,.2f} ms{row['images_per_second']:>12,.2f} images/s"
         f"{row['program_bytes'] / 2**20:>12,.1f} MiB   compiled in {row['compile_seconds']:,.1f} s"
     )
 

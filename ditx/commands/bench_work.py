@@ -21,7 +21,18 @@ from ditx.monitor import memory_of
 from ditx.nn.dit import DiT, DiTConfig, Remat
 from ditx.objectives import ObjectiveConfig, make_objective
 from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
-from ditx.sharding import MeshConfig, batch_sharding, check_batch, check_fit, everywhere, make_mesh, place, put_whole
+from ditx.sharding import (
+    MeshConfig,
+    batch_sharding,
+    check_batch,
+    check_fit,
+    check_kernels,
+    compiler_options,
+    everywhere,
+    make_mesh,
+    place,
+    put_whole,
+)
 from ditx.training import TrainState, adamw, train_step
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -42,6 +53,8 @@ class Network:
     """what the network computes in; auto is float32 on CPUs and bfloat16 elsewhere"""
     unroll: int = 1
     """blocks compiled in a row"""
+    kernels: Literal["plain", "fused"] = "plain"
+    """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     repeats: int = 20
     """steps, or draws, that are timed, after two that are not"""
@@ -64,7 +77,8 @@ class Train(Network):
     accumulate: int = 1
     """parts of a batch that follow each other within one step"""
     sweep: bool = False
-    """try all kinds of --remat with blocks unrolled and not, at each of --batch-sizes, and recommend the fastest"""
+    """try all kinds of --remat with blocks unrolled and not, on GPUs with all --kernels, at each of --batch-sizes, and
+    recommend the fastest"""
     batch_sizes: tuple[int, ...] = ()
     """with --sweep: what to try; once and twice --batch-size if not given"""
 
@@ -198,6 +212,7 @@ def check_network(config: Train | Sample) -> Mesh:
     """The mesh. Raises ValueError for what cannot be, before anything is compiled."""
     mesh = make_mesh(config.mesh)
     check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
+    check_kernels(mesh, config.kernels)
     accumulate = config.accumulate if isinstance(config, Train) else 1
     for size in (config.batch_size, *(config.batch_sizes if isinstance(config, Train) else ())):
         check_batch(mesh, size, accumulate)
@@ -216,6 +231,7 @@ def train(config: Train) -> Timing:
         dtype=jnp.dtype(resolved(config.dtype)),
         unroll=config.unroll,
         remat=config.remat,
+        kernels=config.kernels,
         accumulate=config.accumulate,
         mesh=mesh,
     )
@@ -242,7 +258,8 @@ def train(config: Train) -> Timing:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), jax.eval_shape(draw, key)
     )
     with memory_checked():
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        options = compiler_options(mesh)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
         program, compile_seconds, program_bytes = compiled(jitted, abstract, shapes, key)
         batch = jax.jit(draw, out_shardings=rows)(key)
         state = jax.jit(create, out_shardings=places)(key)
@@ -261,7 +278,8 @@ def sample(config: Sample) -> Timing:
     """Time draws: the whole loop is one program, its weights in what it computes in; labels and noise are arguments."""
     mesh, model = check_network(config), config.model
     dtype = jnp.dtype(resolved(config.dtype))
-    draw = on_mesh(make_draw(config.sampling, model, objective_of(model), unroll=config.unroll), mesh)
+    draw = make_draw(config.sampling, model, objective_of(model), unroll=config.unroll, kernels=config.kernels)
+    draw = on_mesh(draw, mesh)
 
     def create(key):
         network = random_weights(DiT(model, key=key))
@@ -276,9 +294,8 @@ def sample(config: Sample) -> Timing:
     labels = put_whole(np.arange(config.batch_size, dtype=np.int32) % model.num_classes, whole)
     firsts = [put_whole(np.int32(k * config.batch_size), whole) for k in range(config.repeats + 3)]
     with memory_checked():
-        program, compile_seconds, program_bytes = compiled(
-            jax.jit(run_batch, out_shardings=whole), abstract, labels, firsts[0]
-        )
+        jitted = jax.jit(run_batch, out_shardings=whole, compiler_options=compiler_options(mesh))
+        program, compile_seconds, program_bytes = compiled(jitted, abstract, labels, firsts[0])
         network = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
         # Each is waited for, as sample.py does; a CPU would run two at once.
         times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop())), config.repeats)

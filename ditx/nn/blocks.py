@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ditx.nn.layers import MLP, Attention, CrossAttention, LayerNorm, Linear, layer_norm, modulate
+from ditx.nn.layers import (
+    MLP,
+    Attention,
+    CrossAttention,
+    Kernels,
+    LayerNorm,
+    Linear,
+    gate_norm_modulate,
+    gate_residual,
+    norm_modulate,
+)
 
 
 class AdaLNZeroBlock(eqx.Module):
@@ -24,10 +34,13 @@ class AdaLNZeroBlock(eqx.Module):
         self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
         self.modulation = Linear(hidden_size, 6 * hidden_size, std=0.0, key=modulation_key)
 
-    def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
+    def __call__(
+        self, x: Float[Array, "n d"], c: Float[Array, " d"], *, kernels: Kernels = "plain"
+    ) -> Float[Array, "n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6)
-        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1))
-        return x + gate2 * self.mlp(modulate(layer_norm(x), shift2, scale2))
+        x, y = norm_modulate(x, shift1, scale1, kernels)
+        x, y = gate_norm_modulate(x, gate1, self.attention(y), shift2, scale2, kernels)
+        return gate_residual(x, gate2, self.mlp(y, kernels=kernels), kernels)
 
 
 class AdaLNBlock(eqx.Module):
@@ -43,10 +56,13 @@ class AdaLNBlock(eqx.Module):
         self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
         self.modulation = Linear(hidden_size, 4 * hidden_size, std=0.0, key=modulation_key)
 
-    def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
+    def __call__(
+        self, x: Float[Array, "n d"], c: Float[Array, " d"], *, kernels: Kernels = "plain"
+    ) -> Float[Array, "n d"]:
         shift1, scale1, shift2, scale2 = jnp.split(self.modulation(jax.nn.silu(c)), 4)
-        x = x + self.attention(modulate(layer_norm(x), shift1, scale1))
-        return x + self.mlp(modulate(layer_norm(x), shift2, scale2))
+        x, y = norm_modulate(x, shift1, scale1, kernels)
+        x, y = norm_modulate(x + self.attention(y), shift2, scale2, kernels)
+        return x + self.mlp(y, kernels=kernels)
 
 
 class CrossAttentionBlock(eqx.Module):
@@ -66,10 +82,12 @@ class CrossAttentionBlock(eqx.Module):
         self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
         self.norm1, self.norm2, self.norm3 = (LayerNorm(hidden_size) for _ in range(3))
 
-    def __call__(self, x: Float[Array, "n d"], c: Float[Array, "m d"]) -> Float[Array, "n d"]:
+    def __call__(
+        self, x: Float[Array, "n d"], c: Float[Array, "m d"], *, kernels: Kernels = "plain"
+    ) -> Float[Array, "n d"]:
         x = x + self.attention(self.norm1(x))
         x = x + self.cross_attention(self.norm2(x), c)
-        return x + self.mlp(self.norm3(x))
+        return x + self.mlp(self.norm3(x), kernels=kernels)
 
 
 class InContextBlock(eqx.Module):
@@ -86,9 +104,11 @@ class InContextBlock(eqx.Module):
         self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
         self.norm1, self.norm2 = LayerNorm(hidden_size), LayerNorm(hidden_size)
 
-    def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"] | None = None) -> Float[Array, "n d"]:
+    def __call__(
+        self, x: Float[Array, "n d"], c: Float[Array, " d"] | None = None, *, kernels: Kernels = "plain"
+    ) -> Float[Array, "n d"]:
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x), kernels=kernels)
 
 
 class AdaLNFinalLayer(eqx.Module):
@@ -103,7 +123,7 @@ class AdaLNFinalLayer(eqx.Module):
 
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n o"]:
         shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+        return self.linear(norm_modulate(x, shift, scale)[1])
 
 
 class FinalLayer(eqx.Module):

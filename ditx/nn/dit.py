@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ditx.nn.blocks import AdaLNBlock, AdaLNFinalLayer, AdaLNZeroBlock, CrossAttentionBlock, FinalLayer, InContextBlock
-from ditx.nn.layers import LabelEmbedding, Linear, TimeEmbedding, grid_positions
+from ditx.nn.layers import Kernels, LabelEmbedding, Linear, TimeEmbedding, grid_positions
 
 BlockName: TypeAlias = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 Remat: TypeAlias = Literal["none", "dots", "full"]
@@ -154,13 +154,15 @@ class DiT(eqx.Module):
         *,
         unroll: int = 1,
         remat: Remat = "none",
+        kernels: Kernels = "plain",
     ) -> Float[Array, "h w o"]:
         """Predict noise (and, with `learn_sigma`, the variance fraction) from `x` at time `t` under label `y`.
 
         `t` counts training steps from 0 to 999, whole or not. Without `y` it is the null label; raises ValueError where
         there is none. `y` is not checked, since it may be traced: a label out of range would silently read the last
-        row. `unroll` and `remat` change speed and memory, never the result:
-        blocks compiled in a row rather than as a loop, and what of them is recomputed in the backward pass.
+        row. `unroll`, `remat` and `kernels` change speed and memory, and nothing of
+        the result but rounding: blocks compiled in a row rather than as a loop, what of them is recomputed in the
+        backward pass, and what computes all of them but products and attention.
         """
         config = self.config
         expected = (config.input_size, config.input_size, config.in_channels)
@@ -180,7 +182,7 @@ class DiT(eqx.Module):
             tokens = jnp.concatenate([tokens, time[None], label[None]])
 
         def body(tokens, block):
-            return block(tokens, condition), None
+            return block(tokens, condition, kernels=kernels), None
 
         if remat != "none":
             kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None

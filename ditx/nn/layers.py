@@ -1,6 +1,8 @@
 """Layers that a diffusion transformer is made of, each acting on one example."""
 
 import math
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -8,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+Kernels: TypeAlias = Literal["plain", "fused", "interpreted"]
+"""What computes norms, gates and GELUs: XLA; kernels of our own, for GPUs; or these, interpreted, for tests."""
 
 
 class Linear(eqx.Module):
@@ -59,10 +64,55 @@ def modulate(x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Arr
     return x * (1 + scale) + shift
 
 
-class Attention(eqx.Module):
-    """Multi-head self-attention (Vaswani et al. 2017) with one fused projection to queries, keys and values.
+def norm_modulate(
+    x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"], kernels: Kernels = "plain"
+) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+    """`x` as it is, for the way around a branch, and `modulate(layer_norm(x), shift, scale)`, for the branch."""
+    if kernels != "plain":
+        return _fused().norm_modulate(x, shift, scale, kernels == "interpreted")
+    return x, modulate(layer_norm(x), shift, scale)
 
-    These are an axis of the projection's output, so that its last axis is that of the heads and can be split by them.
+
+def gate_norm_modulate(
+    x: Float[Array, "n d"],
+    gate: Float[Array, " d"],
+    branch: Float[Array, "n d"],
+    shift: Float[Array, " d"],
+    scale: Float[Array, " d"],
+    kernels: Kernels = "plain",
+) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+    """`norm_modulate(x + gate * branch, shift, scale)`: the end of one branch and the beginning of the next."""
+    if kernels != "plain":
+        return _fused().gate_norm_modulate(x, gate, branch, shift, scale, kernels == "interpreted")
+    return norm_modulate(x + gate * branch, shift, scale)
+
+
+def gate_residual(
+    x: Float[Array, "n d"], gate: Float[Array, " d"], branch: Float[Array, "n d"], kernels: Kernels = "plain"
+) -> Float[Array, "n d"]:
+    """`x + gate * branch`: the end of a branch."""
+    if kernels != "plain":
+        return _fused().gate_residual(x, gate, branch, kernels == "interpreted")
+    return x + gate * branch
+
+
+def bias_gelu(x: Float[Array, "n d"], bias: Float[Array, " d"], kernels: Kernels = "plain") -> Float[Array, "n d"]:
+    """GELU in its tanh form (Hendrycks and Gimpel 2016) of `x + bias`."""
+    if kernels != "plain":
+        return _fused().bias_gelu(x, bias, kernels == "interpreted")
+    return jax.nn.gelu(x + bias, approximate=True)
+
+
+def _fused() -> Any:
+    from ditx.nn import kernels  # for those alone who use them, since Pallas takes a while to import
+
+    return kernels
+
+
+class Attention(eqx.Module):
+    """Multi-head self-attention (Vaswani et al. 2017), its projections to queries, keys and values stacked in one.
+
+    These are an axis of the layer's output, so that its last axis is that of the heads and can be split by them.
     """
 
     qkv: Linear
@@ -76,7 +126,13 @@ class Attention(eqx.Module):
         self.num_heads = num_heads
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        q, k, v = rearrange(self.qkv(x), "n three d -> three n d")
+        # Three products, since parts of a weight are cheaper to come by than parts of what is made of all tokens; not
+        # kept for the backward pass, to which the weight itself is at hand.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def project(layer, x):
+            return [x @ layer.weight[:, part] + layer.bias[part] for part in range(3)]
+
+        q, k, v = project(self.qkv, x)
         return self.out(attend(q, k, v, self.num_heads))
 
 
@@ -116,7 +172,7 @@ def attend(
 
 
 class MLP(eqx.Module):
-    """Two linear maps around a GELU in its tanh form (Hendrycks and Gimpel 2016)."""
+    """Two linear maps around a GELU."""
 
     up: Linear
     down: Linear
@@ -126,8 +182,8 @@ class MLP(eqx.Module):
         self.up = Linear(hidden_size, mlp_size, key=up_key)
         self.down = Linear(mlp_size, hidden_size, key=down_key)
 
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+    def __call__(self, x: Float[Array, "n d"], *, kernels: Kernels = "plain") -> Float[Array, "n d"]:
+        return self.down(bias_gelu(jnp.tensordot(x, self.up.weight, 1), self.up.bias, kernels))
 
 
 class TimeEmbedding(eqx.Module):

@@ -1,7 +1,9 @@
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,9 @@ import pytest
 
 import ditx
 from ditx import flops
-from ditx.commands import bench, bench_reading, bench_torch, bench_work
+from ditx.commands import bench, bench_evaluation, bench_reading, bench_torch, bench_work
 from ditx.latents import LatentSource
+from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.objectives import ObjectiveConfig
 
@@ -87,13 +90,20 @@ def test_a_sweep_recommends_the_fastest_and_skips_what_does_not_fit(run, monkeyp
     code, said = run.ditx("bench", "train", "tiny", *flags)
     assert code == 0, said
     told = json.loads(said)
-    assert told["recommended"] == "--batch-size 16 --unroll 1 --remat full"
-    assert told["by_batch_size"]["8"] == "--batch-size 8 --unroll 2 --remat dots"
+    assert told["recommended"] == "--batch-size 16 --unroll 1 --remat full --kernels plain"
+    assert told["by_batch_size"]["8"] == "--batch-size 8 --unroll 2 --remat dots --kernels plain"
     skipped = {(row["batch_size"], row["unroll"]): row["skipped"] for row in told["rows"] if "skipped" in row}
     assert skipped[16, 1] == "out of memory: it takes 2.00 GiB on each device, which has 1.00"
     assert skipped[32, 2] == "out of memory with a smaller batch already" and (32, 2, "none") not in tried
     assert len(told["rows"]) == 18 and len(skipped) == 4 and len(tried) == 16
     assert told["rows"][0]["mfu_nominal"] == pytest.approx(1e9 / 0.4 / 1e12)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.jax, "default_backend", lambda: "gpu")
+        code, said = run.ditx("bench", "train", "tiny", *flags)
+    assert code == 0, said
+    kinds = Counter(row["kernels"] for row in json.loads(said)["rows"])
+    assert kinds == {"plain": 18, "fused": 18}
 
     def never(config):
         raise bench_work.OutOfMemoryError("no")
@@ -191,10 +201,38 @@ def test_encoding_and_decoding_rates(run, tmp_path, monkeypatch):
     assert code == 0 and said.startswith("encode ") and "decode" not in said
 
 
+def test_rates_of_features_and_metrics(run, monkeypatch):
+    class Found(NamedTuple):
+        pool: jax.Array
+        spatial: jax.Array
+
+    class Means(Inception):
+        """It compiles at once."""
+
+        def __init__(self, *, key):
+            self.stem, self.blocks, self.logits = (), (), jax.random.normal(key, (12, 5))
+
+        def __call__(self, image, *, resize):
+            rows = jnp.mean(image / 255, (1, 2))
+            return Found(rows[:12], rows[12:16])
+
+    monkeypatch.setattr(bench_evaluation, "Inception", Means)
+    flags = ("--size", 16, "--batch-size", 2, "--count", 30, "--repeats", 2)
+    code, said = run.ditx("bench", "evaluate", *flags, "--json")
+    assert code == 0, said
+    read = json.loads(said)["read"]
+    assert list(read) == ["features", "moments", "fid", "sfid", "inception-score", "precision-recall"]
+    assert len(read["features"]["times"]) == 2 and read["features"]["batch_size"] == 2 * 8
+    for row in list(read.values())[1:]:
+        assert row["batch_size"] == 30 and row["images_per_second"] == pytest.approx(30 / row["seconds"])
+    code, said = run.ditx("bench", "evaluate", *flags, "--metrics", "fid")
+    assert code == 0 and " moments " in said and " fid " in said and "sfid" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["training"], "there is no 'training' to time; choose train, sample, extract, data"),
+        (["training"], "there is no 'training' to time; choose train, sample, evaluate, extract, data"),
         (["train", "DiT-XXL/2"], "there is no network 'DiT-XXL/2'; give DiT-S/8"),
         (["train", "tiny", "--repeats", 0], "repeats is 0; it must be at least 1"),
         (["train", "tiny", "--mesh.fsdp", 3], "a mesh of data=-1, fsdp=3, tensor=1 does not make up the 8 devices"),
@@ -203,9 +241,12 @@ def test_encoding_and_decoding_rates(run, tmp_path, monkeypatch):
         (["train", "tiny", "--sweep", "--batch-sizes", 12], "batch_size is 12; make it a multiple of the 8 devices"),
         (["train", "tiny", "--sweep", "--batch-sizes", 0], "each must be at least 1"),
         (["train", "tiny", "--sweep", "--beside", "torch"], "not both at once"),
+        (["train", "tiny", "--kernels", "fused", "--mesh.tensor", 2], "needs whole examples, but mesh.tensor is 2"),
+        (["sample", "tiny", "--kernels", "fused"], "for GPUs, but the devices are of the kind cpu; use plain"),
         (["sample", "tiny", "--steps", 0], "steps is 0; objective eps samples in 1 to 1000 steps"),
         (["sample", "tiny", "--batch-size", 12], "batch_size is 12; make it a multiple of the 8 devices"),
         (["extract", "--batch-size", 12], "batch_size is 12; make it a multiple of the 8 devices"),
+        (["evaluate", "--count", 3], "count is 3; the metrics need at least 4"),
         (["data", "nowhere"], "nowhere does not exist; give latents, CIFAR-10 or a folder of images"),
         (["data", "--workers", -1], "workers is -1; it must not be negative"),
     ],

@@ -1,0 +1,235 @@
+"""Element-wise passes of a transformer block as GPU kernels of our own, in Pallas for Triton.
+
+XLA needs several passes over the tokens for what is here one: each kernel reads its inputs once, computes in float32,
+writes its results in the type of the tokens, and sums over tokens, which gradients of shifts, scales, gates and biases
+are, on the way. All see one example; `jax.vmap` puts the batch into the grid of the same launch. With `interpret` they
+run anywhere, slowly, for tests.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float
+
+# Tokens that a program goes through, one after another, and channels of a part where tokens are split. With eight
+# elements a thread, Triton loads 16 bytes at a time, and no kernel below needs more than 100 registers.
+_TOKENS, _PART = 32, 512
+_EPS = 1e-6
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def norm_modulate(
+    x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"], interpret: bool = False
+) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+    """`x` and its layer norm, scaled and shifted: `norm(x) * (1 + scale) + shift`.
+
+    `x` comes back so that what its later uses send to it is added in the pass that makes the gradient of the norm.
+    """
+    return _norm_modulate_forward(x, shift, scale, interpret)[0]
+
+
+def _norm_modulate_forward(x, shift, scale, interpret):
+    def body(mean, x, shift, scale):
+        return (_norm(mean, x)[0] * (1 + scale) + shift,), ()
+
+    (y,), _ = _pass(body, [x], [shift, scale], outputs=1, interpret=interpret)
+    return (x, y), (x, scale)
+
+
+def _norm_modulate_backward(interpret, saved, gradients):
+    def body(mean, x, dx, dy, scale):
+        more, normed = _norm_gradient(mean, x, dy, scale)
+        return (dx + more,), (dy, dy * normed)
+
+    x, scale = saved
+    (dx,), (shift, scale) = _pass(body, [x, *gradients], [scale], outputs=1, sums=2, interpret=interpret)
+    return dx, shift, scale
+
+
+norm_modulate.defvjp(_norm_modulate_forward, _norm_modulate_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def gate_norm_modulate(
+    x: Float[Array, "n d"],
+    gate: Float[Array, " d"],
+    branch: Float[Array, "n d"],
+    shift: Float[Array, " d"],
+    scale: Float[Array, " d"],
+    interpret: bool = False,
+) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+    """`x + gate * branch`, and its layer norm, scaled and shifted."""
+    return _gate_norm_modulate_forward(x, gate, branch, shift, scale, interpret)[0]
+
+
+def _gate_norm_modulate_forward(x, gate, branch, shift, scale, interpret):
+    dtype = x.dtype
+
+    def body(mean, x, branch, gate, shift, scale):
+        # The norm is of the sum as it is stored, as it is in the backward pass.
+        x = (x + gate * branch).astype(dtype).astype(jnp.float32)
+        return (x, _norm(mean, x)[0] * (1 + scale) + shift), ()
+
+    (x, y), _ = _pass(body, [x, branch], [gate, shift, scale], outputs=2, interpret=interpret)
+    return (x, y), (x, branch, gate, scale)
+
+
+def _gate_norm_modulate_backward(interpret, saved, gradients):
+    def body(mean, x, branch, dx, dy, gate, scale):
+        more, normed = _norm_gradient(mean, x, dy, scale)
+        dx = dx + more
+        return (dx, gate * dx), (dx * branch, dy, dy * normed)
+
+    x, branch, gate, scale = saved
+    tokens = [x, branch, *gradients]
+    (dx, dbranch), (gate, shift, scale) = _pass(body, tokens, [gate, scale], outputs=2, sums=3, interpret=interpret)
+    return dx, gate, dbranch, shift, scale
+
+
+gate_norm_modulate.defvjp(_gate_norm_modulate_forward, _gate_norm_modulate_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def gate_residual(
+    x: Float[Array, "n d"], gate: Float[Array, " d"], branch: Float[Array, "n d"], interpret: bool = False
+) -> Float[Array, "n d"]:
+    """`x + gate * branch`."""
+    return _gate_residual_forward(x, gate, branch, interpret)[0]
+
+
+def _gate_residual_forward(x, gate, branch, interpret):
+    def body(mean, x, branch, gate):
+        return (x + gate * branch,), ()
+
+    (y,), _ = _pass(body, [x, branch], [gate], outputs=1, interpret=interpret)
+    return y, (branch, gate)
+
+
+def _gate_residual_backward(interpret, saved, gradient):
+    def body(mean, branch, dx, gate):
+        return (gate * dx,), (dx * branch,)
+
+    branch, gate = saved
+    (dbranch,), (gate,) = _pass(body, [branch, gradient], [gate], outputs=1, sums=1, interpret=interpret)
+    return gradient, gate, dbranch
+
+
+gate_residual.defvjp(_gate_residual_forward, _gate_residual_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def bias_gelu(x: Float[Array, "n d"], bias: Float[Array, " d"], interpret: bool = False) -> Float[Array, "n d"]:
+    """The GELU of `x + bias` in its tanh form (Hendrycks and Gimpel 2016)."""
+    return _bias_gelu_forward(x, bias, interpret)[0]
+
+
+def _bias_gelu_forward(x, bias, interpret):
+    def body(mean, x, bias):
+        x = x + bias
+        return (x * _gelu_parts(x)[0],), ()
+
+    (y,), _ = _pass(body, [x], [bias], outputs=1, split=True, interpret=interpret)
+    return y, (x, bias)
+
+
+def _bias_gelu_backward(interpret, saved, gradient):
+    def body(mean, x, dy, bias):
+        x = x + bias
+        share, slope = _gelu_parts(x)
+        dx = dy * (share + x * 2 * share * (1 - share) * slope)
+        return (dx,), (dx,)
+
+    x, bias = saved
+    (dx,), (bias,) = _pass(body, [x, gradient], [bias], outputs=1, sums=1, split=True, interpret=interpret)
+    return dx, bias
+
+
+bias_gelu.defvjp(_bias_gelu_forward, _bias_gelu_backward)
+
+
+def _norm(mean, x):
+    """The layer norm of a token, and by what its distance from the mean was multiplied."""
+    centred = x - mean(x)
+    inverse = jax.lax.rsqrt(mean(centred * centred) + _EPS)
+    return centred * inverse, inverse
+
+
+def _norm_gradient(mean, x, dy, scale):
+    """What `norm(x) * (1 + scale)` sends to `x`, and the norm."""
+    normed, inverse = _norm(mean, x)
+    dnormed = dy * (1 + scale)
+    return inverse * (dnormed - mean(dnormed) - normed * mean(dnormed * normed)), normed
+
+
+def _gelu_parts(x):
+    """The share `(1 + tanh u) / 2` of `x` that GELU lets through, and the derivative of `u`.
+
+    As a logistic function of `2 u`, since Triton has no fast hyperbolic tangent that is exact to float32.
+    """
+    a, b = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
+    return 1 / (1 + jnp.exp(-2 * x * (a + b * x * x))), a + 3 * b * x * x
+
+
+def _pass(
+    body: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]],
+    tokens: Sequence[Float[Array, "n d"]],
+    vectors: Sequence[Float[Array, " d"]],
+    *,
+    outputs: int,
+    sums: int = 0,
+    split: bool = False,
+    interpret: bool,
+) -> tuple[Sequence[Float[Array, "n d"]], list[Float[Array, " d"]]]:
+    """What `body` makes of every token, and sums over tokens of what else it makes, in the type of the first vector.
+
+    `body(mean, *tokens, *vectors) -> outputs, summands` sees one token at a time in float32, or, with `split`, a part
+    of its channels; `mean` is over all its channels, hence not for parts.
+    """
+    (n, d), dtype = tokens[0].shape, tokens[0].dtype
+    # Triton's arrays have sizes that are powers of two; what is too much of them is masked.
+    width = min(pl.next_power_of_2(d), _PART) if split else pl.next_power_of_2(d)
+    blocks, parts = pl.cdiv(n, _TOKENS), pl.cdiv(d, width)
+
+    def kernel(*refs):
+        ins, outs = refs[: len(tokens) + len(vectors)], refs[len(tokens) + len(vectors) :]
+        inside = pl.program_id(1) * width + jnp.arange(width) < d
+
+        def load(ref):
+            return triton.load(ref, mask=inside, other=0).astype(jnp.float32)
+
+        def mean(token):
+            return jnp.where(inside, token, 0).sum() / d
+
+        fixed = [load(ref) for ref in ins[len(tokens) :]]
+
+        def step(k, totals):
+            results, summands = body(mean, *(load(ref.at[k]) for ref in ins[: len(tokens)]), *fixed)
+            for ref, result in zip(outs[:outputs], results, strict=True):
+                triton.store(ref.at[k], result.astype(dtype), mask=inside)
+            return tuple(total + summand for total, summand in zip(totals, summands, strict=True))
+
+        count = jnp.minimum(_TOKENS, n - pl.program_id(0) * _TOKENS)
+        totals = jax.lax.fori_loop(0, count, step, (jnp.zeros(width, jnp.float32),) * sums)
+        for ref, total in zip(outs[outputs:], totals, strict=True):
+            triton.store(ref, total, mask=inside)
+
+    block = pl.BlockSpec((_TOKENS, width), lambda i, j: (i, j))
+    vector = pl.BlockSpec((width,), lambda i, j: (j,))
+    partial_sum = pl.BlockSpec((None, width), lambda i, j: (i, j))
+    results = pl.pallas_call(
+        kernel,
+        grid=(blocks, parts),
+        in_specs=[block] * len(tokens) + [vector] * len(vectors),
+        out_specs=[block] * outputs + [partial_sum] * sums,
+        out_shape=[jax.ShapeDtypeStruct((n, d), dtype)] * outputs
+        + [jax.ShapeDtypeStruct((blocks, d), jnp.float32)] * sums,
+        compiler_params=triton.CompilerParams(num_warps=min(8, max(1, width // 256))),
+        interpret=interpret,
+    )(*tokens, *vectors)
+    return results[:outputs], [part.sum(0).astype(vectors[0].dtype) for part in results[outputs:]]
