@@ -63,6 +63,7 @@ with install_import_hook("ditx", "beartype.beartype"):
         check_kernels,
         compiler_options,
         everywhere,
+        keep_freed_memory,
         local_rows,
         make_mesh,
         place,
@@ -179,6 +180,7 @@ def train(preset: str, config: Config) -> int:
         config = replace(config, model=model_config)
         check(config)
         mesh = make_mesh(config.mesh)
+        keep_freed_memory(mesh)
         check_fit(mesh, num_heads=model_config.num_heads, mlp_size=model_config.mlp_size)
         check_kernels(mesh, config.kernels)
         check_batch(mesh, config.batch_size, config.accumulate)

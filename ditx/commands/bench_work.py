@@ -29,6 +29,7 @@ from ditx.sharding import (
     check_kernels,
     compiler_options,
     everywhere,
+    keep_freed_memory,
     make_mesh,
     place,
     put_whole,
@@ -211,6 +212,7 @@ def device_memory() -> int:
 def check_network(config: Train | Sample) -> Mesh:
     """The mesh. Raises ValueError for what cannot be, before anything is compiled."""
     mesh = make_mesh(config.mesh)
+    keep_freed_memory(mesh)
     check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
     check_kernels(mesh, config.kernels)
     accumulate = config.accumulate if isinstance(config, Train) else 1
