@@ -200,7 +200,7 @@ def draw_all(
         return samples, states[:, ::-stride][:, ::-1] if config.animate else None
 
     def to_images(samples):
-        samples = decode(np.asarray(samples)) if decode else np.asarray(samples)
+        samples = np.asarray(samples)
         if not np.isfinite(samples).all():
             raise ValueError(
                 "samples are not finite numbers; try --dtype float32, a lower --guidance-scale, or more steps"
@@ -208,17 +208,27 @@ def draw_all(
         return data.to_uint8(samples)
 
     compiled = jax.jit(run_batch, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh))
-    images, frames = [], []
+    images, frames, under_way = [], [], []
+
+    def fetch():
+        count, samples, moments = under_way.pop(0)
+        images.append(to_images(samples)[:count])
+        if moments:
+            frames.append(np.stack([to_images(moment) for moment in moments], axis=1)[:count])
+
     quiet = len(labels) <= batch or not is_first()
     for first in tqdm(range(0, len(labels), batch), unit="batch", disable=quiet or None):
         # The last batch is filled up, so that one program serves all.
         count = min(batch, len(labels) - first)
         padded = np.resize(labels[first : first + count], batch)
         samples, states = compiled(network, guide, padded, seed, np.int32(first), scale)
-        images.append(to_images(samples)[:count])
-        if states is not None:
-            moments = np.asarray(states).swapaxes(0, 1)
-            frames.append(np.stack([to_images(moment) for moment in moments], axis=1)[:count])
+        moments = [] if states is None else [states[:, moment] for moment in range(states.shape[1])]
+        if decode:
+            samples, moments = decode(samples), [decode(moment) for moment in moments]
+        under_way.append((count, samples, moments))
+        if first:  # Devices draw and decode this batch while the one before is fetched.
+            fetch()
+    fetch()
     return np.concatenate(images), list(np.concatenate(frames).swapaxes(0, 1)) if frames else []
 
 

@@ -162,7 +162,7 @@ def make_picture(config: Config, source: data.Source, mesh: Mesh) -> Callable[[D
 
     def picture(ema, path):
         samples = np.asarray(compiled(ema))
-        images = data.to_uint8(decode(samples) if decode else samples)[: 4 * columns]
+        images = data.to_uint8(np.asarray(decode(samples) if decode else samples))[: 4 * columns]
         if is_first():
             path.parent.mkdir(exist_ok=True)
             pictures.grid(images, columns).save(path)

@@ -60,8 +60,8 @@ def make_images(
 
     def images(network, first):
         labels = draw_labels(model.num_classes, first + batch, seed, balanced=balanced)[first:]
-        samples = np.asarray(compiled(network, labels, np.int32(first)))
-        samples = decode(samples) if decode else samples
+        samples = compiled(network, labels, np.int32(first))
+        samples = np.asarray(decode(samples) if decode else samples)
         if not np.isfinite(samples).all():
             raise ValueError(
                 "samples are not finite numbers; try --dtype float32, a lower --guidance-scale, or more steps"
