@@ -42,12 +42,12 @@ _BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 _SMALL = {"T": (32, 2, 2), "M": (64, 3, 4), "D": (128, 4, 4)}  # tiny, medium, and that of the preset
 _CIFAR10 = Grid(
     preset="cifar10",
-    flags=("--ema-decay", "0.999", "--warmup", "500"),
+    flags=("--objective", "eps", "--model.learn-sigma", "--decay", "constant", "--warmup", "500"),  # as in the paper
     networks={f"{name}/{patch}": _published(f"DiT-{name}/{patch}") for patch in (8, 4, 2) for name in ("S", "B")},
     steps=10_000,
     every=2_500,
     num=10_000,
-    drawing=("--dtype", "bfloat16", "--batch", "500", "--feature-batch", "250"),
+    drawing=("--sampler", "ddpm", "--dtype", "bfloat16", "--batch", "500", "--feature-batch", "250"),
     sampling_steps=(128, 16, 32, 64),
 )
 GRIDS = {

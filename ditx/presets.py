@@ -122,12 +122,17 @@ PRESETS = {
         sample_every=1000,
         sampling=SamplingConfig(steps=25, sampler="euler", guidance_scale=2.5),
     ),
-    # 32x32 colour pixels in the token grid of the paper's latents.
+    # 32x32 colour pixels in the token grid of the paper's latents: 200 epochs. Objective, sampler and average are those
+    # that were best on small stand-ins (README).
     "cifar10": Config(
         dataset="cifar10",
-        model=replace(DIT_CONFIGS["DiT-S/2"], in_channels=3, num_classes=10),
-        steps=100_000,
-        sampling=SamplingConfig(guidance_scale=1.5),
+        model=replace(DIT_CONFIGS["DiT-S/2"], in_channels=3, num_classes=10, learn_sigma=False),
+        objective="flow",
+        steps=40_000,
+        warmup=1000,
+        decay="cosine",
+        ema_decay=0.9995,
+        sampling=SamplingConfig(sampler="dpm-solver", steps=25),
     ),
     # Any folder of images, as pixels.
     "images": Config(

@@ -299,7 +299,7 @@ def sample(config: Sample) -> Timing:
         jitted = jax.jit(run_batch, out_shardings=whole, compiler_options=compiler_options(mesh))
         program, compile_seconds, program_bytes = compiled(jitted, abstract, labels, firsts[0])
         network = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
-        # Each is waited for, as sample.py does; a CPU would run two at once.
+        # Each is waited for; a CPU would run two at once.
         times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop())), config.repeats)
     work = 2 * config.batch_size * evaluations(config.sampling, objective_of(model)) * flops.macs(model)
     return Timing(times, config.batch_size, work, compile_seconds, program_bytes)
