@@ -128,7 +128,8 @@ class Reference:
 def read_reference(path: Path) -> Reference:
     """Read statistics of `--make-stats`, or an ADM reference: `arr_0`, `mu`, `sigma`, `mu_s`, `sigma_s`, or a part.
 
-    Raises ValueError, with the path, for a file that is neither, is damaged, or has numbers that are not finite.
+    Raises ValueError, with the path, for a file that is neither, is damaged, or has numbers that are not finite or
+    shapes that do not fit.
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; make it with: ditx evaluate --make-stats {path} DATA")
@@ -143,6 +144,12 @@ def read_reference(path: Path) -> Reference:
         else None
         for part in ("", "_s")
     )
+    for part in filter(None, (pool, spatial)):
+        if part.covariance.shape != 2 * part.mean.shape:
+            raise ValueError(
+                f"{path} has a mean of shape {part.mean.shape} and a covariance of shape {part.covariance.shape}; make"
+                " or fetch it anew"
+            )
     if "about" in arrays:
         return _read_ours(path, arrays, pool, spatial)
     images = arrays.get("arr_0")

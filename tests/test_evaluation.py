@@ -154,6 +154,11 @@ def test_files_that_are_no_reference_are_refused(reference, tmp_path):
     for name, arrays, sentence in [
         ("a", good | {"mu": good["mu"] * np.nan}, "has a mu of numbers that are not finite; make or fetch it anew"),
         (
+            "g",
+            good | {"sigma": good["sigma"][:5]},
+            r"a mean of shape \(128,\) and a covariance of shape \(5, 128\); make",
+        ),
+        (
             "b",
             good | {"classifier_0": good["classifier_0"] + 1},
             "damaged .*its classifier was altered.*; make it anew",

@@ -255,6 +255,9 @@ def _stored(folder: Path | None, result: dict[str, Any]) -> dict[str, Any] | Non
 def of_images(config: Config) -> Samples:
     """Those of a data set, a folder or a file."""
     source = open_images(config.source, config.size)
+    idle = replace(config.drawing, batch=DrawingConfig().batch)
+    if idle != DrawingConfig():
+        raise ValueError(f"{config.source} has images, all of which are judged; leave out the flags of drawing samples")
     about = {"checksum": f"{source.checksum:08x}", "size": config.size}
 
     def batches(start):

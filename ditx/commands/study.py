@@ -24,6 +24,7 @@ from ditx.commands import evaluate
 from ditx.commands.extract import stop_signals
 from ditx.grids import GRIDS, Grid
 from ditx.nn.dit import DiTConfig
+from ditx.reference import read_reference
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,10 @@ class Study:
         """The folder of a network's run."""
         return self.out / "runs" / re.sub(r"\W+", "-", name)
 
+    def results(self, name: str) -> Path:
+        """The folder of its evaluations, which those that others make of the run do not reach."""
+        return self.out / "evaluations" / self.run(name).name
+
     def make_reference(self, config: Config) -> None:
         """Make the statistics, where they are not there and not given."""
         if config.reference or self.reference.exists():
@@ -161,7 +166,15 @@ class Study:
 
     def train(self, name: str) -> None:
         """Have train.py bring a run to its last step."""
-        if self.grid.steps in checkpoint.steps(self.run(name) / "checkpoints"):
+        done = checkpoint.steps(self.run(name) / "checkpoints")
+        if done:
+            planned = runs.read_config(self.run(name))
+            if planned["decay"] != "constant" and planned["steps"] != self.grid.steps:
+                raise ValueError(
+                    f"{self.run(name)} is a run of {planned['steps']:,} steps, with a learning rate that falls over"
+                    f" them, and not of {self.grid.steps:,}; give another --out"
+                )
+        if self.grid.steps in done and not self.flags:  # which train.py holds against the run's own
             return
         every = str(self.grid.every)
         flags = ["--run", str(self.run(name)), "--steps", str(self.grid.steps), "--sample-every", "0"]
@@ -193,6 +206,7 @@ class Study:
                 str(sampling_steps),
             ]
             flags += ["--inception", self.inception] if self.inception else []
+            flags += ["--out", str(self.results(name))]
             config, described = evaluate.parse([str(self.run(name)), str(self.reference), *flags])
             config.check()
             result = evaluate.evaluate(config, described)
@@ -205,7 +219,7 @@ class Study:
         if not self.reference.is_file():
             return []
         checksum, rows = evaluate.checksum(self.reference), {}
-        for line in runs.read_lines(self.run(name) / evaluate.RESULTS):
+        for line in runs.read_lines(self.results(name) / evaluate.RESULTS):
             point = line["samples"]["step"], line["samples"]["steps"]
             if point in self.points() and (line["count"], line["reference"]["checksum"]) == (self.grid.num, checksum):
                 rows[point] = {"network": name, "step": point[0], "sampling_steps": point[1], **line["metrics"]}
@@ -232,7 +246,7 @@ class Study:
             "steps": steps,
             "samples": self.grid.num,
             "sampling_steps": usual,
-            "features": self.grid.features,
+            "features": read_reference(self.reference).features,
             "correlation_of_fid_with_log_gflops": with_size,
             "rows": rows,
         }

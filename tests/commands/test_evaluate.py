@@ -193,6 +193,7 @@ def test_mistakes_end_in_a_sentence(reference, place, run, tmp_path, monkeypatch
         ([weights, reference, "--guidance-interval", 5, 2], "guidance_interval is 5.0 to 2.0; give two times"),
         ([tmp_path / "nowhere", reference], "there is no such file or folder; give a folder of images"),
         ([place / "data.npz", tmp_path / "nowhere.npz"], "there is no such file; make it with"),
+        ([place / "data.npz", reference, "--num", 9], "has images, all of which are judged; leave out the flags of"),
         (["--make-stats", "out.npz"], "what is out.npz to be made from?"),
         (["--make-stats", "out.txt", "digits"], "give the name of a new file that ends in .npz"),
         (["--make-stats", reference, "digits"], "give the name of a new file that ends in .npz"),

@@ -42,19 +42,21 @@ def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_p
     assert code == 0 and "| A/14 | adaln-zero |" in said, said
     _, said = run.ditx("study", *flags, "--list")
     assert said == "A/14 step 4 of 4, 3 of 3 evaluations A/14 adaln step 0 of 4, 0 of 3 evaluations"
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "A-14").rglob("*.json*")}
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/A-14/**/*.json*")}
     assert checkpoint.steps(tmp_path / "runs" / "A-14" / "checkpoints") == [2, 4]
 
     code, said = run.ditx("study", *flags)
     assert code == 0, said
-    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "A-14").rglob("*.json*")}
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/A-14/**/*.json*")}
     table = json.loads((tmp_path / "table.json").read_text())
     found = [(row["network"], row["step"], row["sampling_steps"]) for row in table["rows"]]
     assert found == [(name, *point) for name in TINY.networks for point in ((2, 2), (4, 2), (4, 1))]
     first, *_, last = table["rows"]
     assert last["block"] == "adaln" and first["training_flops"] * 2 == table["rows"][1]["training_flops"]
     assert first["training_flops"] == pytest.approx(6e9 * first["gflops"] * 8 * 2)
-    lines = [json.loads(line) for line in (tmp_path / "runs" / "A-14" / "evaluations.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "evaluations" / "A-14" / "evaluations.jsonl").read_text().splitlines()
+    ]
     assert [line["metrics"]["fid"] for line in lines] == [row["fid"] for row in table["rows"][:3]]
     with (tmp_path / "table.csv").open() as file:
         assert [float(row["fid"]) for row in csv.DictReader(file)] == [row["fid"] for row in table["rows"]]
@@ -62,8 +64,16 @@ def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_p
         with PIL.Image.open(tmp_path / f"{name}.png") as image:
             assert len(np.unique(np.asarray(image))) > 10
 
-    code, said = run.ditx("study", *flags, "--steps", 6, "--", "--batch-size", 0)
+    assert table["features"] == "classifier"
+    # Evaluations that others make of a run are no part of it.
+    other = ["--num", 8, "--step", 4, "--steps", 2, "--metrics", "fid", "--guidance-scale", 3]
+    assert run.ditx("evaluate", tmp_path / "runs" / "A-14", reference, *other)[0] == 0
+    assert run.ditx("study", *flags)[0] == 0 and table == json.loads((tmp_path / "table.json").read_text())
+
+    code, said = run.ditx("study", *flags, "--", "--batch-size", 0)
     assert code == 2 and "train.py ended with 2 for A/14, for the reason above" in said, said
+    code, said = run.ditx("study", *flags, "--steps", 2)
+    assert code == 2 and "is a run of 4 steps, with a learning rate that falls over them, and not of 2" in said, said
 
 
 def test_told_to_stop_it_ends_with_a_checkpoint_of_the_network_in_training_and_goes_on_from_there(reference, tmp_path):
