@@ -26,6 +26,7 @@ from tqdm import tqdm
 with install_import_hook("ditx", "beartype.beartype"):
     from ditx import data, imagenet, pictures, pretrained, runs
     from ditx.nn.dit import DiT
+    from ditx.nn.layers import Compute
     from ditx.objectives import ObjectiveConfig
     from ditx.pretrained import Description
     from ditx.processes import ProcessConfig, check_alike, connect, end, is_first, together
@@ -33,8 +34,8 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.sharding import (
         MeshConfig,
         batch_parts,
+        check_compute,
         check_fit,
-        check_kernels,
         compiler_options,
         everywhere,
         make_mesh,
@@ -44,7 +45,7 @@ with install_import_hook("ditx", "beartype.beartype"):
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Compute):
     """What to draw. Sampler, steps and guidance not given here are those that a run drew its own pictures with.
 
     For the authors' weights they are the paper's: 250 DDPM steps, guidance on the first 3 of 4 channels.
@@ -66,8 +67,6 @@ class Config:
     """sample number k depends on this and on k alone"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """what the network computes in; the sampler and the decoder keep float32"""
-    kernels: Literal["plain", "fused"] = "plain"
-    """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
     out: str = ""
     """the grid to write, a PNG; a new one in the run's folder, or in samples/NAME for weights, if not given"""
     separate: bool = False
@@ -186,7 +185,7 @@ def draw_all(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The samples as uint8 images and, to animate, as many at about 40 moments of the way."""
     by_another = guide is not None
-    draw = make_draw(config.sampling, network.config, objective, by_another=by_another, kernels=config.kernels)
+    draw = make_draw(config.sampling, network.config, objective, by_another=by_another, compute=config)
     draw = on_mesh(draw, mesh)
     batch = -(-min(config.batch, len(labels)) // batch_parts(mesh)) * batch_parts(mesh)
     stride = max(1, config.sampling.steps // 40)
@@ -259,7 +258,7 @@ def sample(argv: list[str]) -> int:
         config = replace(config, sampling=config.sampling.resolved(described.objective))
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
-        check_kernels(mesh, config.kernels)
+        check_compute(mesh, config)
         if config.guide:
             weaker = pretrained.describe(Path(config.guide))
             check_guide(weaker, described)

@@ -59,8 +59,8 @@ with install_import_hook("ditx", "beartype.beartype"):
         batch_sharding,
         bytes_per_device,
         check_batch,
+        check_compute,
         check_fit,
-        check_kernels,
         compiler_options,
         everywhere,
         keep_freed_memory,
@@ -182,7 +182,7 @@ def train(preset: str, config: Config) -> int:
         mesh = make_mesh(config.mesh)
         keep_freed_memory(mesh)
         check_fit(mesh, num_heads=model_config.num_heads, mlp_size=model_config.mlp_size)
-        check_kernels(mesh, config.kernels)
+        check_compute(mesh, config)
         check_batch(mesh, config.batch_size, config.accumulate)
         if config.init_from and not checkpoint.steps(Path(config.run) / "checkpoints"):
             describe_initial(Path(config.init_from), model_config)
@@ -243,7 +243,7 @@ def fit(
         dtype=jnp.dtype(config.dtype),
         unroll=config.unroll,
         remat=config.remat,
-        kernels=config.kernels,
+        compute=config,
         accumulate=config.accumulate,
         mesh=mesh,
     )

@@ -1,11 +1,12 @@
 """What makes up a training run: its configuration, and the named ones, all of the paper's among them."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ditx import ema
 from ditx.monitor import check_wandb
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig, Remat
+from ditx.nn.layers import Compute
 from ditx.objectives import ObjectiveConfig
 from ditx.processes import ProcessConfig
 from ditx.sampling import SamplingConfig
@@ -13,7 +14,7 @@ from ditx.sharding import MeshConfig
 
 
 @dataclass(frozen=True)
-class Config(ObjectiveConfig):
+class Config(Compute, ObjectiveConfig):
     """One training run. The defaults are the paper's; a preset changes what its data needs."""
 
     dataset: Literal["digits", "cifar10", "images", "latents"] = "images"
@@ -53,8 +54,6 @@ class Config(ObjectiveConfig):
     """blocks compiled in a row: more is faster on a GPU and slower to compile"""
     remat: Remat = "none"
     """what the backward pass recomputes: none; all but the products with weights (dots); whole blocks (full)"""
-    kernels: Literal["plain", "fused"] = "plain"
-    """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
     accumulate: int = 1
     """parts of a batch that follow each other within one step: less memory, the same result"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -161,7 +160,9 @@ PRESETS = {
     "imagenet512-xl2": paper("DiT-XL/2", steps=3_000_000, input_size=64),
 }
 # What may differ when a run goes on: it changes neither the data nor the arithmetic (beyond rounding).
-FREE = {"preset", "run", "data_path", "vae", "workers", "mesh", "processes", "unroll", "remat", "kernels"}
+FREE = {"preset", "run", "data_path", "vae", "workers", "mesh", "processes", "unroll", "remat"} | {
+    field.name for field in fields(Compute)
+}
 FREE |= {"log_every", "checkpoint_every", "keep", "keep_every", "keep_best", "max_skipped", "sample_every", "sampling"}
 FREE |= {"profile_steps", "wandb", "init_from", "accumulate"}
 FREE |= {"eval_every", "eval_stats", "eval_samples", "eval_inception"}

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from ditx.diffusion import guidance, samplers
 from ditx.nn.dit import DiTConfig
-from ditx.nn.layers import Kernels
+from ditx.nn.layers import PLAIN, Compute
 from ditx.nn.vae import AutoencoderKL
 from ditx.objectives import ObjectiveConfig
 from ditx.sharding import batch_parts, batch_sharding, by_rows, everywhere, make_gather, put_whole
@@ -90,12 +90,12 @@ def make_draw(
     *,
     by_another: bool = False,
     unroll: int = 1,
-    kernels: Kernels = "plain",
+    compute: Compute = PLAIN,
 ) -> Draw:
     """The function that draws a batch, and is given another network to guide with if `by_another`.
 
     The states are all those on the way, to be dropped inside `jax.jit` where only samples are wanted. `unroll` blocks
-    are compiled in a row, all but their products and attention by `kernels`.
+    are compiled in a row, and computed by `compute`.
     Raises ValueError where the configurations do not fit together.
     """
     config.check(model, objective, by_another=by_another)
@@ -112,7 +112,7 @@ def make_draw(
         @objective.predictor
         def apply(x, t, y, network=model):
             # The state of a sampler is float32, whatever the network computes in.
-            output = network(x.astype(network.patch.weight.dtype), t, y, unroll=unroll, kernels=kernels)
+            output = network(x.astype(network.patch.weight.dtype), t, y, compute=compute, unroll=unroll)
             return output.astype(x.dtype)
 
         def one(y, key):

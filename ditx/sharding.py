@@ -15,6 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from ditx.nn.layers import Compute
+
 Tree = TypeVar("Tree")
 
 # What tensor parallelism splits: heads and the width of the MLP, by the outputs of the layers that lead into them and
@@ -60,12 +62,12 @@ def check_fit(mesh: Mesh, *, num_heads: int, mlp_size: int) -> None:
             raise ValueError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide {name}, {size}")
 
 
-def check_kernels(mesh: Mesh, kernels: str) -> None:
+def check_compute(mesh: Mesh, compute: Compute) -> None:
     """Raise ValueError where fused kernels cannot work."""
     platform, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
-    if kernels == "fused" and tensor > 1:
+    if compute.kernels == "fused" and tensor > 1:
         raise ValueError(f"kernels is fused, which needs whole examples, but mesh.tensor is {tensor}; use plain")
-    if kernels == "fused" and platform != "gpu":
+    if compute.kernels == "fused" and platform != "gpu":
         raise ValueError(f"kernels is fused, which is for GPUs, but the devices are of the kind {platform}; use plain")
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from ditx import sharding
 from ditx.ema import update_rate
 from ditx.nn.dit import DiT, DiTConfig, Remat
-from ditx.nn.layers import Kernels
+from ditx.nn.layers import PLAIN, Compute
 from ditx.objectives import Objective, Terms
 
 
@@ -71,7 +71,7 @@ def train_step(
     accumulate: int = 1,
     unroll: int = 1,
     remat: Remat = "none",
-    kernels: Kernels = "plain",
+    compute: Compute = PLAIN,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Terms]:
     """One update from `batch` (`x`, float `b h w c` in [-1, 1]; `y`, integer `b`); `key` is that of the whole run.
@@ -100,7 +100,7 @@ def train_step(
                 x0 = x0.astype(jnp.float32) + std.astype(jnp.float32) * noise
 
             def predict(x, t):
-                output = model(x.astype(dtype), t, y, unroll=unroll, remat=remat, kernels=kernels)
+                output = model(x.astype(dtype), t, y, compute=compute, unroll=unroll, remat=remat)
                 return output.astype(jnp.float32)
 
             return objective(predict, x0, key)

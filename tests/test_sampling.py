@@ -37,7 +37,7 @@ class Best:
         self.objective, self.means = objective, jnp.array([mean, without])
         self.config = SimpleNamespace(num_classes=num_classes, null_label=num_classes)
 
-    def __call__(self, x, t, y, *, unroll=1, kernels="plain"):
+    def __call__(self, x, t, y, *, compute, unroll=1):
         objective, sit = self.objective, self.objective.objective == "sit"
         if objective.straight:
             here = flow.level(1 - t if sit else t / 1000)

@@ -19,14 +19,15 @@ from jax.sharding import PartitionSpec as P
 from ditx import flops
 from ditx.monitor import memory_of
 from ditx.nn.dit import DiT, DiTConfig, Remat
+from ditx.nn.layers import Compute
 from ditx.objectives import ObjectiveConfig, make_objective
 from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
 from ditx.sharding import (
     MeshConfig,
     batch_sharding,
     check_batch,
+    check_compute,
     check_fit,
-    check_kernels,
     compiler_options,
     everywhere,
     keep_freed_memory,
@@ -44,7 +45,7 @@ class OutOfMemoryError(ValueError):
 
 
 @dataclass(frozen=True)
-class Network:
+class Network(Compute):
     """A network at work."""
 
     source: tyro.conf.Positional[str] = "DiT-XL/2"
@@ -54,8 +55,6 @@ class Network:
     """what the network computes in; auto is float32 on CPUs and bfloat16 elsewhere"""
     unroll: int = 1
     """blocks compiled in a row"""
-    kernels: Literal["plain", "fused"] = "plain"
-    """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     repeats: int = 20
     """steps, or draws, that are timed, after two that are not"""
@@ -214,7 +213,7 @@ def check_network(config: Train | Sample) -> Mesh:
     mesh = make_mesh(config.mesh)
     keep_freed_memory(mesh)
     check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
-    check_kernels(mesh, config.kernels)
+    check_compute(mesh, config)
     accumulate = config.accumulate if isinstance(config, Train) else 1
     for size in (config.batch_size, *(config.batch_sizes if isinstance(config, Train) else ())):
         check_batch(mesh, size, accumulate)
@@ -233,7 +232,7 @@ def train(config: Train) -> Timing:
         dtype=jnp.dtype(resolved(config.dtype)),
         unroll=config.unroll,
         remat=config.remat,
-        kernels=config.kernels,
+        compute=config,
         accumulate=config.accumulate,
         mesh=mesh,
     )
@@ -280,7 +279,7 @@ def sample(config: Sample) -> Timing:
     """Time draws: the whole loop is one program, its weights in what it computes in; labels and noise are arguments."""
     mesh, model = check_network(config), config.model
     dtype = jnp.dtype(resolved(config.dtype))
-    draw = make_draw(config.sampling, model, objective_of(model), unroll=config.unroll, kernels=config.kernels)
+    draw = make_draw(config.sampling, model, objective_of(model), unroll=config.unroll, compute=config)
     draw = on_mesh(draw, mesh)
 
     def create(key):

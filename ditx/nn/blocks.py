@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ditx.nn.layers import (
     MLP,
+    PLAIN,
     Attention,
+    Compute,
     CrossAttention,
-    Kernels,
     LayerNorm,
     Linear,
     gate_norm_modulate,
@@ -34,13 +35,11 @@ class AdaLNZeroBlock(eqx.Module):
         self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
         self.modulation = Linear(hidden_size, 6 * hidden_size, std=0.0, key=modulation_key)
 
-    def __call__(
-        self, x: Float[Array, "n d"], c: Float[Array, " d"], *, kernels: Kernels = "plain"
-    ) -> Float[Array, "n d"]:
+    def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6)
-        x, y = norm_modulate(x, shift1, scale1, kernels)
-        x, y = gate_norm_modulate(x, gate1, self.attention(y), shift2, scale2, kernels)
-        return gate_residual(x, gate2, self.mlp(y, kernels=kernels), kernels)
+        x, y = norm_modulate(x, shift1, scale1, compute)
+        x, y = gate_norm_modulate(x, gate1, self.attention(y), shift2, scale2, compute)
+        return gate_residual(x, gate2, self.mlp(y, compute), compute)
 
 
 class AdaLNBlock(eqx.Module):
@@ -56,13 +55,11 @@ class AdaLNBlock(eqx.Module):
         self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
         self.modulation = Linear(hidden_size, 4 * hidden_size, std=0.0, key=modulation_key)
 
-    def __call__(
-        self, x: Float[Array, "n d"], c: Float[Array, " d"], *, kernels: Kernels = "plain"
-    ) -> Float[Array, "n d"]:
+    def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
         shift1, scale1, shift2, scale2 = jnp.split(self.modulation(jax.nn.silu(c)), 4)
-        x, y = norm_modulate(x, shift1, scale1, kernels)
-        x, y = norm_modulate(x + self.attention(y), shift2, scale2, kernels)
-        return x + self.mlp(y, kernels=kernels)
+        x, y = norm_modulate(x, shift1, scale1, compute)
+        x, y = norm_modulate(x + self.attention(y), shift2, scale2, compute)
+        return x + self.mlp(y, compute)
 
 
 class CrossAttentionBlock(eqx.Module):
@@ -82,12 +79,10 @@ class CrossAttentionBlock(eqx.Module):
         self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
         self.norm1, self.norm2, self.norm3 = (LayerNorm(hidden_size) for _ in range(3))
 
-    def __call__(
-        self, x: Float[Array, "n d"], c: Float[Array, "m d"], *, kernels: Kernels = "plain"
-    ) -> Float[Array, "n d"]:
+    def __call__(self, x: Float[Array, "n d"], c: Float[Array, "m d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
         x = x + self.attention(self.norm1(x))
         x = x + self.cross_attention(self.norm2(x), c)
-        return x + self.mlp(self.norm3(x), kernels=kernels)
+        return x + self.mlp(self.norm3(x), compute)
 
 
 class InContextBlock(eqx.Module):
@@ -105,10 +100,10 @@ class InContextBlock(eqx.Module):
         self.norm1, self.norm2 = LayerNorm(hidden_size), LayerNorm(hidden_size)
 
     def __call__(
-        self, x: Float[Array, "n d"], c: Float[Array, " d"] | None = None, *, kernels: Kernels = "plain"
+        self, x: Float[Array, "n d"], c: Float[Array, " d"] | None = None, compute: Compute = PLAIN
     ) -> Float[Array, "n d"]:
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x), kernels=kernels)
+        return x + self.mlp(self.norm2(x), compute)
 
 
 class AdaLNFinalLayer(eqx.Module):

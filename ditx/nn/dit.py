@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ditx.nn.blocks import AdaLNBlock, AdaLNFinalLayer, AdaLNZeroBlock, CrossAttentionBlock, FinalLayer, InContextBlock
-from ditx.nn.layers import Kernels, LabelEmbedding, Linear, TimeEmbedding, grid_positions
+from ditx.nn.layers import PLAIN, Compute, LabelEmbedding, Linear, TimeEmbedding, grid_positions
 
 BlockName: TypeAlias = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 Remat: TypeAlias = Literal["none", "dots", "full"]
@@ -152,17 +152,17 @@ class DiT(eqx.Module):
         t: Float[Array, ""] | Int[Array, ""] | float | int,
         y: Int[Array, ""] | int | None = None,
         *,
+        compute: Compute = PLAIN,
         unroll: int = 1,
         remat: Remat = "none",
-        kernels: Kernels = "plain",
     ) -> Float[Array, "h w o"]:
         """Predict noise (and, with `learn_sigma`, the variance fraction) from `x` at time `t` under label `y`.
 
         `t` counts training steps from 0 to 999, whole or not. Without `y` it is the null label; raises ValueError where
         there is none. `y` is not checked, since it may be traced: a label out of range would silently read the last
-        row. `unroll`, `remat` and `kernels` change speed and memory, and nothing of
-        the result but rounding: blocks compiled in a row rather than as a loop, what of them is recomputed in the
-        backward pass, and what computes all of them but products and attention.
+        row. `compute`, `unroll` and `remat` change speed and memory, and nothing
+        of the result but rounding: what computes a block, how many are compiled in a row rather than as a loop, and
+        what of them is recomputed in the backward pass.
         """
         config = self.config
         expected = (config.input_size, config.input_size, config.in_channels)
@@ -182,7 +182,7 @@ class DiT(eqx.Module):
             tokens = jnp.concatenate([tokens, time[None], label[None]])
 
         def body(tokens, block):
-            return block(tokens, condition, kernels=kernels), None
+            return block(tokens, condition, compute), None
 
         if remat != "none":
             kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None

@@ -2,8 +2,8 @@
 
 XLA needs several passes over the tokens for what is here one: each kernel reads its inputs once, computes in float32,
 writes its results in the type of the tokens, and sums over tokens, which gradients of shifts, scales, gates and biases
-are, on the way. All see one example; `jax.vmap` puts the batch into the grid of the same launch. With `interpret` they
-run anywhere, slowly, for tests.
+are, on the way. All see one example; `jax.vmap` puts the batch into the grid of the same launch. Anywhere else,
+Pallas interprets them, slowly, for tests.
 """
 
 import math
@@ -23,52 +23,51 @@ _TOKENS, _PART = 32, 512
 _EPS = 1e-6
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@jax.custom_vjp
 def norm_modulate(
-    x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"], interpret: bool = False
+    x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"]
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
     """`x` and its layer norm, scaled and shifted: `norm(x) * (1 + scale) + shift`.
 
     `x` comes back so that what its later uses send to it is added in the pass that makes the gradient of the norm.
     """
-    return _norm_modulate_forward(x, shift, scale, interpret)[0]
+    return _norm_modulate_forward(x, shift, scale)[0]
 
 
-def _norm_modulate_forward(x, shift, scale, interpret):
+def _norm_modulate_forward(x, shift, scale):
     def body(mean, x, shift, scale):
         return (_norm(mean, x)[0] * (1 + scale) + shift,), ()
 
-    (y,), _ = _pass(body, [x], [shift, scale], outputs=1, interpret=interpret)
+    (y,), _ = _pass(body, [x], [shift, scale], outputs=1)
     return (x, y), (x, scale)
 
 
-def _norm_modulate_backward(interpret, saved, gradients):
+def _norm_modulate_backward(saved, gradients):
     def body(mean, x, dx, dy, scale):
         more, normed = _norm_gradient(mean, x, dy, scale)
         return (dx + more,), (dy, dy * normed)
 
     x, scale = saved
-    (dx,), (shift, scale) = _pass(body, [x, *gradients], [scale], outputs=1, sums=2, interpret=interpret)
+    (dx,), (shift, scale) = _pass(body, [x, *gradients], [scale], outputs=1, sums=2)
     return dx, shift, scale
 
 
 norm_modulate.defvjp(_norm_modulate_forward, _norm_modulate_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@jax.custom_vjp
 def gate_norm_modulate(
     x: Float[Array, "n d"],
     gate: Float[Array, " d"],
     branch: Float[Array, "n d"],
     shift: Float[Array, " d"],
     scale: Float[Array, " d"],
-    interpret: bool = False,
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
     """`x + gate * branch`, and its layer norm, scaled and shifted."""
-    return _gate_norm_modulate_forward(x, gate, branch, shift, scale, interpret)[0]
+    return _gate_norm_modulate_forward(x, gate, branch, shift, scale)[0]
 
 
-def _gate_norm_modulate_forward(x, gate, branch, shift, scale, interpret):
+def _gate_norm_modulate_forward(x, gate, branch, shift, scale):
     dtype = x.dtype
 
     def body(mean, x, branch, gate, shift, scale):
@@ -76,11 +75,11 @@ def _gate_norm_modulate_forward(x, gate, branch, shift, scale, interpret):
         x = (x + gate * branch).astype(dtype).astype(jnp.float32)
         return (x, _norm(mean, x)[0] * (1 + scale) + shift), ()
 
-    (x, y), _ = _pass(body, [x, branch], [gate, shift, scale], outputs=2, interpret=interpret)
+    (x, y), _ = _pass(body, [x, branch], [gate, shift, scale], outputs=2)
     return (x, y), (x, branch, gate, scale)
 
 
-def _gate_norm_modulate_backward(interpret, saved, gradients):
+def _gate_norm_modulate_backward(saved, gradients):
     def body(mean, x, branch, dx, dy, gate, scale):
         more, normed = _norm_gradient(mean, x, dy, scale)
         dx = dx + more
@@ -88,57 +87,55 @@ def _gate_norm_modulate_backward(interpret, saved, gradients):
 
     x, branch, gate, scale = saved
     tokens = [x, branch, *gradients]
-    (dx, dbranch), (gate, shift, scale) = _pass(body, tokens, [gate, scale], outputs=2, sums=3, interpret=interpret)
+    (dx, dbranch), (gate, shift, scale) = _pass(body, tokens, [gate, scale], outputs=2, sums=3)
     return dx, gate, dbranch, shift, scale
 
 
 gate_norm_modulate.defvjp(_gate_norm_modulate_forward, _gate_norm_modulate_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def gate_residual(
-    x: Float[Array, "n d"], gate: Float[Array, " d"], branch: Float[Array, "n d"], interpret: bool = False
-) -> Float[Array, "n d"]:
+@jax.custom_vjp
+def gate_residual(x: Float[Array, "n d"], gate: Float[Array, " d"], branch: Float[Array, "n d"]) -> Float[Array, "n d"]:
     """`x + gate * branch`."""
-    return _gate_residual_forward(x, gate, branch, interpret)[0]
+    return _gate_residual_forward(x, gate, branch)[0]
 
 
-def _gate_residual_forward(x, gate, branch, interpret):
+def _gate_residual_forward(x, gate, branch):
     def body(mean, x, branch, gate):
         return (x + gate * branch,), ()
 
-    (y,), _ = _pass(body, [x, branch], [gate], outputs=1, interpret=interpret)
+    (y,), _ = _pass(body, [x, branch], [gate], outputs=1)
     return y, (branch, gate)
 
 
-def _gate_residual_backward(interpret, saved, gradient):
+def _gate_residual_backward(saved, gradient):
     def body(mean, branch, dx, gate):
         return (gate * dx,), (dx * branch,)
 
     branch, gate = saved
-    (dbranch,), (gate,) = _pass(body, [branch, gradient], [gate], outputs=1, sums=1, interpret=interpret)
+    (dbranch,), (gate,) = _pass(body, [branch, gradient], [gate], outputs=1, sums=1)
     return gradient, gate, dbranch
 
 
 gate_residual.defvjp(_gate_residual_forward, _gate_residual_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def bias_gelu(x: Float[Array, "n d"], bias: Float[Array, " d"], interpret: bool = False) -> Float[Array, "n d"]:
+@jax.custom_vjp
+def bias_gelu(x: Float[Array, "n d"], bias: Float[Array, " d"]) -> Float[Array, "n d"]:
     """The GELU of `x + bias` in its tanh form (Hendrycks and Gimpel 2016)."""
-    return _bias_gelu_forward(x, bias, interpret)[0]
+    return _bias_gelu_forward(x, bias)[0]
 
 
-def _bias_gelu_forward(x, bias, interpret):
+def _bias_gelu_forward(x, bias):
     def body(mean, x, bias):
         x = x + bias
         return (x * _gelu_parts(x)[0],), ()
 
-    (y,), _ = _pass(body, [x], [bias], outputs=1, split=True, interpret=interpret)
+    (y,), _ = _pass(body, [x], [bias], outputs=1, split=True)
     return y, (x, bias)
 
 
-def _bias_gelu_backward(interpret, saved, gradient):
+def _bias_gelu_backward(saved, gradient):
     def body(mean, x, dy, bias):
         x = x + bias
         share, slope = _gelu_parts(x)
@@ -146,7 +143,7 @@ def _bias_gelu_backward(interpret, saved, gradient):
         return (dx,), (dx,)
 
     x, bias = saved
-    (dx,), (bias,) = _pass(body, [x, gradient], [bias], outputs=1, sums=1, split=True, interpret=interpret)
+    (dx,), (bias,) = _pass(body, [x, gradient], [bias], outputs=1, sums=1, split=True)
     return dx, bias
 
 
@@ -184,7 +181,6 @@ def _pass(
     outputs: int,
     sums: int = 0,
     split: bool = False,
-    interpret: bool,
 ) -> tuple[Sequence[Float[Array, "n d"]], list[Float[Array, " d"]]]:
     """What `body` makes of every token, and sums over tokens of what else it makes, in the type of the first vector.
 
@@ -222,7 +218,8 @@ def _pass(
     block = pl.BlockSpec((_TOKENS, width), lambda i, j: (i, j))
     vector = pl.BlockSpec((width,), lambda i, j: (j,))
     partial_sum = pl.BlockSpec((None, width), lambda i, j: (i, j))
-    results = pl.pallas_call(
+    call = partial(
+        pl.pallas_call,
         kernel,
         grid=(blocks, parts),
         in_specs=[block] * len(tokens) + [vector] * len(vectors),
@@ -230,6 +227,11 @@ def _pass(
         out_shape=[jax.ShapeDtypeStruct((n, d), dtype)] * outputs
         + [jax.ShapeDtypeStruct((blocks, d), jnp.float32)] * sums,
         compiler_params=triton.CompilerParams(num_warps=min(8, max(1, width // 256))),
-        interpret=interpret,
-    )(*tokens, *vectors)
+    )
+    results = on_gpu(call, *tokens, *vectors)
     return results[:outputs], [part.sum(0).astype(vectors[0].dtype) for part in results[outputs:]]
+
+
+def on_gpu(call: Callable[..., Any], *arguments: Array) -> Any:
+    """`call()(*arguments)`, a kernel's results; anywhere but on a GPU by `call(interpret=True)`, for tests."""
+    return jax.lax.platform_dependent(*arguments, cuda=call(), rocm=call(), default=call(interpret=True))

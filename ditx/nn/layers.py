@@ -1,8 +1,9 @@
 """Layers that a diffusion transformer is made of, each acting on one example."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -11,8 +12,16 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-Kernels: TypeAlias = Literal["plain", "fused", "interpreted"]
-"""What computes norms, gates and GELUs: XLA; kernels of our own, for GPUs; or these, interpreted, for tests."""
+
+@dataclass(frozen=True)
+class Compute:
+    """What computes a block: a matter of speed and of rounding."""
+
+    kernels: Literal["plain", "fused"] = "plain"
+    """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
+
+
+PLAIN = Compute()
 
 
 class Linear(eqx.Module):
@@ -65,11 +74,11 @@ def modulate(x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Arr
 
 
 def norm_modulate(
-    x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"], kernels: Kernels = "plain"
+    x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"], compute: Compute = PLAIN
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
     """`x` as it is, for the way around a branch, and `modulate(layer_norm(x), shift, scale)`, for the branch."""
-    if kernels != "plain":
-        return _fused().norm_modulate(x, shift, scale, kernels == "interpreted")
+    if compute.kernels == "fused":
+        return _kernels().norm_modulate(x, shift, scale)
     return x, modulate(layer_norm(x), shift, scale)
 
 
@@ -79,31 +88,31 @@ def gate_norm_modulate(
     branch: Float[Array, "n d"],
     shift: Float[Array, " d"],
     scale: Float[Array, " d"],
-    kernels: Kernels = "plain",
+    compute: Compute = PLAIN,
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
     """`norm_modulate(x + gate * branch, shift, scale)`: the end of one branch and the beginning of the next."""
-    if kernels != "plain":
-        return _fused().gate_norm_modulate(x, gate, branch, shift, scale, kernels == "interpreted")
+    if compute.kernels == "fused":
+        return _kernels().gate_norm_modulate(x, gate, branch, shift, scale)
     return norm_modulate(x + gate * branch, shift, scale)
 
 
 def gate_residual(
-    x: Float[Array, "n d"], gate: Float[Array, " d"], branch: Float[Array, "n d"], kernels: Kernels = "plain"
+    x: Float[Array, "n d"], gate: Float[Array, " d"], branch: Float[Array, "n d"], compute: Compute = PLAIN
 ) -> Float[Array, "n d"]:
     """`x + gate * branch`: the end of a branch."""
-    if kernels != "plain":
-        return _fused().gate_residual(x, gate, branch, kernels == "interpreted")
+    if compute.kernels == "fused":
+        return _kernels().gate_residual(x, gate, branch)
     return x + gate * branch
 
 
-def bias_gelu(x: Float[Array, "n d"], bias: Float[Array, " d"], kernels: Kernels = "plain") -> Float[Array, "n d"]:
+def bias_gelu(x: Float[Array, "n d"], bias: Float[Array, " d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
     """GELU in its tanh form (Hendrycks and Gimpel 2016) of `x + bias`."""
-    if kernels != "plain":
-        return _fused().bias_gelu(x, bias, kernels == "interpreted")
+    if compute.kernels == "fused":
+        return _kernels().bias_gelu(x, bias)
     return jax.nn.gelu(x + bias, approximate=True)
 
 
-def _fused() -> Any:
+def _kernels() -> Any:
     from ditx.nn import kernels  # for those alone who use them, since Pallas takes a while to import
 
     return kernels
@@ -182,8 +191,8 @@ class MLP(eqx.Module):
         self.up = Linear(hidden_size, mlp_size, key=up_key)
         self.down = Linear(mlp_size, hidden_size, key=down_key)
 
-    def __call__(self, x: Float[Array, "n d"], *, kernels: Kernels = "plain") -> Float[Array, "n d"]:
-        return self.down(bias_gelu(jnp.tensordot(x, self.up.weight, 1), self.up.bias, kernels))
+    def __call__(self, x: Float[Array, "n d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
+        return self.down(bias_gelu(jnp.tensordot(x, self.up.weight, 1), self.up.bias, compute))
 
 
 class TimeEmbedding(eqx.Module):

@@ -14,6 +14,7 @@ from strategies import BLOCKS, example, random_dit
 import ditx
 from ditx.nn import layers
 from ditx.nn.blocks import AdaLNZeroBlock
+from ditx.nn.layers import Compute
 
 # By name: which arguments are tokens (t), and which vectors that each example has its own of (v) or all share (w).
 KINDS = {"norm_modulate": "tvv", "gate_norm_modulate": "tvtvv", "gate_residual": "tvt", "bias_gelu": "tw"}
@@ -27,7 +28,7 @@ def draw(name, batch, n, d, dtype=jnp.float32):
 
 
 def batched(name, kernels):
-    function = partial(getattr(layers, name), kernels=kernels)
+    function = partial(getattr(layers, name), compute=Compute(kernels))
     return jax.vmap(function, [None if kind == "w" else 0 for kind in KINDS[name]])
 
 
@@ -44,7 +45,7 @@ def pull_back(function, arguments, seed=1):
 @pytest.mark.parametrize(("n", "d"), [(49, 1152), (258, 72)])
 def test_values_and_gradients_equal_the_plain_ones(name, n, d):
     arguments = draw(name, 2, n, d)
-    ours = jax.jit(lambda *a: pull_back(batched(name, "interpreted"), a))(*arguments)
+    ours = jax.jit(lambda *a: pull_back(batched(name, "fused"), a))(*arguments)
     plain = jax.jit(lambda *a: pull_back(batched(name, "plain"), a))(*arguments)
     for one, other in zip(ours, plain, strict=True):
         assert one.dtype == other.dtype == jnp.float32
@@ -64,7 +65,7 @@ def exact(name, *arguments):
 @NAMES
 def test_in_bfloat16_only_results_are_rounded(name):
     arguments = draw(name, 2, 33, 72, jnp.bfloat16)
-    ours = pull_back(batched(name, "interpreted"), arguments)
+    ours = pull_back(batched(name, "fused"), arguments)
     wide = [argument.astype(jnp.float32) for argument in arguments]
     results, back = jax.vjp(partial(exact, name), *wide)
     rng = np.random.default_rng(1)
@@ -80,8 +81,8 @@ def test_in_bfloat16_only_results_are_rounded(name):
 
 def test_gelu_is_finite_far_from_zero():
     x = jnp.asarray([[-1e4, -60.0, 60.0, 1e4]])
-    ours = pull_back(partial(layers.bias_gelu, kernels="interpreted"), (x, jnp.zeros(4)))
-    plain = pull_back(partial(layers.bias_gelu, kernels="plain"), (x, jnp.zeros(4)))
+    ours = pull_back(partial(layers.bias_gelu, compute=Compute("fused")), (x, jnp.zeros(4)))
+    plain = pull_back(partial(layers.bias_gelu, compute=Compute()), (x, jnp.zeros(4)))
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -96,13 +97,13 @@ def test_networks_equal_plain_ones_recomputed_or_not(block, remat):
     @partial(jax.jit, static_argnames=("kernels", "remat"))
     def gradient(model, kernels, remat="none"):
         def loss(model):
-            return jnp.square(jax.vmap(lambda x: model(x, t, y, kernels=kernels, remat=remat))(x[None])).mean()
+            return jnp.square(jax.vmap(lambda x: model(x, t, y, compute=Compute(kernels), remat=remat))(x[None])).mean()
 
         return jax.value_and_grad(loss)(model)
 
     expected = jax.tree.leaves(gradient(model, "plain"))
     largest = max(np.abs(leaf).max() for leaf in expected[1:])
-    for one, other in zip(jax.tree.leaves(gradient(model, "interpreted", remat)), expected, strict=True):
+    for one, other in zip(jax.tree.leaves(gradient(model, "fused", remat)), expected, strict=True):
         # The gradient of a key's bias is 0 but for rounding, since it moves all logits of a query alike.
         np.testing.assert_allclose(one, other, rtol=0, atol=max(1e-5 * np.abs(other).max(), 1e-7 * largest))
 
@@ -118,7 +119,7 @@ def test_a_block_and_its_gradient_lower_to_eight_launches_for_all_examples(name)
     x, c = (jax.ShapeDtypeStruct((batch, *shape, width), jnp.bfloat16) for shape in [(config.num_tokens,), ()])
 
     def loss(block, x, c):
-        return jnp.square(jax.vmap(lambda x, c: block(x, c, kernels="fused"))(x, c).astype(jnp.float32)).sum()
+        return jnp.square(jax.vmap(lambda x, c: block(x, c, Compute("fused")))(x, c).astype(jnp.float32)).sum()
 
     # Newer versions of JAX ask which GPU it is to be for.
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
@@ -134,5 +135,5 @@ def test_norms_with_weights_stay_plain():
     config = dataclasses.replace(ditx.DIT_CONFIGS["DiT-S/8"], depth=1, block="in-context")
     shapes = jax.eval_shape(lambda key: ditx.DiT(config, key=key), jax.random.key(0))
     x, t, y = jax.ShapeDtypeStruct((32, 32, 4), jnp.float32), 0.0, 0
-    traced = str(jax.make_jaxpr(partial(ditx.DiT.__call__, kernels="interpreted"))(shapes, x, t, y))
-    assert traced.count("pallas_call[") == 1
+    traced = str(jax.make_jaxpr(partial(ditx.DiT.__call__, compute=Compute("fused")))(shapes, x, t, y))
+    assert traced.count("platform_index") == 1
