@@ -86,30 +86,36 @@ def gate_norm_modulate(
     x: Float[Array, "n d"],
     gate: Float[Array, " d"],
     branch: Float[Array, "n d"],
+    bias: Float[Array, " d"],
     shift: Float[Array, " d"],
     scale: Float[Array, " d"],
     compute: Compute = PLAIN,
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-    """`norm_modulate(x + gate * branch, shift, scale)`: the end of one branch and the beginning of the next."""
+    """`norm_modulate(x + gate * (branch + bias), shift, scale)`: the end of a branch and the beginning of the next."""
     if compute.kernels == "fused":
-        return _kernels().gate_norm_modulate(x, gate, branch, shift, scale)
-    return norm_modulate(x + gate * branch, shift, scale)
+        return _kernels().gate_norm_modulate(x, gate, branch, bias, shift, scale)
+    return norm_modulate(x + gate * (branch + bias), shift, scale)
 
 
 def gate_residual(
-    x: Float[Array, "n d"], gate: Float[Array, " d"], branch: Float[Array, "n d"], compute: Compute = PLAIN
+    x: Float[Array, "n d"],
+    gate: Float[Array, " d"],
+    branch: Float[Array, "n d"],
+    bias: Float[Array, " d"],
+    compute: Compute = PLAIN,
 ) -> Float[Array, "n d"]:
-    """`x + gate * branch`: the end of a branch."""
+    """`x + gate * (branch + bias)`: the end of a branch."""
     if compute.kernels == "fused":
-        return _kernels().gate_residual(x, gate, branch)
-    return x + gate * branch
+        return _kernels().gate_residual(x, gate, branch, bias)
+    return x + gate * (branch + bias)
 
 
 def bias_gelu(x: Float[Array, "n d"], bias: Float[Array, " d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
     """GELU in its tanh form (Hendrycks and Gimpel 2016) of `x + bias`."""
     if compute.kernels == "fused":
         return _kernels().bias_gelu(x, bias)
-    return jax.nn.gelu(x + bias, approximate=True)
+    # Only its input is kept: XLA would write what the derivative needs in the forward pass, and read it again.
+    return jax.checkpoint(lambda x, bias: jax.nn.gelu(x + bias, approximate=True))(x, bias)
 
 
 def _kernels() -> Any:
@@ -134,15 +140,26 @@ class Attention(eqx.Module):
         self.out = Linear(hidden_size, hidden_size, key=out_key)
         self.num_heads = num_heads
 
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    def __call__(self, x: Float[Array, "n d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
+        branch, bias = self.unbiased(x, compute)
+        return branch + bias
+
+    def unbiased(
+        self, x: Float[Array, "n d"], compute: Compute = PLAIN
+    ) -> tuple[Float[Array, "n d"], Float[Array, " d"]]:
+        """The result without its bias, and that bias."""
+
         # Three products, since parts of a weight are cheaper to come by than parts of what is made of all tokens; not
         # kept for the backward pass, to which the weight itself is at hand.
         @partial(jax.checkpoint, prevent_cse=False)
-        def project(layer, x):
-            return [x @ layer.weight[:, part] + layer.bias[part] for part in range(3)]
+        def project(weight, bias, x):
+            return x @ weight[:, 0] + bias, x @ weight[:, 1], x @ weight[:, 2]
 
-        q, k, v = project(self.qkv, x)
-        return self.out(attend(q, k, v, self.num_heads))
+        # Two biases need no pass over the tokens: that of the keys moves all logits of a query alike, which softmax
+        # does not see, and that of the values passes through it, since its weights add up to 1.
+        q_bias, _, v_bias = self.qkv.bias
+        mixed = attend(*project(self.qkv.weight, q_bias, x), self.num_heads)
+        return mixed @ self.out.weight, v_bias @ self.out.weight + self.out.bias
 
 
 class CrossAttention(eqx.Module):
@@ -192,7 +209,14 @@ class MLP(eqx.Module):
         self.down = Linear(mlp_size, hidden_size, key=down_key)
 
     def __call__(self, x: Float[Array, "n d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
-        return self.down(bias_gelu(jnp.tensordot(x, self.up.weight, 1), self.up.bias, compute))
+        branch, bias = self.unbiased(x, compute)
+        return branch + bias
+
+    def unbiased(
+        self, x: Float[Array, "n d"], compute: Compute = PLAIN
+    ) -> tuple[Float[Array, "n d"], Float[Array, " d"]]:
+        """The result without its bias, and that bias."""
+        return bias_gelu(x @ self.up.weight, self.up.bias, compute) @ self.down.weight, self.down.bias
 
 
 class TimeEmbedding(eqx.Module):
