@@ -213,7 +213,7 @@ def check_network(config: Train | Sample) -> Mesh:
     mesh = make_mesh(config.mesh)
     keep_freed_memory(mesh)
     check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
-    check_compute(mesh, config)
+    check_compute(mesh, config, resolved(config.dtype), config.model)
     accumulate = config.accumulate if isinstance(config, Train) else 1
     for size in (config.batch_size, *(config.batch_sizes if isinstance(config, Train) else ())):
         check_batch(mesh, size, accumulate)
