@@ -77,8 +77,8 @@ class Train(Network):
     accumulate: int = 1
     """parts of a batch that follow each other within one step"""
     sweep: bool = False
-    """try all kinds of --remat with blocks unrolled and not, on GPUs with all --kernels, at each of --batch-sizes, and
-    recommend the fastest"""
+    """try all kinds of --remat with blocks unrolled and not at each of --batch-sizes, on GPUs with the fastest of each
+    the other --kernels and --attention fused, too, and recommend the fastest"""
     batch_sizes: tuple[int, ...] = ()
     """with --sweep: what to try; once and twice --batch-size if not given"""
 
