@@ -74,13 +74,13 @@ def check_compute(mesh: Mesh, compute: Compute, dtype: str, model: DiTConfig) ->
                 f"{name} is {choice}, which is for GPUs, but the devices are of the kind {platform}; use {instead}"
             )
     width = model.hidden_size // model.num_heads
-    if compute.attention == "cudnn" and not cudnn_takes(jnp.dtype(dtype), width):
+    takes = {"cudnn": cudnn_takes(jnp.dtype(dtype), width), "fused": dtype != "float32" and width <= 128}
+    if not takes.get(compute.attention, True):
+        limits = {"cudnn": "whose width is a multiple of 8 up to 128", "fused": "up to 128 wide"}[compute.attention]
         raise ValueError(
-            "attention is cudnn, which takes bfloat16 and heads whose width is a multiple of 8 up to 128, but the"
-            f" network computes in {dtype} with heads {width} wide; use auto"
+            f"attention is {compute.attention}, which takes bfloat16 and heads {limits}, but the network computes in"
+            f" {dtype} with heads {width} wide; use auto"
         )
-    if compute.attention == "fused" and width > 128:
-        raise ValueError(f"attention is fused, which takes heads up to 128 wide, but they are {width} wide; use auto")
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:

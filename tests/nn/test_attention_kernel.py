@@ -80,6 +80,30 @@ def test_networks_equal_plain_ones_recomputed_or_not(block, remat):
         np.testing.assert_allclose(one, other, rtol=0, atol=max(1e-5 * np.abs(other).max(), 1e-7 * largest))
 
 
+@pytest.mark.parametrize(
+    ("backend", "attention", "dtype", "width", "cudnn"),
+    [
+        ("gpu", "auto", jnp.bfloat16, 72, True),
+        ("gpu", "auto", jnp.float16, 128, True),
+        ("gpu", "auto", jnp.float32, 72, False),
+        ("gpu", "auto", jnp.bfloat16, 36, False),
+        ("gpu", "auto", jnp.bfloat16, 512, False),
+        ("gpu", "xla", jnp.bfloat16, 72, False),
+        ("cpu", "auto", jnp.bfloat16, 72, False),
+        ("cpu", "cudnn", jnp.bfloat16, 72, True),  # as named, for programs compiled where there is no GPU
+    ],
+)
+def test_cudnn_is_used_where_named_or_where_it_can_be(backend, attention, dtype, width, cudnn, monkeypatch):
+    def by_cudnn(q, k, v, *, implementation):
+        assert implementation == "cudnn" and q.shape == (5, 2, width)
+        return 0 * v
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_cudnn)
+    x = jnp.ones((5, 2 * width), dtype)
+    np.testing.assert_array_equal(plain(x, x, x, 2, Compute(attention=attention)), 0 if cudnn else 1)
+
+
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["DiT-XL/2", "DiT-S/8"])
 def test_a_block_and_its_gradient_lower_to_three_launches_for_all_examples(name):
