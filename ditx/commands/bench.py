@@ -1,33 +1,28 @@
 """`ditx bench WHAT ...`: how fast this machine trains, draws, judges, encodes and reads, and by which choices."""
 
-import gc
 import json
 import sys
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from itertools import product
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
-from jax.sharding import Mesh
 
 from ditx import flops
-from ditx.commands import bench_evaluation, bench_reading, bench_torch, bench_work
+from ditx.commands import bench_evaluation, bench_reading, bench_sweep, bench_torch, bench_work
 from ditx.commands.bench_evaluation import Evaluate
 from ditx.commands.bench_reading import Data, Extract
-from ditx.commands.bench_work import OutOfMemoryError, Sample, Timing, Train, objective_of, resolved
-from ditx.nn.dit import DIT_CONFIGS, DiTConfig, Remat
-from ditx.nn.layers import Compute
-from ditx.sharding import check_compute, compiler_options, make_mesh
+from ditx.commands.bench_sweep import fastest, flags_of
+from ditx.commands.bench_work import Sample, Timing, Train, objective_of, resolved
+from ditx.nn.dit import DIT_CONFIGS, DiTConfig
+from ditx.sharding import compiler_options, make_mesh
 
 KINDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "extract": Extract, "data": Data}
-# What a sweep tries.
-CHOICES = ("batch_size", "unroll", "remat", "kernels", "attention")
 # The network of the figures on two CPU cores.
 TINY = DiTConfig(28, 4, 1, 96, 4, 4, num_classes=10)
 
@@ -163,41 +158,9 @@ def reading(what: str, config: Evaluate | Extract | Data) -> dict[str, Any]:
 
 
 def sweep(config: Train) -> dict[str, Any]:
-    """Figures of every choice that fits, and the fastest; in text, a line for each as it is made.
-
-    First come all choices of memory, computed as `config` says; then, at the fastest of each batch size, what else can
-    compute blocks. That is half as many programs as all combinations, and XLA's attention, slow on GPUs, is left out.
-    """
+    """Figures of every choice that is tried and fits, and the fastest; in text, a line for each as it is made."""
     mesh = bench_work.check_network(config)
-    sizes = sorted(set(config.batch_sizes or (config.batch_size, 2 * config.batch_size)))
-    unrolls = sorted({1, config.model.depth})
-    rows: list[dict[str, Any]] = []
-    too_large: set[tuple[Any, ...]] = set()
-
-    def attempt(batch_size, *choice):
-        row: dict[str, Any] = dict(zip(CHOICES, (batch_size, *choice), strict=True))
-        if choice in too_large:
-            row |= {"skipped": "out of memory with a smaller batch already"}
-        else:
-            try:
-                row |= rates(bench_work.train(replace(config, **row)))
-            except OutOfMemoryError as error:
-                row |= {"skipped": f"out of memory: {error}"}
-                too_large.add(choice)
-            gc.collect()  # what a failure held on to
-        rows.append(row)
-        if not config.json:
-            print(sweep_line(row), flush=True)
-
-    def fastest():
-        fitting = {size: [row for row in rows if row["batch_size"] == size and "skipped" not in row] for size in sizes}
-        return {size: max(each, key=lambda row: row["images_per_second"]) for size, each in fitting.items() if each}
-
-    for choice in product(sizes, unrolls, get_args(Remat)):
-        attempt(*choice, config.kernels, config.attention)
-    for size, row in fastest().items():
-        for kernels, attention in other_ways(config, mesh):
-            attempt(size, row["unroll"], row["remat"], kernels, attention)
+    rows = bench_sweep.search(config, mesh, lambda choice: rates(bench_work.train(choice)))
     fitting = [row for row in rows if "skipped" not in row]
     if not fitting:
         raise ValueError("none of the choices fits; try smaller --batch-sizes, a higher --accumulate, or --mesh.fsdp")
@@ -205,27 +168,8 @@ def sweep(config: Train) -> dict[str, Any]:
     for row in fitting:
         row |= utilisation(where | row)
     best = max(fitting, key=lambda row: row["images_per_second"])
-    by_batch_size = {size: flags_of(row) for size, row in fastest().items()}
-    told = {"rows": rows, "recommended": flags_of(best), "by_batch_size": by_batch_size}
-    return describe(config) | where | told
-
-
-def other_ways(config: Train, mesh: Mesh) -> list[tuple[str, str]]:
-    """Kernels and attention for a sweep to try beside those of `config`, where they work."""
-    given, ways = (config.kernels, config.attention), []
-    attentions = (config.attention, "auto" if config.attention == "fused" else "fused")
-    for kernels, attention in product(get_args(Compute.__annotations__["kernels"]), attentions):
-        try:
-            check_compute(mesh, Compute(kernels, attention), resolved(config.dtype), config.model)
-        except ValueError:
-            continue
-        ways += [(kernels, attention)] if (kernels, attention) != given else []
-    return ways
-
-
-def flags_of(row: dict[str, Any]) -> str:
-    """A choice as flags of train.py."""
-    return " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in CHOICES)
+    by_batch_size = {size: flags_of(row) for size, row in fastest(rows).items()}
+    return describe(config) | where | {"rows": rows, "recommended": flags_of(best), "by_batch_size": by_batch_size}
 
 
 def beside(config: Train | Sample) -> dict[str, Any]:
@@ -327,16 +271,6 @@ def beside_text(told: dict[str, Any]) -> str:
     found = next(iter(told["beside"].values()))["versions"]
     versions = ", ".join(f"{name} {number}" for name, number in found.items())
     return "\n".join([*lines, f"ratio: a peer's time over ours, above 1 where ours is faster; {versions}"])
-
-
-def sweep_line(row: dict[str, Any]) -> str:
-    """One choice, for people."""
-    if "skipped" in row:
-        return f"{flags_of(row):<80} skipped: {row['skipped']}"
-    return (
-        f"{flags_of(row):<80}{1e3 * row['seconds']:>10,.2f} ms{row['images_per_second']:>12,.2f} images/s"
-        f"{row['program_bytes'] / 2**20:>12,.1f} MiB   compiled in {row['compile_seconds']:,.1f} s"
-    )
 
 
 def sweep_text(told: dict[str, Any]) -> str:

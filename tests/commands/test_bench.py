@@ -12,7 +12,7 @@ import pytest
 
 import ditx
 from ditx import flops
-from ditx.commands import bench, bench_evaluation, bench_reading, bench_torch, bench_work
+from ditx.commands import bench, bench_evaluation, bench_reading, bench_sweep, bench_torch, bench_work
 from ditx.latents import LatentSource
 from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
@@ -105,7 +105,7 @@ def test_a_sweep_recommends_the_fastest_and_skips_what_does_not_fit(run, monkeyp
     # Where there is more that can compute blocks, it is tried with what was fastest of each batch size.
     tried.clear()
     others = [("plain", "fused"), ("fused", "auto"), ("fused", "fused")]
-    monkeypatch.setattr(bench, "check_compute", lambda *_: None)
+    monkeypatch.setattr(bench_sweep, "check_compute", lambda *_: None)
     code, said = run.ditx("bench", "train", "tiny", *flags)
     assert code == 0, said
     told = json.loads(said)
