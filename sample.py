@@ -258,11 +258,12 @@ def sample(argv: list[str]) -> int:
         config = replace(config, sampling=config.sampling.resolved(described.objective))
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
-        check_compute(mesh, config)
+        check_compute(mesh, config, config.dtype, described.model)
         if config.guide:
             weaker = pretrained.describe(Path(config.guide))
             check_guide(weaker, described)
             check_fit(mesh, num_heads=weaker.model.num_heads, mlp_size=weaker.model.mlp_size)
+            check_compute(mesh, config, config.dtype, weaker.model)
     check_alike({name: value for name, value in asdict(config).items() if name != "processes"})
     with together():
         decode = read_decoder(described, config, mesh)

@@ -182,7 +182,7 @@ def train(preset: str, config: Config) -> int:
         mesh = make_mesh(config.mesh)
         keep_freed_memory(mesh)
         check_fit(mesh, num_heads=model_config.num_heads, mlp_size=model_config.mlp_size)
-        check_compute(mesh, config)
+        check_compute(mesh, config, config.dtype, model_config)
         check_batch(mesh, config.batch_size, config.accumulate)
         if config.init_from and not checkpoint.steps(Path(config.run) / "checkpoints"):
             describe_initial(Path(config.init_from), model_config)

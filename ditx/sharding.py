@@ -15,7 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from ditx.nn.layers import Compute
+from ditx.nn.dit import DiTConfig
+from ditx.nn.layers import Compute, cudnn_takes
 
 Tree = TypeVar("Tree")
 
@@ -62,13 +63,24 @@ def check_fit(mesh: Mesh, *, num_heads: int, mlp_size: int) -> None:
             raise ValueError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide {name}, {size}")
 
 
-def check_compute(mesh: Mesh, compute: Compute) -> None:
-    """Raise ValueError where fused kernels cannot work."""
+def check_compute(mesh: Mesh, compute: Compute, dtype: str, model: DiTConfig) -> None:
+    """Raise ValueError where what is to compute the blocks of a network cannot, in `dtype` on these devices."""
     platform, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
-    if compute.kernels == "fused" and tensor > 1:
-        raise ValueError(f"kernels is fused, which needs whole examples, but mesh.tensor is {tensor}; use plain")
-    if compute.kernels == "fused" and platform != "gpu":
-        raise ValueError(f"kernels is fused, which is for GPUs, but the devices are of the kind {platform}; use plain")
+    for name, choice, instead in (("kernels", compute.kernels, "plain"), ("attention", compute.attention, "auto")):
+        if choice == "fused" and tensor > 1:
+            raise ValueError(f"{name} is fused, which needs whole examples, but mesh.tensor is {tensor}; use {instead}")
+        if choice in ("fused", "cudnn") and platform != "gpu":
+            raise ValueError(
+                f"{name} is {choice}, which is for GPUs, but the devices are of the kind {platform}; use {instead}"
+            )
+    width = model.hidden_size // model.num_heads
+    takes = {"cudnn": cudnn_takes(jnp.dtype(dtype), width), "fused": dtype != "float32" and width <= 128}
+    if not takes.get(compute.attention, True):
+        limits = {"cudnn": "whose width is a multiple of 8 up to 128", "fused": "up to 128 wide"}[compute.attention]
+        raise ValueError(
+            f"attention is {compute.attention}, which takes bfloat16 and heads {limits}, but the network computes in"
+            f" {dtype} with heads {width} wide; use auto"
+        )
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:

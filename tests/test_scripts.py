@@ -337,6 +337,7 @@ MISTAKES = {
     "nowhere does not exist": ["cifar10", "--data-path", "nowhere"],
     "nowhere is not a folder": ["images", "--data-path", "nowhere"],
     "kernels is fused, which is for GPUs, but the devices are of the kind cpu; use plain": ["--kernels", "fused"],
+    "attention is fused, which is for GPUs, but the devices are of the kind cpu; use auto": ["--attention", "fused"],
 }
 
 
@@ -490,6 +491,7 @@ SAMPLE_MISTAKES = {
     "num is -1": ["--num", -1],
     "give a name that ends in .png": ["--out", "grid.jpg"],
     "kernels is fused, which is for GPUs": ["--kernels", "fused"],
+    "attention is cudnn, which is for GPUs": ["--attention", "cudnn"],
 }
 
 

@@ -77,8 +77,8 @@ class Train(Network):
     accumulate: int = 1
     """parts of a batch that follow each other within one step"""
     sweep: bool = False
-    """try all kinds of --remat with blocks unrolled and not, on GPUs with all --kernels, at each of --batch-sizes, and
-    recommend the fastest"""
+    """try all kinds of --remat with blocks unrolled and not at each of --batch-sizes, on GPUs with the fastest of each
+    the other --kernels and --attention fused, too, and recommend the fastest"""
     batch_sizes: tuple[int, ...] = ()
     """with --sweep: what to try; once and twice --batch-size if not given"""
 
@@ -213,7 +213,7 @@ def check_network(config: Train | Sample) -> Mesh:
     mesh = make_mesh(config.mesh)
     keep_freed_memory(mesh)
     check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
-    check_compute(mesh, config)
+    check_compute(mesh, config, resolved(config.dtype), config.model)
     accumulate = config.accumulate if isinstance(config, Train) else 1
     for size in (config.batch_size, *(config.batch_sizes if isinstance(config, Train) else ())):
         check_batch(mesh, size, accumulate)

@@ -19,6 +19,8 @@ class Compute:
 
     kernels: Literal["plain", "fused"] = "plain"
     """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
+    attention: Literal["auto", "xla", "cudnn", "fused"] = "auto"
+    """what computes attention: XLA, cuDNN, or, on GPUs, kernels of ditx (fused); auto is cuDNN where it can be"""
 
 
 PLAIN = Compute()
@@ -158,7 +160,8 @@ class Attention(eqx.Module):
         # Two biases need no pass over the tokens: that of the keys moves all logits of a query alike, which softmax
         # does not see, and that of the values passes through it, since its weights add up to 1.
         q_bias, _, v_bias = self.qkv.bias
-        mixed = attend(*project(self.qkv.weight, q_bias, x), self.num_heads)
+        q, k, v = project(self.qkv.weight, q_bias, x)
+        mixed = attend(q, k, v, self.num_heads, compute)
         return mixed @ self.out.weight, v_bias @ self.out.weight + self.out.bias
 
 
@@ -176,17 +179,26 @@ class CrossAttention(eqx.Module):
         self.q, self.k, self.v, self.out = (Linear(hidden_size, hidden_size, key=k) for k in keys)
         self.num_heads = num_heads
 
-    def __call__(self, x: Float[Array, "n d"], context: Float[Array, "m d"]) -> Float[Array, "n d"]:
-        return self.out(attend(self.q(x), self.k(context), self.v(context), self.num_heads))
+    def __call__(
+        self, x: Float[Array, "n d"], context: Float[Array, "m d"], compute: Compute = PLAIN
+    ) -> Float[Array, "n d"]:
+        return self.out(attend(self.q(x), self.k(context), self.v(context), self.num_heads, compute))
 
 
 def attend(
-    q: Float[Array, "n d"], k: Float[Array, "m d"], v: Float[Array, "m d"], num_heads: int
+    q: Float[Array, "n d"], k: Float[Array, "m d"], v: Float[Array, "m d"], num_heads: int, compute: Compute = PLAIN
 ) -> Float[Array, "n d"]:
     """Scaled dot-product attention (Vaswani et al. 2017, Eq. 1) in each of `num_heads` equal parts of the channels."""
-    width = q.shape[-1] // num_heads
-    # All that cuDNN's kernel takes.
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width <= 128 and width % 8 == 0:
+    width, choice = q.shape[-1] // num_heads, compute.attention
+    if choice == "auto":
+        # Not by jax.lax.platform_dependent: all branches are traced, which fails for cuDNN where that is missing,
+        # and the backward pass would keep what any of them needs.
+        choice = "cudnn" if jax.default_backend() == "gpu" and cudnn_takes(q.dtype, width) else "xla"
+    if choice == "fused":
+        from ditx.nn import attention_kernel  # as _kernels does
+
+        return attention_kernel.attend(q, k, v, num_heads)
+    if choice == "cudnn":
         q, k, v = (rearrange(part, "n (heads k) -> n heads k", heads=num_heads) for part in (q, k, v))
         mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
         return rearrange(mixed, "n heads k -> n (heads k)")
@@ -195,6 +207,11 @@ def attend(
     logits = jnp.einsum("hnk,hmk->hnm", q * width**-0.5, k, preferred_element_type=wide)
     mixed = jnp.einsum("hnm,hmk->hnk", jax.nn.softmax(logits).astype(v.dtype), v)
     return rearrange(mixed, "heads n k -> n (heads k)")
+
+
+def cudnn_takes(dtype: jnp.dtype, width: int) -> bool:
+    """Whether cuDNN's attention computes in that type, with heads of that width."""
+    return dtype in (jnp.bfloat16, jnp.float16) and width <= 128 and width % 8 == 0
 
 
 class MLP(eqx.Module):
