@@ -1,7 +1,6 @@
 """What `ditx bench` times on devices: training steps and draws of a network, and the products that are their limit."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditx import flops
-from ditx.monitor import memory_of
 from ditx.nn.dit import DiT, DiTConfig, Remat
 from ditx.nn.layers import Compute
 from ditx.objectives import ObjectiveConfig, make_objective
+from ditx.programs import Dtype, OutOfMemoryError, compiled, resolved
 from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
 from ditx.sharding import (
     MeshConfig,
@@ -36,12 +35,6 @@ from ditx.sharding import (
     put_whole,
 )
 from ditx.training import TrainState, adamw, train_step
-
-Dtype = Literal["auto", "float32", "bfloat16"]
-
-
-class OutOfMemoryError(ValueError):
-    """A program takes more memory than a device has."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +102,6 @@ class Timing:
     compile_seconds: float | None = None
     program_bytes: int | None = None
     """on each device, arguments and results included, as XLA reports it"""
-
-
-def resolved(dtype: str) -> str:
-    """The type that `auto` stands for on the devices at hand."""
-    return dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def intervals(call: Callable[[], Any], repeats: int) -> list[float]:
@@ -186,26 +174,6 @@ def memory_checked() -> Iterator[None]:
             raise
         line = str(error).splitlines()[0][:200]
         raise OutOfMemoryError(f"too little memory on the devices ({line}); try a smaller --batch-size") from error
-
-
-def compiled(function: Any, *arguments: Any) -> tuple[jax.stages.Compiled, float, int]:
-    """A jitted function made ready for arguments, the seconds this took, and the bytes it takes on each device.
-
-    Raises OutOfMemoryError, before anything is run, where a device has fewer.
-    """
-    began = time.perf_counter()
-    program = function.lower(*arguments).compile()
-    seconds, needed, limit = time.perf_counter() - began, memory_of(program), device_memory()
-    if needed > limit:
-        sizes = f"{needed / 2**30:,.2f} GiB on each device, which has {limit / 2**30:,.2f}"
-        raise OutOfMemoryError(f"it takes {sizes}; try a smaller --batch-size")
-    return program, seconds, needed
-
-
-def device_memory() -> int:
-    """Bytes that a device can give; simulated ones share those of the machine."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
 def check_network(config: Train | Sample) -> Mesh:
