@@ -144,12 +144,15 @@ def make_picture(config: Config, seen: datasets.Glance, mesh: Mesh) -> Callable[
     columns = min(num_classes, 10) or 10
     count = -(-4 * columns // batch_parts(mesh)) * batch_parts(mesh)
     classes = np.linspace(0, max(num_classes - 1, 0), columns).astype(np.int32)
-    labels, keys = np.resize(classes, count), sample_keys(config.seed, 0, count)
+    labels, course = np.resize(classes, count), config.sampling.course(config)
     draw = on_mesh(make_draw(config.sampling, config.model, config), mesh)
-    compiled = jax.jit(lambda ema: draw(ema, jnp.asarray(labels), keys)[0], out_shardings=everywhere(mesh))
+
+    @partial(jax.jit, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh))
+    def drawn(ema, labels, seed, course):
+        return draw(ema, labels, sample_keys(seed, 0, count), course=course)[0]
 
     def picture(ema, path):
-        samples = np.asarray(compiled(ema))
+        samples = np.asarray(drawn(ema, labels, np.uint32(config.seed), course))
         images = data.to_uint8(np.asarray(decode(samples) if decode else samples))[: 4 * columns]
         if is_first():
             path.parent.mkdir(exist_ok=True)

@@ -244,18 +244,18 @@ def train(config: Train) -> Timing:
 
 
 def sample(config: Sample) -> Timing:
-    """Time draws: the whole loop is one program, its weights in what it computes in; labels and noise are arguments."""
+    """Time draws: the whole loop is one program, its weights in what it computes in; all numbers are arguments."""
     mesh, model = check_network(config), config.model
     dtype = jnp.dtype(resolved(config.dtype))
     draw = make_draw(config.sampling, model, objective_of(model), unroll=config.unroll, compute=config)
-    draw = on_mesh(draw, mesh)
+    draw, course = on_mesh(draw, mesh), config.sampling.course(objective_of(model))
 
     def create(key):
         network = random_weights(DiT(model, key=key))
         return jax.tree.map(lambda leaf: leaf.astype(dtype), network)
 
-    def run_batch(network, labels, first):
-        return draw(network, labels, sample_keys(0, first, config.batch_size))[0]
+    def run_batch(network, labels, first, course):
+        return draw(network, labels, sample_keys(0, first, config.batch_size), course=course)[0]
 
     whole = everywhere(mesh)
     key = jax.jit(lambda: jax.random.key(0), out_shardings=whole)()
@@ -264,10 +264,10 @@ def sample(config: Sample) -> Timing:
     firsts = [put_whole(np.int32(k * config.batch_size), whole) for k in range(config.repeats + 3)]
     with memory_checked():
         jitted = jax.jit(run_batch, out_shardings=whole, compiler_options=compiler_options(mesh))
-        program, compile_seconds, program_bytes = compiled(jitted, abstract, labels, firsts[0])
+        program, compile_seconds, program_bytes = compiled(jitted, abstract, labels, firsts[0], course)
         network = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
         # Each is waited for; a CPU would run two at once.
-        times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop())), config.repeats)
+        times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop(), course)), config.repeats)
     work = 2 * config.batch_size * evaluations(config.sampling, objective_of(model)) * flops.macs(model)
     return Timing(times, config.batch_size, work, compile_seconds, program_bytes)
 
