@@ -368,11 +368,12 @@ def test_bad_images_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     images = folder_of_images(tmp_path / "images", "cat/a.png", "dog/b.png")
     (images / "dog" / "broken.png").write_bytes(b"no image")
-    code, said = call(train, monkeypatch, capsys, "images", "--data-path", images)
+    flags = ["images", "--data-path", images, *"--model.input-size 8 --model.depth 1 --batch-size 8".split()]
+    code, said = call(train, monkeypatch, capsys, *flags)
     assert code == 2 and "broken.png" in said
     (images / "dog" / "broken.png").unlink()
     (images / "empty").mkdir()
-    code, said = call(train, monkeypatch, capsys, "images", "--data-path", images)
+    code, said = call(train, monkeypatch, capsys, *flags)
     assert code == 2 and "empty" in said and not (tmp_path / "runs").exists()
 
 
