@@ -63,12 +63,25 @@ def check_fit(mesh: Mesh, *, num_heads: int, mlp_size: int) -> None:
 
 
 def check_compute(mesh: Mesh, compute: Compute) -> None:
-    """Raise ValueError where fused kernels cannot work."""
-    platform, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
+    """Raise ValueError where fused kernels or FP8 cannot work; CPUs do the latter slowly, as a trial of what it costs."""
+    device, tensor = mesh.devices.flat[0], mesh.shape["tensor"]
+    platform = device.platform
     if compute.kernels == "fused" and tensor > 1:
         raise ValueError(f"kernels is fused, which needs whole examples, but mesh.tensor is {tensor}; use plain")
     if compute.kernels == "fused" and platform != "gpu":
         raise ValueError(f"kernels is fused, which is for GPUs, but the devices are of the kind {platform}; use plain")
+    if compute.products == "fp8" and platform not in ("cpu", "gpu"):
+        raise ValueError(f"products is fp8, which is for GPUs, but the devices are of the kind {platform}; use plain")
+    if compute.products == "fp8" and platform == "gpu" and not _has_fp8(device):
+        raise ValueError(
+            f"products is fp8, which needs NVIDIA's GPUs from compute capability 8.9 on (Ada, Hopper), but that of"
+            f" {device.device_kind} is {device.compute_capability}; use plain"
+        )
+
+
+def _has_fp8(device: Any) -> bool:
+    major, _, minor = device.compute_capability.partition(".")  # AMD's has letters
+    return major.isdecimal() and (int(major), int(minor or 0)) >= (8, 9)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:

@@ -16,13 +16,14 @@ from jax.sharding import PartitionSpec as P
 
 from ditx import sharding
 from ditx.nn.dit import DiT, DiTConfig
+from ditx.nn.layers import Compute
 from ditx.objectives import ObjectiveConfig, make_objective
 from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
 from ditx.sharding import (
     MeshConfig,
     batch_sharding,
     check_fit,
-    check_kernels,
+    check_compute,
     compiler_options,
     local_rows,
     make_mesh,
@@ -94,7 +95,7 @@ def alone():
         ("fsdp", {"remat": "dots", "unroll": 3}),
         ("data-fsdp", {"accumulate": 2}),
         ("all", {"accumulate": 2, "remat": "full", "unroll": 3}),
-        ("data-fsdp", {"kernels": "interpreted"}),
+        ("data-fsdp", {"compute": Compute("fused")}),
     ],
 )
 def test_eight_devices_equal_one(alone, name, options):
@@ -334,9 +335,9 @@ def test_several_gpus_send_while_they_compute_unless_it_is_said_otherwise(monkey
 
 
 def test_fused_kernels_need_gpus_and_whole_examples():
-    check_kernels(gpus(2, 2, 1), "fused")
-    check_kernels(make_mesh(MESHES["tensor"]), "plain")
+    check_compute(gpus(2, 2, 1), Compute("fused"))
+    check_compute(make_mesh(MESHES["tensor"]), Compute())
     with pytest.raises(ValueError, match=r"needs whole examples, but mesh\.tensor is 2; use plain"):
-        check_kernels(gpus(1, 1, 2), "fused")
+        check_compute(gpus(1, 1, 2), Compute("fused"))
     with pytest.raises(ValueError, match="is for GPUs, but the devices are of the kind cpu; use plain"):
-        check_kernels(make_mesh(MESHES["data"]), "fused")
+        check_compute(make_mesh(MESHES["data"]), Compute("fused"))

@@ -144,7 +144,8 @@ def network(config: Train | Sample, cache: str = "") -> dict[str, Any]:
 def describe(config: Train | Sample) -> dict[str, Any]:
     """Which network at which work, when, and with which versions."""
     what = "train" if isinstance(config, Train) else "sample"
-    return {"what": what, "network": config.source, "parameters": flops.parameters(config.model), **machine()}
+    told = {"what": what, "network": config.source, "parameters": flops.parameters(config.model)}
+    return told | {"products": config.products, **machine()}
 
 
 def reading(what: str, config: Evaluate | Extract | Data) -> dict[str, Any]:
@@ -252,8 +253,11 @@ def network_text(told: dict[str, Any]) -> str:
 
 
 def limits(told: dict[str, Any]) -> str:
-    """How near a speed comes to what the devices can do."""
-    text = f"{told['mfu']:.1%} of {told['peak_tflops_measured']:,.3f} in products of side {told['peak_side']:,}"
+    """How near a speed comes to what the devices can do in the network's type, whatever its products are of."""
+    text = (
+        f"{told['mfu']:.1%} of {told['peak_tflops_measured']:,.3f} in {told['dtype']} products of side"
+        f" {told['peak_side']:,}"
+    )
     nominal = told["peak_tflops_nominal"]
     return text + (f", {told['mfu_nominal']:.1%} of the nominal {nominal:,.0f}" if nominal else "")
 
@@ -265,6 +269,7 @@ def head(told: dict[str, Any]) -> list[str]:
     return [
         f"{told['what']:<8} {told['network']}, {told['parameters']:,} parameters",
         f"devices  {np.prod(list(told['mesh'].values()))} x {told['device']} ({mesh}), computing in {told['dtype']}"
+        + (", products with the blocks' weights in fp8" if told["products"] == "fp8" else "")
         + "".join(f", {name}" for name in told["compiler_options"]),
         f"date     {told['date']}, {versions}",
     ]

@@ -38,7 +38,7 @@ class AdaLNZeroBlock(eqx.Module):
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6)
         x, y = norm_modulate(x, shift1, scale1, compute)
-        x, y = gate_norm_modulate(x, gate1, self.attention(y), shift2, scale2, compute)
+        x, y = gate_norm_modulate(x, gate1, self.attention(y, compute), shift2, scale2, compute)
         return gate_residual(x, gate2, self.mlp(y, compute), compute)
 
 
@@ -58,7 +58,7 @@ class AdaLNBlock(eqx.Module):
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
         shift1, scale1, shift2, scale2 = jnp.split(self.modulation(jax.nn.silu(c)), 4)
         x, y = norm_modulate(x, shift1, scale1, compute)
-        x, y = norm_modulate(x + self.attention(y), shift2, scale2, compute)
+        x, y = norm_modulate(x + self.attention(y, compute), shift2, scale2, compute)
         return x + self.mlp(y, compute)
 
 
@@ -80,8 +80,8 @@ class CrossAttentionBlock(eqx.Module):
         self.norm1, self.norm2, self.norm3 = (LayerNorm(hidden_size) for _ in range(3))
 
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, "m d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
-        x = x + self.attention(self.norm1(x))
-        x = x + self.cross_attention(self.norm2(x), c)
+        x = x + self.attention(self.norm1(x), compute)
+        x = x + self.cross_attention(self.norm2(x), c, compute)
         return x + self.mlp(self.norm3(x), compute)
 
 
@@ -102,7 +102,7 @@ class InContextBlock(eqx.Module):
     def __call__(
         self, x: Float[Array, "n d"], c: Float[Array, " d"] | None = None, compute: Compute = PLAIN
     ) -> Float[Array, "n d"]:
-        x = x + self.attention(self.norm1(x))
+        x = x + self.attention(self.norm1(x), compute)
         return x + self.mlp(self.norm2(x), compute)
 
 

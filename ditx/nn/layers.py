@@ -12,6 +12,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ditx.nn import fp8
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -19,6 +21,9 @@ class Compute:
 
     kernels: Literal["plain", "fused"] = "plain"
     """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
+    products: Literal["plain", "fp8"] = "plain"
+    """what the products with a block's weights are of: numbers of the network's type (plain), or of 8 bits, which GPUs
+    from Ada and Hopper on multiply twice as fast, and with which it learns otherwise (fp8)"""
 
 
 PLAIN = Compute()
@@ -43,8 +48,13 @@ class Linear(eqx.Module):
             self.weight = std * jax.random.normal(key, (in_size, *shape))
         self.bias = jnp.zeros(shape)
 
-    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "..."]:
-        return jnp.tensordot(x, self.weight, 1) + self.bias
+    def __call__(self, x: Float[Array, "... i"], compute: Compute = PLAIN) -> Float[Array, "..."]:
+        return product(x, self.weight, compute) + self.bias
+
+
+def product(x: Float[Array, "... i"], weight: Float[Array, "i *o"], compute: Compute = PLAIN) -> Float[Array, "..."]:
+    """`x @ weight`, over the last axis of the one and the first of the other."""
+    return fp8.product(x, weight) if compute.products == "fp8" else jnp.tensordot(x, weight, 1)
 
 
 def layer_norm(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
@@ -134,15 +144,15 @@ class Attention(eqx.Module):
         self.out = Linear(hidden_size, hidden_size, key=out_key)
         self.num_heads = num_heads
 
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    def __call__(self, x: Float[Array, "n d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
         # Three products, since parts of a weight are cheaper to come by than parts of what is made of all tokens; not
         # kept for the backward pass, to which the weight itself is at hand.
         @partial(jax.checkpoint, prevent_cse=False)
         def project(layer, x):
-            return [x @ layer.weight[:, part] + layer.bias[part] for part in range(3)]
+            return [product(x, layer.weight[:, part], compute) + layer.bias[part] for part in range(3)]
 
         q, k, v = project(self.qkv, x)
-        return self.out(attend(q, k, v, self.num_heads))
+        return self.out(attend(q, k, v, self.num_heads), compute)
 
 
 class CrossAttention(eqx.Module):
@@ -159,8 +169,11 @@ class CrossAttention(eqx.Module):
         self.q, self.k, self.v, self.out = (Linear(hidden_size, hidden_size, key=k) for k in keys)
         self.num_heads = num_heads
 
-    def __call__(self, x: Float[Array, "n d"], context: Float[Array, "m d"]) -> Float[Array, "n d"]:
-        return self.out(attend(self.q(x), self.k(context), self.v(context), self.num_heads))
+    def __call__(
+        self, x: Float[Array, "n d"], context: Float[Array, "m d"], compute: Compute = PLAIN
+    ) -> Float[Array, "n d"]:
+        q, k, v = self.q(x, compute), self.k(context, compute), self.v(context, compute)
+        return self.out(attend(q, k, v, self.num_heads), compute)
 
 
 def attend(
@@ -192,7 +205,7 @@ class MLP(eqx.Module):
         self.down = Linear(mlp_size, hidden_size, key=down_key)
 
     def __call__(self, x: Float[Array, "n d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
-        return self.down(bias_gelu(jnp.tensordot(x, self.up.weight, 1), self.up.bias, compute))
+        return self.down(bias_gelu(product(x, self.up.weight, compute), self.up.bias, compute), compute)
 
 
 class TimeEmbedding(eqx.Module):
