@@ -216,7 +216,7 @@ def fit(
     run, model_config, size = Path(config.run), config.model, config.model.input_size
     latent = isinstance(source, LatentSource)
     checkpoints, loss_picture, time_picture = (run / name for name in ("checkpoints", "loss.png", "loss-by-time.png"))
-    options = compiler_options(mesh)
+    options = compiler_options(mesh, config)
     print(
         f"model    DiT of {flops.parameters(model_config):,} parameters, {flops.macs(model_config) / 1e9:.3f} G"
         f" multiply-adds, {model_config.num_tokens} tokens, objective {config.objective}\n"
@@ -224,7 +224,7 @@ def fit(
         f" {model_config.num_classes} classes\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}"
         f" ({', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())}), computing in {config.dtype}"
-        f"{''.join(f', {name}' for name in options)}\n"
+        f"{''.join(f', {name}={value}' for name, value in options.items())}\n"
         f"plan     {config.steps:,} steps of {config.batch_size} images"
         f" ({config.steps * config.batch_size / len(source):,.1f} epochs)\n"
         f"writes   {run}"

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from ditx.nn.layers import Compute
+from ditx.nn.layers import PLAIN, Compute
 
 Tree = TypeVar("Tree")
 
@@ -63,7 +63,7 @@ def check_fit(mesh: Mesh, *, num_heads: int, mlp_size: int) -> None:
 
 
 def check_compute(mesh: Mesh, compute: Compute) -> None:
-    """Raise ValueError where fused kernels or FP8 cannot work; CPUs do the latter slowly, as a trial of what it costs."""
+    """Raise ValueError where fused kernels or FP8 cannot work; CPUs only round as FP8 does, to try what it costs."""
     device, tensor = mesh.devices.flat[0], mesh.shape["tensor"]
     platform = device.platform
     if compute.kernels == "fused" and tensor > 1:
@@ -91,15 +91,19 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
         raise ValueError(f"batch_size is {batch_size}; make it a multiple of {parts}")
 
 
-def compiler_options(mesh: Mesh) -> dict[str, bool]:
+def compiler_options(mesh: Mesh, compute: Compute = PLAIN) -> dict[str, bool]:
     """What XLA is told beyond its defaults, for `jax.jit`, unless XLA_FLAGS says it one way or the other.
 
-    Several GPUs compute while they send: the schedule that NVIDIA's images of JAX have and XLA as such has not. For a
-    single one no option is known that pays.
+    Several GPUs compute while they send: the schedule that NVIDIA's images of JAX have and XLA as such has not. Without
+    Triton's products, which would widen factors of 8 bits first, those in FP8 are cuBLAS's. For a single GPU and plain
+    products no option is known that pays.
     """
-    name = "xla_gpu_enable_latency_hiding_scheduler"
-    several = mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"
-    return {name: True} if several and name not in os.environ.get("XLA_FLAGS", "") else {}
+    gpus, options = mesh.devices.flat[0].platform == "gpu", {}
+    if gpus and mesh.size > 1:
+        options["xla_gpu_enable_latency_hiding_scheduler"] = True
+    if gpus and compute.products == "fp8":
+        options["xla_gpu_enable_triton_gemm"] = False
+    return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
 def keep_freed_memory(mesh: Mesh) -> None:

@@ -22,8 +22,8 @@ from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
 from ditx.sharding import (
     MeshConfig,
     batch_sharding,
-    check_fit,
     check_compute,
+    check_fit,
     compiler_options,
     local_rows,
     make_mesh,
@@ -332,6 +332,32 @@ def test_several_gpus_send_while_they_compute_unless_it_is_said_otherwise(monkey
     assert len(options) == 1 and compiler_options(gpus(1, 1, 1)) == compiler_options(make_mesh(MESHES["data"])) == {}
     monkeypatch.setenv("XLA_FLAGS", f"--{next(iter(options))}=false")
     assert compiler_options(gpus(2, 1, 1)) == {}
+
+
+def test_fp8_has_its_products_made_before_tritons(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    options = compiler_options(gpus(1, 1, 1), Compute(products="fp8"))
+    assert options == {"xla_gpu_enable_triton_gemm": False} == options | compiler_options(gpus(1, 1, 1))
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    assert compiler_options(make_mesh(MESHES["data"]), Compute(products="fp8")) == {}
+
+
+@pytest.mark.parametrize(("capability", "fit"), [("8.0", 0), ("8.9", 1), ("9.0", 1), ("10.0", 1), ("gfx942", 0)])
+def test_fp8_needs_ada_or_hopper(monkeypatch, capability, fit):
+    monkeypatch.setattr(Gpu, "compute_capability", capability, raising=False)
+    monkeypatch.setattr(Gpu, "device_kind", "a card", raising=False)
+    fp8 = Compute(products="fp8")
+    check_compute(make_mesh(MESHES["all"]), fp8)
+    if fit:
+        check_compute(gpus(2, 2, 2), fp8)
+    else:
+        with pytest.raises(
+            ValueError, match=rf"from compute capability 8\.9 on .* of a card is {capability}; use plain"
+        ):
+            check_compute(gpus(2, 2, 2), fp8)
+    monkeypatch.setattr(Gpu, "platform", "tpu")
+    with pytest.raises(ValueError, match="is for GPUs, but the devices are of the kind tpu; use plain"):
+        check_compute(gpus(1, 1, 1), fp8)
 
 
 def test_fused_kernels_need_gpus_and_whole_examples():

@@ -21,6 +21,7 @@ from ditx.commands.bench_evaluation import Evaluate
 from ditx.commands.bench_reading import Data, Extract
 from ditx.commands.bench_work import OutOfMemoryError, Sample, Timing, Train, objective_of, resolved
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig, Remat
+from ditx.nn.layers import Compute
 from ditx.sharding import compiler_options, make_mesh
 
 KINDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "extract": Extract, "data": Data}
@@ -95,7 +96,7 @@ def machine() -> dict[str, Any]:
     return {"date": date, "versions": found | {"python": sys.version.split()[0]}}
 
 
-def devices(mesh: Any, dtype: str) -> dict[str, Any]:
+def devices(mesh: Any, dtype: str, compute: Compute) -> dict[str, Any]:
     """Which devices, and what those can do that compute in `dtype`."""
     device = jax.local_devices()[0]
     measured, side = bench_work.peak(dtype, mesh)
@@ -106,7 +107,7 @@ def devices(mesh: Any, dtype: str) -> dict[str, Any]:
         "device": device.device_kind,
         "mesh": dict(mesh.shape),
         "dtype": dtype,
-        "compiler_options": compiler_options(mesh),
+        "compiler_options": compiler_options(mesh, compute),
         "peak_tflops_measured": measured / 1e12,
         "peak_side": side,
         "peak_tflops_nominal": nominal and nominal * mesh.size / 1e12,
@@ -137,7 +138,7 @@ def network(config: Train | Sample, cache: str = "") -> dict[str, Any]:
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
     timing = bench_work.train(config) if isinstance(config, Train) else bench_work.sample(config)
-    told = describe(config) | devices(make_mesh(config.mesh), resolved(config.dtype)) | rates(timing)
+    told = describe(config) | devices(make_mesh(config.mesh), resolved(config.dtype), config) | rates(timing)
     return told | utilisation(told)
 
 
@@ -187,7 +188,7 @@ def sweep(config: Train) -> dict[str, Any]:
     fitting = [row for row in rows if "skipped" not in row]
     if not fitting:
         raise ValueError("none of the choices fits; try smaller --batch-sizes, a higher --accumulate, or --mesh.fsdp")
-    where = devices(mesh, resolved(config.dtype))
+    where = devices(mesh, resolved(config.dtype), config)
     for row in fitting:
         row |= utilisation(where | row)
     fastest = {
@@ -270,7 +271,7 @@ def head(told: dict[str, Any]) -> list[str]:
         f"{told['what']:<8} {told['network']}, {told['parameters']:,} parameters",
         f"devices  {np.prod(list(told['mesh'].values()))} x {told['device']} ({mesh}), computing in {told['dtype']}"
         + (", products with the blocks' weights in fp8" if told["products"] == "fp8" else "")
-        + "".join(f", {name}" for name in told["compiler_options"]),
+        + "".join(f", {name}={value}" for name, value in told["compiler_options"].items()),
         f"date     {told['date']}, {versions}",
     ]
 

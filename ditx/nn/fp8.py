@@ -1,12 +1,13 @@
-"""Products with weights of numbers of 8 bits (FP8, Micikevicius et al. 2022), by tensor cores twice as fast as of 16.
+"""Products with weights of numbers of 8 bits (FP8, Micikevicius et al. 2022), which tensor cores make twice as fast.
 
-A tensor is rounded to e4m3 (3 bits of mantissa, from 2^-9 to 448) after a division by its scale: the power of two
-that brings its largest magnitude at present to between 192 and 384, so that nothing overflows, nothing but the rounding
-to 3 bits touches what is within 2^-14 of the largest, and products are exact where the numbers are.
+A tensor is rounded to e4m3 (4 significant bits, up to 448) after a division by its scale: the power of two that brings
+its largest magnitude at present to between 192 and 384. So nothing overflows, only what is below 2^-14 of the largest
+loses more than the rounding to 4 bits, and products are exact where the numbers are. Gradients are rounded likewise: on
+the digits, the weights' are nearer to exact ones so than with the wider range and 3 bits of e5m2.
 
-Both factors and, in the backward pass, the gradient of the product are rounded, and then widened again: XLA makes of
-`widen(round(x)) @ widen(round(w))` one product in FP8 with float32 sums wherever the device has it, and computes the same
-in the wider type elsewhere.
+Both factors are widened again: of `widen(round(x)) @ widen(round(w))` XLA makes one product in FP8 with float32 sums
+where a GPU has it (if Triton does not take it first; see `ditx.sharding.compiler_options`), and computes the same in
+the wider type elsewhere.
 """
 
 from functools import partial
@@ -21,7 +22,7 @@ def product(x: Float[Array, "... i"], weight: Float[Array, "i *o"]) -> Float[Arr
     """`x @ weight`, and its gradients, of factors rounded to FP8; sums in float32, result in the type of `x`.
 
     Modules see one example, but a weight's gradient sums over all: the scale of what `jax.vmap` batches is one for the
-    whole batch (of a device, where several split it). What is not finite makes the result not finite.
+    whole batch (of a device, where several split it). What is not finite shows in the result.
     """
     return _sent_back_rounded(_product(x, weight))
 

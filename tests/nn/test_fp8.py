@@ -1,6 +1,6 @@
-"""Products in FP8: how far they are from exact ones, and where they are exact. CPUs compute them by the same rounding."""
+"""Products in FP8: how far they are from exact ones, and where they are exact. CPUs round as GPUs do."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from strategies import BLOCKS, NETWORKS, example, random_dit
+from strategies import BLOCKS, example, random_dit
 
 import ditx
 from ditx import sharding
@@ -78,7 +78,7 @@ def test_no_product_is_further_off_than_the_rounding_of_its_factors(x, w):
         return np.maximum(2.0**-4 * np.abs(x), np.abs(x).max() * 2.0**-10 / 192 + 2.0**-117)
 
     allowed = bound(x) @ np.abs(w) + np.abs(x) @ bound(w) + bound(x) @ bound(w)
-    error = np.abs(np.float64(fp8.product(jnp.asarray(x), jnp.asarray(w))) - np.float64(x) @ np.float64(w))
+    error = np.abs(np.float64(jax.jit(fp8.product)(x, w)) - np.float64(x) @ np.float64(w))
     assert (error <= allowed + 1e-5).all()
 
 
@@ -99,7 +99,10 @@ def test_powers_of_two_go_through(powers):
 
 def test_a_batch_has_one_scale_however_it_is_nested():
     x, w, gradient = arguments()
-    x, gradient = x * 2.0 ** -jnp.arange(0, 24, 6)[:, None, None], gradient * 2.0 ** -jnp.arange(0, 24, 6)[:, None, None]
+    x, gradient = (
+        x * 2.0 ** -jnp.arange(0, 24, 6)[:, None, None],
+        gradient * 2.0 ** -jnp.arange(0, 24, 6)[:, None, None],
+    )
     whole = pulled_back(x[None].reshape(1, -1, 48), w, gradient.reshape(1, -1, 80))
     assert (whole[0].reshape(4, 32, 80)[3] == 0).all()  # next to nothing beside the first
     assert jnp.abs(fp8.product(x[3], w)).max() > 0
@@ -120,25 +123,30 @@ def test_zeros_are_zeros():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_what_is_not_finite_leaves_nothing_finite(value, dtype):
+def test_what_is_not_finite_shows(value, dtype):
     x, w, gradient = arguments(dtype)
-    for arrays in [(x.at[1, 2, 3].set(value), w, gradient), (x, w.at[2, 3].set(value), gradient)]:
-        assert not jnp.isfinite(pulled_back(*arrays)[0]).any()
-    assert not any(jnp.isfinite(each).any() for each in pulled_back(x, w, gradient.at[1, 2, 3].set(value))[1:])
+    for arrays in [
+        (x.at[1, 2, 3].set(value), w, gradient),
+        (x, w.at[2, 3].set(value), gradient),
+        (x, w, gradient.at[1, 2, 3].set(value)),
+    ]:
+        for one, other in zip(pulled_back(*arrays), exact(*arrays), strict=True):
+            assert not (np.isfinite(one) & ~np.isfinite(other)).any()  # all that is lost in exact products, at least
 
 
-CONFIG = ditx.DiTConfig(8, 4, 2, 32, 3, 8, num_classes=7)
+CONFIG = ditx.DiTConfig(8, 4, 2, 32, 2, 8, num_classes=7)
 OPTIMIZER = optax.sgd(1e-2)
 
 
-def step_of(config=CONFIG, *, mesh=None, **options):
-    objective = make_objective(ObjectiveConfig("flow" if not config.learn_sigma else "eps"))
-    fixed = {"objective": objective, "optimizer": OPTIMIZER, "ema_decay": 0.9, "mesh": mesh, "compute": FP8}
-    return jax.jit(partial(train_step, **(fixed | options)))
+@cache
+def step_of(**options):
+    objective = make_objective(ObjectiveConfig())
+    step = partial(train_step, objective=objective, optimizer=OPTIMIZER, ema_decay=0.9, compute=FP8)
+    return jax.jit(partial(step, **options))
 
 
-def state_of(config=CONFIG):
-    model = random_dit(config)
+def state_of():
+    model = random_dit(CONFIG)
     return TrainState(jnp.zeros((), jnp.int32), model, model, OPTIMIZER.init(model))
 
 
@@ -149,9 +157,11 @@ def batch_of(size=16):
 def test_an_update_that_is_not_finite_is_skipped():
     state, batch = state_of(), batch_of()
     for x, skipped in [(batch["x"], 0), (batch["x"].at[3, 1, 2, 0].set(np.inf), 1)]:
-        after, terms = step_of(dtype=jnp.dtype("bfloat16"))(state, batch | {"x": x}, jax.random.key(1))
+        after, terms = step_of()(state, batch | {"x": x}, jax.random.key(1))
         assert terms["skipped"] == skipped == (not np.isfinite(terms["loss"]))
-        unchanged = [bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (after.model, state.model)), strict=True)]
+        unchanged = [
+            bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (after.model, state.model)), strict=True)
+        ]
         assert all(unchanged) == bool(skipped)
 
 
@@ -171,8 +181,10 @@ def test_only_products_with_the_weights_of_blocks_are_rounded(block):
     assert "float8" not in str(jax.make_jaxpr(ditx.DiT.__call__)(random_dit(config), *example(config)))
 
 
-@NETWORKS
-@given(st.sampled_from(BLOCKS), st.sampled_from(["none", "dots", "full"]), st.sampled_from([1, 2]))
+@pytest.mark.parametrize(
+    ("block", "remat", "unroll"),
+    [("adaln-zero", "dots", 1), ("adaln", "full", 1), ("cross-attention", "none", 2), ("in-context", "none", 2)],
+)
 def test_networks_are_near_plain_ones_recomputed_or_not(block, remat, unroll):
     config = ditx.DiTConfig(6, 2, 3, 24, 2, 2, num_classes=10, block=block)
     model, (x, t, y) = random_dit(config, scale=0.2), example(config)
@@ -199,22 +211,21 @@ def test_a_linear_layer_keeps_the_axes_of_its_output():
     np.testing.assert_allclose(layer(x, FP8), layer(x), atol=0.1 * jnp.abs(layer(x)).max())
 
 
-@pytest.mark.parametrize(
-    "mesh", [MeshConfig(), MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str
-)
-def test_a_step_on_eight_devices_is_that_on_one(mesh):
-    mesh, batch, key = make_mesh(mesh), batch_of(), jax.random.key(1)
+def moved(state):
+    """By how much the weights went."""
+    apart = jax.tree.map(lambda after, before: np.ravel(after - before), state.model, state_of().model)
+    return np.concatenate(jax.tree.leaves(apart))
+
+
+def test_a_step_on_eight_devices_is_that_on_one():
+    batch, key = batch_of(), jax.random.key(1)
     alone, terms = step_of()(state_of(), batch, key)
-    put = jax.tree.map(
-        lambda leaf, placed: sharding.put_whole(leaf, placed.sharding), state_of(), sharding.place(state_of(), mesh)
-    )
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = sharding.place(state_of(), mesh)
+    state = jax.tree.map(lambda leaf, place: sharding.put_whole(leaf, place.sharding), state_of(), placed)
     rows = sharding.local_rows(mesh, 16)
-    eight, others = step_of(mesh=mesh)(put, sharding.put_batch(batch, mesh, rows, 16), key)
+    eight, others = step_of(mesh=mesh)(state, sharding.put_batch(batch, mesh, rows, 16), key)
     # Scales of powers of two round alike, but for what is next to nothing beside the largest, and for sums in another
     # order, by which what is halfway between two numbers of 8 bits may go to the other.
     np.testing.assert_allclose(others["loss"], terms["loss"], rtol=1e-3)
-    moved = [
-        np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, (s.model, state_of().model)), strict=True)])
-        for s in (alone, eight)
-    ]
-    assert np.linalg.norm(moved[1] - moved[0]) < 2e-3 * np.linalg.norm(moved[0])
+    assert np.linalg.norm(moved(eight) - moved(alone)) < 2e-3 * np.linalg.norm(moved(alone))
