@@ -182,7 +182,7 @@ class DiT(eqx.Module):
             tokens = jnp.concatenate([tokens, time[None], label[None]])
 
         def body(tokens, block):
-            return block(tokens, condition, compute), None
+            return block(tokens, condition, compute=compute), None
 
         if remat != "none":
             kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
