@@ -7,7 +7,6 @@ import signal
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
@@ -30,7 +29,8 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.objectives import ObjectiveConfig
     from ditx.pretrained import Description
     from ditx.processes import ProcessConfig, check_alike, connect, end, is_first, together
-    from ditx.sampling import Decode, SamplingConfig, make_decode, make_draw, on_mesh, sample_keys
+    from ditx.programs import Dtype, resolved
+    from ditx.sampling import Decode, SamplingConfig, batch_size, make_decode, make_draw, on_mesh, sample_keys
     from ditx.sharding import (
         MeshConfig,
         batch_parts,
@@ -65,8 +65,10 @@ class Config(Compute):
     predictions without the label"""
     seed: int = 0
     """sample number k depends on this and on k alone"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """what the network computes in; the sampler and the decoder keep float32"""
+    dtype: Dtype = "auto"
+    """what the network computes in: float32 on CPUs, and bfloat16 elsewhere (auto); sampler and decoder keep float32"""
+    unroll: int = 1
+    """blocks compiled in a row: all of them are some 5 % faster on a GPU, and take long to compile"""
     out: str = ""
     """the grid to write, a PNG; a new one in the run's folder, or in samples/NAME for weights, if not given"""
     separate: bool = False
@@ -76,7 +78,8 @@ class Config(Compute):
     animate: bool = False
     """also write a .gif named after the grid: the way from noise to samples"""
     batch: int = 100
-    """samples drawn at a time; a matter of memory and speed alone"""
+    """samples drawn at a time, at most; a matter of memory and speed alone. Fewer are filled up to 1, 2, 3, 4, 6, 8,
+    12, 16, 24, ... a device, so that one compiled program serves many numbers; --batch NUM has none filled up"""
     decode_batch: int = 4
     """latents decoded at a time on each device; a matter of memory and speed alone"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -185,17 +188,18 @@ def draw_all(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The samples as uint8 images and, to animate, as many at about 40 moments of the way."""
     by_another = guide is not None
-    draw = make_draw(config.sampling, network.config, objective, by_another=by_another, compute=config)
+    draw = make_draw(
+        config.sampling, network.config, objective, by_another=by_another, unroll=config.unroll, compute=config
+    )
     draw = on_mesh(draw, mesh)
-    batch = -(-min(config.batch, len(labels)) // batch_parts(mesh)) * batch_parts(mesh)
+    batch = batch_size(len(labels), config.batch, batch_parts(mesh))
     stride = max(1, config.sampling.steps // 40)
 
-    # What is traced is compiled once for all its values. A scale of 1 needs no second evaluation.
-    scale = None if config.sampling.guidance_scale == 1 else np.float32(config.sampling.guidance_scale)
-    seed = np.uint32(config.seed)
+    # What is traced is compiled once for all its values.
+    seed, course = np.uint32(config.seed), config.sampling.course(objective)
 
-    def run_batch(network, guide, labels, seed, first, scale):
-        samples, states = draw(network, labels, sample_keys(seed, first, batch), guide=guide, scale=scale)
+    def run_batch(network, guide, labels, seed, first, course):
+        samples, states = draw(network, labels, sample_keys(seed, first, batch), guide=guide, course=course)
         return samples, states[:, ::-stride][:, ::-1] if config.animate else None
 
     def to_images(samples):
@@ -220,7 +224,7 @@ def draw_all(
         # The last batch is filled up, so that one program serves all.
         count = min(batch, len(labels) - first)
         padded = np.resize(labels[first : first + count], batch)
-        samples, states = compiled(network, guide, padded, seed, np.int32(first), scale)
+        samples, states = compiled(network, guide, padded, seed, np.int32(first), course)
         moments = [] if states is None else [states[:, moment] for moment in range(states.shape[1])]
         if decode:
             samples, moments = decode(samples), [decode(moment) for moment in moments]
@@ -233,7 +237,10 @@ def draw_all(
 
 def check(config: Config, described: Description, num: int) -> None:
     """Raise ValueError for what cannot be drawn."""
-    for name, value in {"num": num, "batch": config.batch, "decode_batch": config.decode_batch}.items():
+    for name, value in {
+        "num": num,
+        **{name: getattr(config, name) for name in ("batch", "decode_batch", "unroll")},
+    }.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if not 0 <= config.seed < 2**32:
@@ -255,14 +262,16 @@ def sample(argv: list[str]) -> int:
         num = config.num or len(wanted) * (10 if len(wanted) <= 20 else 1)
         channels, weaker = described.model.in_channels, None
         check(config, described, num)
-        config = replace(config, sampling=config.sampling.resolved(described.objective))
+        sampling = config.sampling.resolved(described.objective)
+        config = replace(config, sampling=sampling, dtype=resolved(config.dtype))
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
-        check_compute(mesh, config)
+        check_compute(mesh, config, config.dtype, described.model)
         if config.guide:
             weaker = pretrained.describe(Path(config.guide))
             check_guide(weaker, described)
             check_fit(mesh, num_heads=weaker.model.num_heads, mlp_size=weaker.model.mlp_size)
+            check_compute(mesh, config, config.dtype, weaker.model)
     check_alike({name: value for name, value in asdict(config).items() if name != "processes"})
     with together():
         decode = read_decoder(described, config, mesh)

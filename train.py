@@ -1,7 +1,7 @@
 """Train a class-conditional diffusion transformer: `train.py [preset] [--field value ...]`.
 
-Top to bottom: command line, data, run folder, state, compiled step, loop. A run is a folder; started again, it goes
-on from its newest checkpoint exactly as if it had never stopped.
+Top to bottom: command line, a glance at the data, the step compiled from shapes, data, run folder, state, loop. A run
+is a folder; started again, it goes on from its newest checkpoint exactly as if it had never stopped.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,17 @@ import numpy as np
 import optax
 import tyro
 from jax.sharding import Mesh
-from jaxtyping import install_import_hook
+from jaxtyping import Array, install_import_hook
 from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
-    from ditx import checkpoint, data, flops, pictures, pretrained, runs
+    from ditx import checkpoint, data, datasets, flops, pictures, pretrained, runs
     from ditx.evaluation import make_fid, make_images
     from ditx.features import FeatureNetwork
     from ditx.inception_weights import load_inception
-    from ditx.latents import LatentSource
-    from ditx.monitor import Monitor, Profile, memory_of
+    from ditx.monitor import Monitor, Profile
     from ditx.nn.dit import DiT, DiTConfig
+    from ditx.nn.layers import Compute
     from ditx.objectives import make_objective
     from ditx.presets import FREE, PRESETS, Config, check, powers_of
     from ditx.pretrained import describe_initial
@@ -52,6 +52,7 @@ with install_import_hook("ditx", "beartype.beartype"):
         together,
         while_all_live,
     )
+    from ditx.programs import compiled
     from ditx.reference import Reference, read_reference
     from ditx.sampling import Decode, make_decode, make_draw, on_mesh, sample_keys
     from ditx.sharding import (
@@ -73,6 +74,9 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.training import TrainState, adamw, train_step
     from ditx.vae_weights import load_decoder
 
+# Of too little memory.
+REMEDY = "--remat full, a higher --accumulate, --mesh.fsdp, or a smaller --batch-size"
+
 
 def parse(argv: list[str]) -> tuple[str, Config]:
     """The preset's name and the configuration. Raises ValueError for an unknown preset; exits with 2 on a bad flag."""
@@ -84,32 +88,18 @@ def parse(argv: list[str]) -> tuple[str, Config]:
     return preset, replace(config, run=config.run or f"runs/{preset}")
 
 
-def open_data(config: Config, preset: str) -> tuple[data.Source, DiTConfig]:
-    """The images, and the model with their number of classes and channels wherever no flag has set these."""
-    size = config.model.input_size
-    if config.dataset != "digits" and not config.data_path:
-        raise ValueError(f"dataset {config.dataset} needs --data-path, the place where the {config.dataset} lie")
-    if config.dataset == "digits":
-        source = data.digits()
-    elif config.dataset == "cifar10":
-        source = data.cifar10(config.data_path)
-    elif config.dataset == "latents":
-        source = LatentSource(config.data_path)
-    else:
-        source = data.images(config.data_path, size)
-    if len(source) == 0:
-        raise ValueError(f"{config.data_path} holds 0 images; give at least 1")
-    height, width, channels = source.image_shape
+def fitted(config: Config, preset: str, seen: datasets.Glance) -> DiTConfig:
+    """The model, with the data's number of classes and channels wherever no flag has set these."""
+    size, (height, width, channels) = config.model.input_size, seen.image_shape
     if (height, width) != (size, size):
         raise ValueError(f"the images are {height}x{width}, model.input_size is {size}; make the two agree")
-    found, model, usual = {"num_classes": len(source.class_names), "in_channels": channels}, {}, PRESETS[preset].model
+    found, usual = {"num_classes": len(seen.class_names), "in_channels": channels}, PRESETS[preset].model
     if config.model.num_classes == 0:
         del found["num_classes"]  # of which the network is told nothing
     for name, value in found.items():
         if getattr(config.model, name) not in (value, getattr(usual, name)):
             raise ValueError(f"model.{name} is {getattr(config.model, name)}, but the data has {value}")
-        model[name] = value
-    return source, replace(config.model, **model)
+    return replace(config.model, **found)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -123,15 +113,15 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return adamw(rate, beta2=config.beta2, weight_decay=config.weight_decay)
 
 
-def read_decoder(config: Config, source: data.Source, mesh: Mesh) -> Decode | None:
+def read_decoder(config: Config, seen: datasets.Glance, mesh: Mesh) -> Decode | None:
     """What decodes latents, where the data are latents."""
-    if not isinstance(source, LatentSource):
+    if seen.latents is None:
         return None
-    vae, _ = load_decoder(config.vae, source.image_shape[2], source.metadata["scale"])
+    vae, _ = load_decoder(config.vae, config.model.in_channels, seen.latents["scale"])
     return make_decode(vae, mesh)
 
 
-def open_reference(config: Config, source: data.Source) -> tuple[Reference, FeatureNetwork] | None:
+def open_reference(config: Config, seen: datasets.Glance) -> tuple[Reference, FeatureNetwork] | None:
     """What FIDs compare with, if any are to be computed. Raises ValueError if it does not fit the data."""
     if not config.eval_every:
         return None
@@ -142,26 +132,28 @@ def open_reference(config: Config, source: data.Source) -> tuple[Reference, Feat
         )
     network = reference.classifier or load_inception(config.eval_inception)[0]
     features = FeatureNetwork(network, reference.resize)
-    latent = isinstance(source, LatentSource)
-    side = source.metadata["image_size"] if latent else source.image_shape[0]
-    reference.check(features, (side, side, 3 if latent else source.image_shape[2]))
+    side = seen.latents["image_size"] if seen.latents else 0
+    reference.check(features, (side, side, 3) if seen.latents else seen.image_shape)
     return reference, features
 
 
-def make_picture(config: Config, source: data.Source, mesh: Mesh) -> Callable[[DiT, Path], None] | None:
+def make_picture(config: Config, seen: datasets.Glance, mesh: Mesh) -> Callable[[DiT, Path], None] | None:
     """The function that writes samples of averaged weights: the same noise and up to ten classes every time."""
-    if not config.sample_every or (isinstance(source, LatentSource) and not config.vae):
+    if not config.sample_every or (seen.latents and not config.vae):
         return None
-    decode, num_classes = read_decoder(config, source, mesh), config.model.num_classes
+    decode, num_classes = read_decoder(config, seen, mesh), config.model.num_classes
     columns = min(num_classes, 10) or 10
     count = -(-4 * columns // batch_parts(mesh)) * batch_parts(mesh)
     classes = np.linspace(0, max(num_classes - 1, 0), columns).astype(np.int32)
-    labels, keys = np.resize(classes, count), sample_keys(config.seed, 0, count)
+    labels, course = np.resize(classes, count), config.sampling.course(config)
     draw = on_mesh(make_draw(config.sampling, config.model, config), mesh)
-    compiled = jax.jit(lambda ema: draw(ema, jnp.asarray(labels), keys)[0], out_shardings=everywhere(mesh))
+
+    @partial(jax.jit, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh, config))
+    def drawn(ema, labels, seed, course):
+        return draw(ema, labels, sample_keys(seed, 0, count), course=course)[0]
 
     def picture(ema, path):
-        samples = np.asarray(compiled(ema))
+        samples = np.asarray(drawn(ema, labels, np.uint32(config.seed), course))
         images = data.to_uint8(np.asarray(decode(samples) if decode else samples))[: 4 * columns]
         if is_first():
             path.parent.mkdir(exist_ok=True)
@@ -170,71 +162,36 @@ def make_picture(config: Config, source: data.Source, mesh: Mesh) -> Callable[[D
     return picture
 
 
-def train(preset: str, config: Config) -> int:
-    """Check everything that a user can get wrong, then run to the last step, or to a signal; returns the exit code."""
-    connect(config.processes)
-    with together():
-        check(config)
-        source, model_config = open_data(config, preset)
-        compared = open_reference(config, source)
-        config = replace(config, model=model_config)
-        check(config)
-        mesh = make_mesh(config.mesh)
-        keep_freed_memory(mesh)
-        check_fit(mesh, num_heads=model_config.num_heads, mlp_size=model_config.mlp_size)
-        check_compute(mesh, config)
-        check_batch(mesh, config.batch_size, config.accumulate)
-        if config.init_from and not checkpoint.steps(Path(config.run) / "checkpoints"):
-            describe_initial(Path(config.init_from), model_config)
-    found: dict[str, Any] = {
-        "class_names": source.class_names[: model_config.num_classes],
-        "data_checksum": source.checksum,
-    }
-    if isinstance(source, LatentSource):
-        found["latents"] = {name: source.metadata[name] for name in ("vae", "scale", "image_size")}
-    described = {"preset": preset, **asdict(config), **found}
-    check_alike({name: value for name, value in described.items() if name not in ("data_path", "processes")})
-    free, run = FREE | ({"steps"} if config.decay == "constant" else set()), Path(config.run)
-    with ExitStack() as stack:
+@dataclass(frozen=True)
+class Step:
+    """The training step, and the shapes and places of all that goes in and out of it."""
+
+    function: Callable[..., tuple[TrainState, dict[str, Array]]]
+    create: Callable[..., TrainState]
+    """the state before the first step, of the key `init_key`"""
+    init_key: Array
+    key: Array
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    sums: dict[str, np.ndarray]
+    """zeros, to sum up in what a step returns"""
+    places: Any
+    """where the state lies"""
+
+    def compiled(self, mesh: Mesh, compute: Compute) -> jax.stages.Compiled:
+        """The program of all processes. Raises ValueError where it takes more memory than a device has."""
+        options = compiler_options(mesh, compute)
+        jitted = jax.jit(self.function, donate_argnums=0, out_shardings=(self.places, None), compiler_options=options)
         with together():
-            if is_first():
-                stack.enter_context(runs.open_run(run, described, free=free))
-        token = str(from_first(time.time_ns() % 2**31))
-        with together():
-            if is_first():
-                runs.write(run / "shared", token)
-        with together():
-            if not (run / "shared").exists() or (run / "shared").read_text() != token:
-                raise ValueError(f"{run} is not where the first process made it; give a --run that all processes share")
-        return fit(config, source, mesh, compared)
+            program, took, needed = compiled(jitted, self.state, self.batch, self.key, remedy=REMEDY)
+        print(f"compiled in {took:.1f} s; a step takes {needed / 2**20:,.1f} MiB on each device", flush=True)
+        return program
 
 
-def fit(
-    config: Config, source: data.Source, mesh: Mesh, compared: tuple[Reference, FeatureNetwork] | None = None
-) -> int:
-    """Train in a folder that is this run's, and locked; returns the exit code."""
-    run, model_config, size = Path(config.run), config.model, config.model.input_size
-    latent = isinstance(source, LatentSource)
-    checkpoints, loss_picture, time_picture = (run / name for name in ("checkpoints", "loss.png", "loss-by-time.png"))
-    options = compiler_options(mesh, config)
-    print(
-        f"model    DiT of {flops.parameters(model_config):,} parameters, {flops.macs(model_config) / 1e9:.3f} G"
-        f" multiply-adds, {model_config.num_tokens} tokens, objective {config.objective}\n"
-        f"data     {config.dataset}: {len(source):,} images of {size}x{size}x{model_config.in_channels},"
-        f" {model_config.num_classes} classes\n"
-        f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}"
-        f" ({', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())}), computing in {config.dtype}"
-        f"{''.join(f', {name}={value}' for name, value in options.items())}\n"
-        f"plan     {config.steps:,} steps of {config.batch_size} images"
-        f" ({config.steps * config.batch_size / len(source):,.1f} epochs)\n"
-        f"writes   {run}"
-        + ("; no pictures, for which latents need --vae" if latent and config.sample_every and not config.vae else ""),
-        flush=True,
-    )
-
-    # The step, and the shapes and places of all that goes in and out of it.
-    optimizer = make_optimizer(config)
-    step_fn = partial(
+def make_step(config: Config, latent: bool, mesh: Mesh) -> Step:
+    """The step of a configuration that fits its data; nothing is compiled or allocated yet."""
+    optimizer, size = make_optimizer(config), config.model.input_size
+    function = partial(
         train_step,
         objective=make_objective(config),
         optimizer=optimizer,
@@ -248,25 +205,113 @@ def fit(
         mesh=mesh,
     )
     init_key, key = jax.jit(lambda: jax.random.split(jax.random.key(config.seed)), out_shardings=everywhere(mesh))()
-    create = partial(TrainState.create, model_config, optimizer, profiles=len(powers_of(config)))
-    abstract = place(jax.eval_shape(lambda key: create(key=key), init_key), mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    if mesh.size > 1:
-        print(table(abstract.model))
-    held = {"weights": abstract.model, "average": (abstract.ema, abstract.profiles), "moments": abstract.opt_state}
-    shares = ", ".join(f"{name} {bytes_per_device(part) / 2**20:,.1f}" for name, part in held.items())
-    print(f"holds    {bytes_per_device(abstract) / 2**20:,.1f} MiB on each device: {shares}", flush=True)
+    create = partial(TrainState.create, config.model, optimizer, profiles=len(powers_of(config)))
+    state = place(jax.eval_shape(lambda key: create(key=key), init_key), mesh)
     rows = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
-    shape = (config.batch_size, size, size, model_config.in_channels)
+    shape = (config.batch_size, size, size, config.model.in_channels)
     batch = {"x": rows(shape, jnp.float16 if latent else jnp.float32), "y": rows(shape[:1], jnp.int32)}
     if latent:
         batch["std"] = rows(shape, jnp.float16)
-    terms = jax.eval_shape(step_fn, abstract, batch, key)[1]
+    terms = jax.eval_shape(function, state, batch, key)[1]
     sums = {"count": np.zeros(())} | {name: np.zeros(term.shape) for name, term in terms.items()}
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return Step(function, create, init_key, key, state, batch, sums, places)
+
+
+def train(preset: str, config: Config) -> int:
+    """Check everything that a user can get wrong, then run to the last step, or to a signal; returns the exit code.
+
+    First what is told in no time, then the step, compiled from shapes, then the data, which may take long to open.
+    """
+    connect(config.processes)
+    with together():
+        check(config)
+        seen = datasets.glance(config.dataset, config.data_path, config.model.input_size)
+        config = replace(config, model=fitted(config, preset, seen))
+        check(config)
+        mesh = make_mesh(config.mesh)
+        keep_freed_memory(mesh)
+        check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
+        check_compute(mesh, config, config.dtype, config.model)
+        check_batch(mesh, config.batch_size, config.accumulate)
+        compared = open_reference(config, seen)
+        if config.init_from and not checkpoint.steps(Path(config.run) / "checkpoints"):
+            describe_initial(Path(config.init_from), config.model)
+    described: dict[str, Any] = {
+        "preset": preset,
+        **asdict(config),
+        "class_names": seen.class_names[: config.model.num_classes],
+        **({"latents": seen.latents} if seen.latents else {}),
+    }
+    check_alike({name: value for name, value in described.items() if name not in ("data_path", "processes")})
+    free, run = FREE | ({"steps"} if config.decay == "constant" else set()), Path(config.run)
+    done = False
+    with together():
+        if is_first():
+            runs.check_run(run, described, free=free)
+            done = config.steps <= max(checkpoint.steps(run / "checkpoints"), default=0)
+    print(
+        f"model    DiT of {flops.parameters(config.model):,} parameters, {flops.macs(config.model) / 1e9:.3f} G"
+        f" multiply-adds, {config.model.num_tokens} tokens, objective {config.objective}\n"
+        f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}"
+        f" ({', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())}), computing in {config.dtype}"
+        f"{''.join(f', {name}={value}' for name, value in compiler_options(mesh, config).items())}",
+        flush=True,
+    )
+    step = make_step(config, seen.latents is not None, mesh)
+    if mesh.size > 1:
+        print(table(step.state.model))
+    held = {"weights": step.state.model, "average": (step.state.ema, step.state.profiles)}
+    held |= {"moments": step.state.opt_state}
+    shares = ", ".join(f"{name} {bytes_per_device(part) / 2**20:,.1f}" for name, part in held.items())
+    print(f"holds    {bytes_per_device(step.state) / 2**20:,.1f} MiB on each device: {shares}", flush=True)
+    # A run that is done needs no program.
+    program = None if from_first(done) else step.compiled(mesh, config)
+
+    with together():
+        source = datasets.open_data(config.dataset, config.data_path, config.model.input_size, seen)
+        described["data_checksum"] = source.checksum
+    check_alike(described["data_checksum"])
+    with ExitStack() as stack:
+        with together():
+            if is_first():
+                stack.enter_context(runs.open_run(run, described, free=free))
+        token = str(from_first(time.time_ns() % 2**31))
+        with together():
+            if is_first():
+                runs.write(run / "shared", token)
+        with together():
+            if not (run / "shared").exists() or (run / "shared").read_text() != token:
+                raise ValueError(f"{run} is not where the first process made it; give a --run that all processes share")
+        undrawn = seen.latents and config.sample_every and not config.vae
+        size = "x".join(map(str, source.image_shape))
+        print(
+            f"data     {config.dataset}: {len(source):,} images of {size}, {config.model.num_classes} classes\n"
+            f"plan     {config.steps:,} steps of {config.batch_size} images"
+            f" ({config.steps * config.batch_size / len(source):,.1f} epochs)\n"
+            f"writes   {run}" + ("; no pictures, for which latents need --vae" if undrawn else ""),
+            flush=True,
+        )
+        return fit(config, seen, source, mesh, step, program, compared)
+
+
+def fit(
+    config: Config,
+    seen: datasets.Glance,
+    source: data.Source,
+    mesh: Mesh,
+    built: Step,
+    program: jax.stages.Compiled | None,
+    compared: tuple[Reference, FeatureNetwork] | None = None,
+) -> int:
+    """Train in a folder that is this run's, and locked; returns the exit code."""
+    run = Path(config.run)
+    checkpoints, loss_picture, time_picture = (run / name for name in ("checkpoints", "loss.png", "loss-by-time.png"))
 
     # State: read where it is to live, or born there.
-    parts = [part.name for part in fields(TrainState) if jax.tree.leaves(getattr(abstract, part.name))]
-    restored = checkpoint.load_newest(checkpoints, {part: getattr(abstract, part) for part in parts} | {"window": sums})
+    parts = [part.name for part in fields(TrainState) if jax.tree.leaves(getattr(built.state, part.name))]
+    wanted, sums = {part: getattr(built.state, part) for part in parts}, built.sums
+    restored = checkpoint.load_newest(checkpoints, wanted | {"window": sums})
     if restored is None:
         with together():
             reached = max((line["step"] for line in runs.read_metrics(run)), default=0)
@@ -276,13 +321,14 @@ def fit(
                     f"{run} has come to step {reached:,} but has no checkpoint; bring back {checkpoints}, or choose"
                     " another --run"
                 )
-        start, state = 0, jax.jit(lambda key: create(key=key), out_shardings=places)(init_key)
+        begun = jax.jit(lambda key: built.create(key=key), out_shardings=built.places)(built.init_key)
+        start, state, note = 0, begun, "random weights"
         if config.init_from:
             with together():
                 model, note = pretrained.load_initial(Path(config.init_from), state.model, mesh)
-            print(f"begins   from {note}", flush=True)
             averages = [jax.tree.map(jnp.copy, model) for _ in range(1 + len(state.profiles))]
             state = replace(state, model=model, ema=averages[0], profiles=tuple(averages[1:]))
+        print(f"begins   from {note}", flush=True)
     else:
         start, trees, damaged = restored
         state, sums = TrainState(**{part: trees[part] for part in parts}), jax.tree.map(np.asarray, trees["window"])
@@ -290,14 +336,14 @@ def fit(
             aside = checkpoint.set_aside(checkpoints, step)
             print(f"warning: {sentence}; moved to {aside}, going back to step {start:,}", file=sys.stderr)
         print(f"goes on  from step {start:,}", flush=True)
-    draw_picture, fid_of = make_picture(config, source, mesh), None
+    draw_picture, fid_of = make_picture(config, seen, mesh), None
     if compared:
         reference, features = compared
         images = make_images(
             replace(config.sampling, guidance_scale=1.0),
-            model_config,
+            config.model,
             config,
-            read_decoder(config, source, mesh),
+            read_decoder(config, seen, mesh),
             mesh,
             batch_size=min(128, config.eval_samples),
             seed=config.seed,
@@ -335,11 +381,7 @@ def fit(
         print(f"{run} has all its {config.steps:,} steps; draw from it with sample.py, or train anew in another --run")
         return 0
 
-    began = time.perf_counter()
-    jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
-    compiled = jitted.lower(abstract, batch, key).compile()
-    took, needs = time.perf_counter() - began, memory_of(compiled) / 2**20
-    print(f"compiled in {took:.1f} s; a step takes {needs:,.1f} MiB on each device", flush=True)
+    program = program or built.compiled(mesh, config)  # for a run that was done, but has lost its last checkpoint
     with together():
         if is_first():
             # Of a shorter run that now goes on, and of a kill.
@@ -415,7 +457,7 @@ def fit(
                 break
             profile.before(step + 1)
             batch = put_batch(batch, mesh, local_rows(mesh, config.batch_size), config.batch_size)
-            state, terms = compiled(state, batch, key)
+            state, terms = program(state, batch, built.key)
             settle()
             step, pending = step + 1, terms
             profile.after(step, terms)
@@ -477,8 +519,7 @@ def main() -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         line = str(error).splitlines()[0][:200]
-        remedy = "try --remat full, a higher --accumulate, --mesh.fsdp, or a smaller --batch-size"
-        print(f"train.py: the devices have too little memory ({line}); {remedy}", file=sys.stderr)
+        print(f"train.py: the devices have too little memory ({line}); try {REMEDY}", file=sys.stderr)
         return end(2)
     except KeyboardInterrupt:
         return end(130)

@@ -136,18 +136,13 @@ def cifar10(path: str | os.PathLike) -> ArraySource | FolderSource:
     `labels` (n) and, optionally, `classes` (names); or a folder with one subfolder of images a class. The official
     batches are pickles: they are read without running anything that they name.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give the CIFAR-10 folder or an .npz of images and labels")
-    for folder in (path, path / "cifar-10-batches-py"):
-        if (folder / "data_batch_1").exists():
-            parts = [_read_cifar_batch(folder / f"data_batch_{number}") for number in range(1, 6)]
-            pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-            return ArraySource(pixels, labels, CIFAR10_CLASSES)
-    if path.is_dir():
+    form, path = imagefiles.cifar10_form(Path(path))
+    if form == "batches":
+        parts = [_read_cifar_batch(path / f"data_batch_{number}") for number in range(1, 6)]
+        pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return ArraySource(pixels, labels, CIFAR10_CLASSES)
+    if form == "images":
         return images(path, 32)
-    if path.suffix != ".npz":
-        raise ValueError(f"{path} is neither a folder nor an .npz; extract an archive first and give its folder")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else CIFAR10_CLASSES

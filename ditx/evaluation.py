@@ -1,6 +1,7 @@
 """The metrics of a network's samples against a reference, without images on disk, on all devices."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -15,7 +16,7 @@ from ditx.nn.dit import DiT, DiTConfig
 from ditx.objectives import ObjectiveConfig
 from ditx.reference import Gaussian, Reference
 from ditx.sampling import Decode, SamplingConfig, make_draw, on_mesh, sample_keys
-from ditx.sharding import batch_parts, everywhere
+from ditx.sharding import batch_parts, compiler_options, everywhere
 
 Metric = Literal["fid", "sfid", "inception-score", "precision-recall"]
 METRICS: tuple[Metric, ...] = ("fid", "sfid", "inception-score", "precision-recall")
@@ -45,6 +46,7 @@ def make_images(
     batch_size: int,
     seed: int,
     balanced: bool = False,
+    unroll: int = 1,
 ) -> Images:
     """The function from weights, laid on the mesh, and the number of the first to a batch of samples as uint8.
 
@@ -52,15 +54,15 @@ def make_images(
     ValueError where samples are not finite.
     """
     batch = -(-batch_size // batch_parts(mesh)) * batch_parts(mesh)
-    draw = on_mesh(make_draw(sampling, model, objective), mesh)
-    compiled = jax.jit(
-        lambda network, labels, first: draw(network, labels, sample_keys(seed, first, batch))[0],
-        out_shardings=everywhere(mesh),
-    )
+    draw, course = on_mesh(make_draw(sampling, model, objective, unroll=unroll), mesh), sampling.course(objective)
+
+    @partial(jax.jit, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh))
+    def compiled(network, labels, seed, first, course):
+        return draw(network, labels, sample_keys(seed, first, batch), course=course)[0]
 
     def images(network, first):
         labels = draw_labels(model.num_classes, first + batch, seed, balanced=balanced)[first:]
-        samples = compiled(network, labels, np.int32(first))
+        samples = compiled(network, labels, np.uint32(seed), np.int32(first), course)
         samples = np.asarray(decode(samples) if decode else samples)
         if not np.isfinite(samples).all():
             raise ValueError(

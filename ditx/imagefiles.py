@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -18,13 +19,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".we
 
 def listing(path: str | os.PathLike) -> tuple[list[str], Int32[np.ndarray, "n"], tuple[str, ...]]:
     """Image files, their labels, and the names of the classes: a subfolder each, sorted, with images at any depth."""
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; give one that holds a subfolder of images for each class")
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise ValueError(f"{path} has no class folders; put the images of each class into a subfolder of their own")
-    files: list[str] = []
+    folders, files = class_folders(path), list[str]()
     counts = []
     for folder in folders:
         found = sorted(
@@ -39,6 +34,29 @@ def listing(path: str | os.PathLike) -> tuple[list[str], Int32[np.ndarray, "n"],
         counts.append(len(found))
     labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
     return files, labels, tuple(folder.name for folder in folders)
+
+
+def class_folders(path: str | os.PathLike) -> list[Path]:
+    """The subfolder of each class, sorted, not looked into. Raises ValueError where there are none."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; give one that holds a subfolder of images for each class")
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise ValueError(f"{path} has no class folders; put the images of each class into a subfolder of their own")
+    return folders
+
+
+def cifar10_form(path: Path) -> tuple[Literal["batches", "images", "npz"], Path]:
+    """In which form CIFAR-10 is kept, and where. Raises ValueError where `path` is none of them."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give the CIFAR-10 folder or an .npz of images and labels")
+    for folder in (path, path / "cifar-10-batches-py"):
+        if (folder / "data_batch_1").exists():
+            return "batches", folder
+    if not path.is_dir() and path.suffix != ".npz":
+        raise ValueError(f"{path} is neither a folder nor an .npz; extract an archive first and give its folder")
+    return "images" if path.is_dir() else "npz", path
 
 
 def centre_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:

@@ -151,7 +151,7 @@ class LatentSource:
     """number of the first record of each shard, and of all records"""
 
     def __post_init__(self):
-        metadata = _read_metadata(Path(self.path))
+        metadata = read_metadata(Path(self.path))
         shards = metadata["shards"]
         told = (metadata["class_names"], [shard["checksum"] for shard in shards])
         found = {
@@ -226,7 +226,7 @@ class LatentSource:
         return ValueError(f"shard {self._file(shard)} cannot be used ({what}); {remedy}")
 
 
-def _read_metadata(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """The description of a finished extraction. Raises ValueError if there is none."""
     try:
         metadata = json.loads((folder / METADATA).read_text())

@@ -177,13 +177,6 @@ class Profile:
             print(f"profile  {self._folder}, for xprof or TensorBoard", flush=True)
 
 
-def memory_of(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a program takes on each device, arguments and results included, as XLA reports it."""
-    sizes: Any = compiled.memory_analysis()
-    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return held + sizes.temp_size_in_bytes
-
-
 def check_wandb() -> None:
     """Raise ValueError if wandb is not installed."""
     if importlib.util.find_spec("wandb") is None:

@@ -13,6 +13,20 @@ from typing import IO, Any
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 
 
+def check_run(run: Path, described: dict[str, Any], *, free: set[str]) -> None:
+    """Raise ValueError where `run` holds another run than the one described, or anything else; nothing is written.
+
+    Of the description, the fields in `free` may differ, and others be left out.
+    """
+    file = run / CONFIG
+    if file.exists():
+        changed = changes(read_config(run), json.loads(json.dumps(described)), free=free)
+        if changed:
+            raise ValueError(f"{run} holds another run: {changed}; give its flags to go on, or another --run")
+    elif run.exists() and (not run.is_dir() or {entry.name for entry in run.iterdir()} - {f"{CONFIG}.partial", "lock"}):
+        raise ValueError(f"{run} exists and is not a run; choose another --run")
+
+
 def open_run(run: Path, described: dict[str, Any], *, free: set[str]) -> IO[str]:
     """Make the folder of a new run, or check that `run` holds the run described, and describe it anew.
 
@@ -20,18 +34,11 @@ def open_run(run: Path, described: dict[str, Any], *, free: set[str]) -> IO[str]
     process ends, however it ends. Raises ValueError if the folder holds another run, or anything else, or if another
     process is writing to it.
     """
-    file = run / CONFIG
-    described = json.loads(json.dumps(described))
-    if file.exists():
-        changed = changes(read_config(run), described, free=free)
-        if changed:
-            raise ValueError(f"{run} holds another run: {changed}; give its flags to go on, or another --run")
-    elif run.exists() and (not run.is_dir() or {entry.name for entry in run.iterdir()} - {f"{CONFIG}.partial", "lock"}):
-        raise ValueError(f"{run} exists and is not a run; choose another --run")
+    check_run(run, described, free=free)
     run.mkdir(parents=True, exist_ok=True)
     held = lock(run / "lock", f"another process is training in {run}; wait for it, or choose another --run")
     versions = {name: version(name) for name in ("ditx", "jax", "equinox", "optax", "orbax-checkpoint")}
-    write(file, json.dumps(described | {"versions": versions}, indent=2) + "\n")
+    write(run / CONFIG, json.dumps(described | {"versions": versions}, indent=2) + "\n")
     return held
 
 

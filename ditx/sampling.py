@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from ditx.diffusion import guidance, samplers
+from ditx.diffusion.schedule import Schedule
 from ditx.nn.dit import DiTConfig
 from ditx.nn.layers import PLAIN, Compute
 from ditx.nn.vae import AutoencoderKL
@@ -29,6 +30,20 @@ STEPS = {
     "euler": samplers.euler_step,
     "euler-maruyama": samplers.euler_maruyama_step,
 }
+
+
+class Course(NamedTuple):
+    """The numbers of a draw, all of which may be traced: one program serves all courses of as many steps.
+
+    It is another one with guidance or without, in an interval or at all times.
+    """
+
+    grid: Schedule
+    """the levels of noise"""
+    scale: float | Float[Array, ""] | None
+    """of guidance; None is none, without a second evaluation"""
+    interval: tuple[float, float] | tuple[Float[Array, ""], Float[Array, ""]] | None
+    """the times to guide at; None is all of them"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,12 @@ class SamplingConfig:
         usual = "heun" if objective.straight else "ddpm"
         return replace(self, sampler=usual if self.sampler == "auto" else self.sampler)
 
+    def course(self, objective: ObjectiveConfig) -> Course:
+        """The numbers of such draws."""
+        scale = None if self.guidance_scale == 1 else float(self.guidance_scale)
+        interval = None if scale is None or self.guidance_interval == (0, 1000) else self.guidance_interval
+        return Course(objective.levels(self.steps, self.spacing), scale, interval)
+
     def check(self, model: DiTConfig, objective: ObjectiveConfig, *, by_another: bool = False) -> None:
         """Raise ValueError where this cannot work with such a network, or without another to guide it."""
         whole = not objective.straight and self.spacing == "time"
@@ -79,8 +100,8 @@ class SamplingConfig:
 
 
 Draw: TypeAlias = Callable[..., tuple[Float[Array, "b h w c"], Float[Array, "b T h w c"]]]
-"""`draw(model, labels, keys, *, guide=None, scale=None) -> samples, states`, with a label and a key for each sample;
-`guide` is the weaker network of autoguidance, and `scale`, in place of the configured one, may be traced."""
+"""`draw(model, labels, keys, *, guide=None, course=None) -> samples, states`, with a label and a key for each sample;
+`guide` is the weaker network of autoguidance, and `course`, in place of the configured one, may be traced."""
 
 
 def make_draw(
@@ -101,13 +122,13 @@ def make_draw(
     config.check(model, objective, by_another=by_another)
     config = config.resolved(objective)
     step = partial(samplers.ddim_step, eta=config.eta) if config.sampler == "ddim" else STEPS[config.sampler]
-    grid = objective.levels(config.steps, config.spacing)
+    usual = config.course(objective)
     shape = (model.input_size, model.input_size, model.in_channels)
-    interval = None if config.guidance_interval == (0, 1000) else config.guidance_interval
 
-    def draw(model, labels, keys, *, guide=None, scale=None):
-        scale = config.guidance_scale if scale is None else scale
-        by: Any = {"scale": scale, "channels": config.guidance_channels or None, "interval": interval}
+    def draw(model, labels, keys, *, guide=None, course=None):
+        grid, scale, interval = usual if course is None else course
+        by: Any = {"scale": 1 if scale is None else scale, "channels": config.guidance_channels or None}
+        by["interval"] = interval
 
         @objective.predictor
         def apply(x, t, y, network=model):
@@ -136,15 +157,14 @@ def on_mesh(draw: Draw, mesh: Mesh) -> Draw:
     The batch must be a multiple of `batch_parts`.
     """
 
-    def spread(model, labels, keys, *, guide=None, scale=None):
+    def spread(model, labels, keys, *, guide=None, course=None):
         gather, gather_guide = make_gather(model, mesh), make_gather(guide, mesh)
 
-        def local(given, rows):
-            model, guide, scale = given
-            return draw(gather(model), *rows, guide=gather_guide(guide), scale=scale)
+        def local(networks, rows):
+            model, guide = networks
+            return draw(gather(model), *rows, guide=gather_guide(guide), course=course)
 
-        given = (model, guide, scale)
-        return by_rows(local, given, mesh)(given, (labels, keys))
+        return by_rows(local, (model, guide), mesh)((model, guide), (labels, keys))
 
     return spread
 
@@ -152,6 +172,21 @@ def on_mesh(draw: Draw, mesh: Mesh) -> Draw:
 def sample_keys(seed: Integer[Array, ""] | int, first: Int[Array, ""] | int, count: int) -> Key[Array, " b"]:
     """The keys of samples number `first` to `first + count - 1`."""
     return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(count))
+
+
+def batch_size(num: int, most: int, parts: int) -> int:
+    """How many of `num` samples to draw at a time, at most about `most`, where as many as `parts` devices share them.
+
+    Batches are as few as can be and equally large. In each, every device has 1, 2, 3, 4, 6, 8, 12, 16, 24, ... samples,
+    or its share of `most`: so other numbers seldom need another program, and less than half as many again are drawn as
+    an equal share has.
+    """
+    limit = -(-most // parts)
+    batches = -(-num // (limit * parts))
+    rows = -(-num // (batches * parts))
+    power = 1 << (rows - 1).bit_length()
+    between = power * 3 // 4
+    return parts * min(limit, between if between >= rows and power > 2 else power)
 
 
 Decode = Callable[[Float[Array | np.ndarray, "n h w z"]], Float[Array, "n h8 w8 c"]]

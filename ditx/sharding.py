@@ -15,7 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from ditx.nn.layers import PLAIN, Compute
+from ditx.nn.dit import DiTConfig
+from ditx.nn.layers import PLAIN, Compute, cudnn_takes
 
 Tree = TypeVar("Tree")
 
@@ -62,26 +63,42 @@ def check_fit(mesh: Mesh, *, num_heads: int, mlp_size: int) -> None:
             raise ValueError(f"mesh.tensor is {mesh.shape['tensor']}, which does not divide {name}, {size}")
 
 
-def check_compute(mesh: Mesh, compute: Compute) -> None:
-    """Raise ValueError where fused kernels or FP8 cannot work; CPUs only round as FP8 does, to try what it costs."""
+def check_compute(mesh: Mesh, compute: Compute, dtype: str, model: DiTConfig) -> None:
+    """Raise ValueError where what is to compute the blocks of a network cannot, in `dtype` on these devices."""
     device, tensor = mesh.devices.flat[0], mesh.shape["tensor"]
     platform = device.platform
-    if compute.kernels == "fused" and tensor > 1:
-        raise ValueError(f"kernels is fused, which needs whole examples, but mesh.tensor is {tensor}; use plain")
-    if compute.kernels == "fused" and platform != "gpu":
-        raise ValueError(f"kernels is fused, which is for GPUs, but the devices are of the kind {platform}; use plain")
-    if compute.products == "fp8" and platform not in ("cpu", "gpu"):
-        raise ValueError(f"products is fp8, which is for GPUs, but the devices are of the kind {platform}; use plain")
-    if compute.products == "fp8" and platform == "gpu" and not _has_fp8(device):
+    for name, choice, instead in (("kernels", compute.kernels, "plain"), ("attention", compute.attention, "auto")):
+        if choice == "fused" and tensor > 1:
+            raise ValueError(f"{name} is fused, which needs whole examples, but mesh.tensor is {tensor}; use {instead}")
+        if choice in ("fused", "cudnn") and platform != "gpu":
+            raise ValueError(
+                f"{name} is {choice}, which is for GPUs, but the devices are of the kind {platform}; use {instead}"
+            )
+    if compute.products == "fp8":
+        _check_fp8(device)
+    width = model.hidden_size // model.num_heads
+    takes = {"cudnn": cudnn_takes(jnp.dtype(dtype), width), "fused": dtype != "float32" and width <= 128}
+    if not takes.get(compute.attention, True):
+        limits = {"cudnn": "whose width is a multiple of 8 up to 128", "fused": "up to 128 wide"}[compute.attention]
         raise ValueError(
-            f"products is fp8, which needs NVIDIA's GPUs from compute capability 8.9 on (Ada, Hopper), but that of"
-            f" {device.device_kind} is {device.compute_capability}; use plain"
+            f"attention is {compute.attention}, which takes bfloat16 and heads {limits}, but the network computes in"
+            f" {dtype} with heads {width} wide; use auto"
         )
 
 
-def _has_fp8(device: Any) -> bool:
-    major, _, minor = device.compute_capability.partition(".")  # AMD's has letters
-    return major.isdecimal() and (int(major), int(minor or 0)) >= (8, 9)
+def _check_fp8(device: Any) -> None:
+    if device.platform == "cpu":  # which rounds as GPUs do, to try what FP8 costs
+        return
+    if device.platform != "gpu":
+        raise ValueError(
+            f"products is fp8, which is for GPUs, but the devices are of the kind {device.platform}; use plain"
+        )
+    major, _, minor = device.compute_capability.partition(".")
+    if not major.isdecimal() or (int(major), int(minor or 0)) < (8, 9):  # AMD's has letters
+        raise ValueError(
+            "products is fp8, which needs NVIDIA's GPUs from compute capability 8.9 on (Ada, Hopper), but that of"
+            f" {device.device_kind} is {device.compute_capability}; use plain"
+        )
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:

@@ -89,7 +89,7 @@ def train_step(
 
     def mean_loss(model, rows):
         batch, keys = rows
-        model = gather(jax.tree.map(lambda leaf: leaf.astype(dtype), model))
+        model = gather(jax.tree.map(lambda leaf: _gradient_at_once(leaf.astype(dtype)), model))
 
         def example(x0, std, y, key):
             label_key, key = jax.random.split(key)
@@ -137,3 +137,16 @@ def train_step(
     before = (state.model, state.ema, state.opt_state, state.profiles)
     after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, ema, opt_state, profiles), before)
     return TrainState(state.step + 1, *after), terms | {"skipped": 1.0 - finite}
+
+
+@jax.custom_vjp
+def _gradient_at_once(leaf):
+    """`leaf`, whose gradient is written before it is used.
+
+    Where blocks are unrolled, XLA would otherwise gather their gradients within the optimizer, once for each of the
+    arrays that this updates: 60 bytes a weight rather than 38, and copies of the state.
+    """
+    return leaf
+
+
+_gradient_at_once.defvjp(lambda leaf: (leaf, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))

@@ -81,7 +81,7 @@ def check_start(output, newest):
     assert "moved to" not in output, output
     if goes_on:
         assert int(goes_on[1].replace(",", "")) == newest, (newest, output)
-    elif "compiled" in output:
+    elif "begins " in output:
         assert newest == 0, (newest, output)
     return goes_on is not None
 

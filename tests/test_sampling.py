@@ -16,7 +16,7 @@ from ditx.diffusion import flow
 from ditx.diffusion.predictions import Level, compose
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.objectives import ObjectiveConfig
-from ditx.sampling import STEPS, SamplingConfig, make_draw, sample_keys
+from ditx.sampling import STEPS, SamplingConfig, batch_size, make_draw, sample_keys
 
 CONFIG = DiTConfig(8, 4, 1, 16, 1, 1, num_classes=1)
 OBJECTIVES = [
@@ -53,15 +53,15 @@ class Best:
 
 
 @cache
-def drawn(objective, guide=None, scale=None, **fields):
+def drawn(objective, guide=None, course=(), **fields):
     draw = make_draw(SamplingConfig(**fields), CONFIG, objective, by_another=guide is not None)
     other = None if guide is None else Best(objective, *guide)
     labels, keys = jnp.zeros(64, jnp.int32), sample_keys(0, 0, 64)
 
-    def samples(scale):
-        return draw(Best(objective), labels, keys, guide=other, scale=scale)[0]
+    def samples(course):
+        return draw(Best(objective), labels, keys, guide=other, course=course)[0]
 
-    return np.asarray(jax.jit(samples)(None if scale is None else np.float32(scale)))
+    return np.asarray(jax.jit(samples)(SamplingConfig(**dict(course)).course(objective) if course else None))
 
 
 @pytest.mark.parametrize("sampler", STEPS)
@@ -91,8 +91,9 @@ def test_guided_data_lie_so_far_from_those_of_the_weaker_predictor(objective):
     for guide in ((0.5, 9.0), (9.0, 0.5, 0)):
         samples = drawn(objective, guide=guide, guidance_scale=2.0, **settings)
         assert samples.mean() == pytest.approx(2 * MU - 0.5, abs=0.03)
-    traced = drawn(objective, scale=3.0, guidance_scale=5.0, **settings)
-    np.testing.assert_allclose(traced, drawn(objective, guidance_scale=3.0, **settings), atol=1e-5)
+    wanted = {"guidance_scale": 3.0, "spacing": "log-snr", "guidance_interval": (100.0, 900.0), **settings}
+    traced = drawn(objective, course=tuple(wanted.items()), guidance_scale=5.0, **settings)
+    np.testing.assert_allclose(traced, drawn(objective, **wanted), atol=1e-5)
 
 
 def test_the_interval_is_in_the_same_times_for_all_conventions():
@@ -145,6 +146,59 @@ def test_outside_the_interval_the_program_of_a_batch_has_one_evaluation(sampler,
     # The patches and the time of both evaluations are embedded once.
     assert outside == 0 and len(guided) == evaluations
     assert all(alone == plain and 1.5 * plain < both < 2 * plain for alone, both in guided)
+
+
+def test_one_program_serves_all_labels_seeds_scales_intervals_and_schedules():
+    draw = make_draw(SamplingConfig(sampler="euler", steps=4), CONFIG, OBJECTIVES[0])
+
+    @jax.jit
+    def program(network, labels, seed, course):
+        return draw(network, labels, sample_keys(seed, 0, 4), course=course)[0]
+
+    def distinct(**varied):
+        fields = {"steps": 4, "guidance_scale": 2.0, "guidance_interval": (100.0, 900.0)} | varied
+        labels, seed = np.full(4, fields.pop("label", 0), np.int32), np.uint32(fields.pop("seed", 0))
+        return np.asarray(program(network, labels, seed, SamplingConfig(**fields).course(OBJECTIVES[0])))
+
+    network = jax.tree.map(lambda leaf: leaf + 0.1, DiT(CONFIG, key=jax.random.key(0)))
+    others = [{"label": 1}, {"seed": 1}, {"guidance_scale": 3.0}, {"guidance_interval": (0.0, 500.0)}]
+    others += [{"spacing": "log-snr"}, {"spacing": "karras"}]
+    results = [distinct(), *(distinct(**other) for other in others)]
+    assert program._cache_size() == 1
+    assert all(np.abs(a - b).max() > 1e-3 for k, a in enumerate(results) for b in results[:k])
+    distinct(steps=5)
+    distinct(guidance_scale=1.0)  # which has no second evaluation
+    assert program._cache_size() == 3
+
+
+def products(**fields):
+    """Numbers that each product of the loop of a program makes, by the text that JAX hands to XLA."""
+    draw = make_draw(SamplingConfig(sampler="euler", steps=4, **fields), CONFIG, OBJECTIVES[0])
+    arguments = DiT(CONFIG, key=jax.random.key(0)), jnp.zeros(5, jnp.int32), sample_keys(0, 0, 5)
+    text = jax.jit(lambda *given: draw(*given)[0]).lower(*arguments).as_text()
+    shapes = re.findall(r"stablehlo.dot_general.* -> tensor<([\dx]+)xf32>", text)
+    return [math.prod(map(int, shape.split("x"))) for shape in shapes]
+
+
+def test_guidance_makes_the_same_products_over_twice_the_rows():
+    alone, guided = products(), products(guidance_scale=2.0)
+    times = [both / one for both, one in zip(guided, alone, strict=True)]
+    # Patches and time are embedded once for both labels.
+    assert set(times) == {1.0, 2.0} and times.count(1.0) == 3, times
+
+
+@pytest.mark.parametrize("parts", [1, 8])
+def test_few_sizes_of_batches_serve_all_numbers_and_little_is_drawn_in_vain(parts):
+    sizes, most = set(), 100
+    for num in range(1, 1001):
+        size = batch_size(num, most, parts)
+        sizes.add(size)
+        batches, share = -(-num // size), -(-num // parts)
+        assert size % parts == 0 and size < most + parts and batches <= -(-num // most)
+        assert batches * size <= 1.5 * parts * (share + batches - 1)
+    assert len(sizes) <= 14
+    assert [batch_size(num, 100, 1) for num in (1, 3, 5, 10, 40, 100, 120, 1000)] == [1, 3, 6, 12, 48, 100, 64, 100]
+    assert batch_size(10, 10, 1) == 10 and batch_size(9, 3, 1) == 3 and batch_size(10, 4, 8) == 8
 
 
 def test_auto_is_the_usual_choice():

@@ -95,7 +95,7 @@ def test_killed_at_any_time_it_ends_as_the_undisturbed_run(finished, tmp_path):
     for _ in range(3):
         process = start(*TINY, "--steps", 40, "--run", run)
         line = ""
-        while process.poll() is None and "compiled" not in line:
+        while process.poll() is None and not line.startswith(("begins", "goes on")):
             line = process.stdout.readline()
         time.sleep(rng.uniform(0, 0.6))
         process.kill()
@@ -337,6 +337,7 @@ MISTAKES = {
     "nowhere does not exist": ["cifar10", "--data-path", "nowhere"],
     "nowhere is not a folder": ["images", "--data-path", "nowhere"],
     "kernels is fused, which is for GPUs, but the devices are of the kind cpu; use plain": ["--kernels", "fused"],
+    "attention is fused, which is for GPUs, but the devices are of the kind cpu; use auto": ["--attention", "fused"],
 }
 
 
@@ -368,11 +369,12 @@ def test_bad_images_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     images = folder_of_images(tmp_path / "images", "cat/a.png", "dog/b.png")
     (images / "dog" / "broken.png").write_bytes(b"no image")
-    code, said = call(train, monkeypatch, capsys, "images", "--data-path", images)
+    flags = ["images", "--data-path", images, *"--model.input-size 8 --model.depth 1 --batch-size 8".split()]
+    code, said = call(train, monkeypatch, capsys, *flags)
     assert code == 2 and "broken.png" in said
     (images / "dog" / "broken.png").unlink()
     (images / "empty").mkdir()
-    code, said = call(train, monkeypatch, capsys, "images", "--data-path", images)
+    code, said = call(train, monkeypatch, capsys, *flags)
     assert code == 2 and "empty" in said and not (tmp_path / "runs").exists()
 
 
@@ -490,6 +492,7 @@ SAMPLE_MISTAKES = {
     "num is -1": ["--num", -1],
     "give a name that ends in .png": ["--out", "grid.jpg"],
     "kernels is fused, which is for GPUs": ["--kernels", "fused"],
+    "attention is cudnn, which is for GPUs": ["--attention", "cudnn"],
 }
 
 

@@ -95,7 +95,7 @@ def alone():
         ("fsdp", {"remat": "dots", "unroll": 3}),
         ("data-fsdp", {"accumulate": 2}),
         ("all", {"accumulate": 2, "remat": "full", "unroll": 3}),
-        ("data-fsdp", {"compute": Compute("fused")}),
+        ("data-fsdp", {"compute": Compute("fused", attention="fused")}),
     ],
 )
 def test_eight_devices_equal_one(alone, name, options):
@@ -346,24 +346,49 @@ def test_fp8_has_its_products_made_before_tritons(monkeypatch):
 def test_fp8_needs_ada_or_hopper(monkeypatch, capability, fit):
     monkeypatch.setattr(Gpu, "compute_capability", capability, raising=False)
     monkeypatch.setattr(Gpu, "device_kind", "a card", raising=False)
-    fp8 = Compute(products="fp8")
-    check_compute(make_mesh(MESHES["all"]), fp8)
+    check = partial(check_compute, compute=Compute(products="fp8"), dtype="bfloat16", model=DiTConfig())
+    check(make_mesh(MESHES["all"]))
     if fit:
-        check_compute(gpus(2, 2, 2), fp8)
+        check(gpus(2, 2, 2))
     else:
         with pytest.raises(
             ValueError, match=rf"from compute capability 8\.9 on .* of a card is {capability}; use plain"
         ):
-            check_compute(gpus(2, 2, 2), fp8)
+            check(gpus(2, 2, 2))
     monkeypatch.setattr(Gpu, "platform", "tpu")
     with pytest.raises(ValueError, match="is for GPUs, but the devices are of the kind tpu; use plain"):
-        check_compute(gpus(1, 1, 1), fp8)
+        check(gpus(1, 1, 1))
 
 
-def test_fused_kernels_need_gpus_and_whole_examples():
-    check_compute(gpus(2, 2, 1), Compute("fused"))
-    check_compute(make_mesh(MESHES["tensor"]), Compute())
-    with pytest.raises(ValueError, match=r"needs whole examples, but mesh\.tensor is 2; use plain"):
-        check_compute(gpus(1, 1, 2), Compute("fused"))
-    with pytest.raises(ValueError, match="is for GPUs, but the devices are of the kind cpu; use plain"):
-        check_compute(make_mesh(MESHES["data"]), Compute("fused"))
+def test_gpus_compute_blocks_by_every_choice():
+    for choice in (Compute(), Compute("fused"), Compute(attention="cudnn"), Compute("fused", attention="fused")):
+        check_compute(gpus(2, 2, 1), choice, "bfloat16", DiTConfig())
+    check_compute(gpus(1, 1, 2), Compute(attention="cudnn"), "bfloat16", DiTConfig())
+    check_compute(make_mesh(MESHES["tensor"]), Compute(attention="xla"), "float32", DiTConfig(num_heads=6))
+
+
+@pytest.mark.parametrize(
+    ("compute", "tensor", "dtype", "heads", "sentence"),
+    [
+        (Compute("fused"), 2, "bfloat16", 16, r"kernels is .* needs whole examples, but mesh\.tensor is 2; use plain"),
+        (Compute("fused"), None, "bfloat16", 16, "kernels is fused, .* but the devices are of the kind cpu; use plain"),
+        (Compute(attention="fused"), 2, "bfloat16", 16, r"attention is .* but mesh\.tensor is 2; use auto"),
+        (Compute(attention="fused"), None, "bfloat16", 16, "attention is fused, .* of the kind cpu; use auto"),
+        (Compute(attention="fused"), 1, "bfloat16", 6, "heads up to 128 wide, .* with heads 192 wide; use auto"),
+        (
+            Compute(attention="fused"),
+            1,
+            "float32",
+            16,
+            "fused, which takes bfloat16 .* computes in float32 with heads 72",
+        ),
+        (Compute(attention="cudnn"), None, "bfloat16", 16, "attention is cudnn, .* of the kind cpu; use auto"),
+        (Compute(attention="cudnn"), 1, "float32", 16, "computes in float32 with heads 72 wide; use auto"),
+        (Compute(attention="cudnn"), 1, "bfloat16", 32, "computes in bfloat16 with heads 36 wide; use auto"),
+        (Compute(attention="cudnn"), 1, "bfloat16", 6, "computes in bfloat16 with heads 192 wide; use auto"),
+    ],
+)
+def test_what_cannot_compute_blocks_is_refused(compute, tensor, dtype, heads, sentence):
+    mesh = make_mesh(MESHES["data"]) if tensor is None else gpus(1, 1, tensor)
+    with pytest.raises(ValueError, match=sentence):
+        check_compute(mesh, compute, dtype, DiTConfig(num_heads=heads))

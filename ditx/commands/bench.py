@@ -1,32 +1,29 @@
 """`ditx bench WHAT ...`: how fast this machine trains, draws, judges, encodes and reads, and by which choices."""
 
-import gc
 import json
 import sys
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from itertools import product
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
 
 from ditx import flops
-from ditx.commands import bench_evaluation, bench_reading, bench_torch, bench_work
+from ditx.commands import bench_evaluation, bench_reading, bench_sweep, bench_torch, bench_work
 from ditx.commands.bench_evaluation import Evaluate
 from ditx.commands.bench_reading import Data, Extract
-from ditx.commands.bench_work import OutOfMemoryError, Sample, Timing, Train, objective_of, resolved
-from ditx.nn.dit import DIT_CONFIGS, DiTConfig, Remat
+from ditx.commands.bench_sweep import fastest, flags_of
+from ditx.commands.bench_work import Sample, Timing, Train, objective_of, resolved
+from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 from ditx.nn.layers import Compute
 from ditx.sharding import compiler_options, make_mesh
 
 KINDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "extract": Extract, "data": Data}
-# What a sweep tries.
-CHOICES = ("batch_size", "unroll", "remat", "kernels")
 # The network of the figures on two CPU cores.
 TINY = DiTConfig(28, 4, 1, 96, 4, 4, num_classes=10)
 
@@ -163,47 +160,18 @@ def reading(what: str, config: Evaluate | Extract | Data) -> dict[str, Any]:
 
 
 def sweep(config: Train) -> dict[str, Any]:
-    """Figures of every choice that fits, and the fastest; in text, a line for each as it is made."""
+    """Figures of every choice that is tried and fits, and the fastest; in text, a line for each as it is made."""
     mesh = bench_work.check_network(config)
-    sizes = sorted(set(config.batch_sizes or (config.batch_size, 2 * config.batch_size)))
-    unrolls = sorted({1, config.model.depth})
-    usable = jax.default_backend() == "gpu" and config.mesh.tensor == 1
-    kernels = ("plain", "fused") if usable else ("plain",)
-    rows: list[dict[str, Any]] = []
-    too_large: set[tuple[Any, ...]] = set()
-    for batch_size, *choice in product(sizes, unrolls, get_args(Remat), kernels):
-        row: dict[str, Any] = dict(zip(CHOICES, (batch_size, *choice), strict=True))
-        if tuple(choice) in too_large:
-            row |= {"skipped": "out of memory with a smaller batch already"}
-        else:
-            try:
-                row |= rates(bench_work.train(replace(config, **row)))
-            except OutOfMemoryError as error:
-                row |= {"skipped": f"out of memory: {error}"}
-                too_large.add(tuple(choice))
-            gc.collect()  # what a failure held on to
-        rows.append(row)
-        if not config.json:
-            print(sweep_line(row), flush=True)
+    rows = bench_sweep.search(config, mesh, lambda choice: rates(bench_work.train(choice)))
     fitting = [row for row in rows if "skipped" not in row]
     if not fitting:
         raise ValueError("none of the choices fits; try smaller --batch-sizes, a higher --accumulate, or --mesh.fsdp")
     where = devices(mesh, resolved(config.dtype), config)
     for row in fitting:
         row |= utilisation(where | row)
-    fastest = {
-        size: max((row for row in fitting if row["batch_size"] == size), key=lambda row: row["images_per_second"])
-        for size in sizes
-        if any(row["batch_size"] == size for row in fitting)
-    }
-    best = max(fastest.values(), key=lambda row: row["images_per_second"])
-    recommended = {"recommended": flags_of(best), "by_batch_size": {n: flags_of(row) for n, row in fastest.items()}}
-    return describe(config) | where | {"rows": rows} | recommended
-
-
-def flags_of(row: dict[str, Any]) -> str:
-    """A choice as flags of train.py."""
-    return " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in CHOICES)
+    best = max(fitting, key=lambda row: row["images_per_second"])
+    by_batch_size = {size: flags_of(row) for size, row in fastest(rows).items()}
+    return describe(config) | where | {"rows": rows, "recommended": flags_of(best), "by_batch_size": by_batch_size}
 
 
 def beside(config: Train | Sample) -> dict[str, Any]:
@@ -309,16 +277,6 @@ def beside_text(told: dict[str, Any]) -> str:
     found = next(iter(told["beside"].values()))["versions"]
     versions = ", ".join(f"{name} {number}" for name, number in found.items())
     return "\n".join([*lines, f"ratio: a peer's time over ours, above 1 where ours is faster; {versions}"])
-
-
-def sweep_line(row: dict[str, Any]) -> str:
-    """One choice, for people."""
-    if "skipped" in row:
-        return f"{flags_of(row):<64} skipped: {row['skipped']}"
-    return (
-        f"{flags_of(row):<64}{1e3 * row['seconds']:>10,.2f} ms{row['images_per_second']:>12,.2f} images/s"
-        f"{row['program_bytes'] / 2**20:>12,.1f} MiB   compiled in {row['compile_seconds']:,.1f} s"
-    )
 
 
 def sweep_text(told: dict[str, Any]) -> str:

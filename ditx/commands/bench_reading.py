@@ -15,10 +15,11 @@ import PIL.Image
 import tyro
 
 from ditx import data, latents, runs
-from ditx.commands.bench_work import Dtype, Timing, compiled, intervals, memory_checked, resolved
+from ditx.commands.bench_work import Timing, intervals, memory_checked
 from ditx.commands.extract import encode
 from ditx.imagefiles import listing
 from ditx.nn.vae import AutoencoderKL, VAEConfig
+from ditx.programs import Dtype, compiled, resolved
 from ditx.sharding import MeshConfig, batch_sharding, everywhere, make_mesh, put_whole
 from ditx.vae_weights import load_vae
 

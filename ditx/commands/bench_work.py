@@ -1,7 +1,6 @@
 """What `ditx bench` times on devices: training steps and draws of a network, and the products that are their limit."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditx import flops
-from ditx.monitor import memory_of
 from ditx.nn.dit import DiT, DiTConfig, Remat
 from ditx.nn.layers import Compute
 from ditx.objectives import ObjectiveConfig, make_objective
+from ditx.programs import Dtype, OutOfMemoryError, compiled, resolved
 from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
 from ditx.sharding import (
     MeshConfig,
@@ -36,12 +35,6 @@ from ditx.sharding import (
     put_whole,
 )
 from ditx.training import TrainState, adamw, train_step
-
-Dtype = Literal["auto", "float32", "bfloat16"]
-
-
-class OutOfMemoryError(ValueError):
-    """A program takes more memory than a device has."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +70,8 @@ class Train(Network):
     accumulate: int = 1
     """parts of a batch that follow each other within one step"""
     sweep: bool = False
-    """try all kinds of --remat with blocks unrolled and not, on GPUs with all --kernels, at each of --batch-sizes, and
-    recommend the fastest"""
+    """try all kinds of --remat with blocks unrolled and not at each of --batch-sizes, on GPUs with the fastest of each
+    the other --kernels and --attention fused, too, and recommend the fastest"""
     batch_sizes: tuple[int, ...] = ()
     """with --sweep: what to try; once and twice --batch-size if not given"""
 
@@ -109,11 +102,6 @@ class Timing:
     compile_seconds: float | None = None
     program_bytes: int | None = None
     """on each device, arguments and results included, as XLA reports it"""
-
-
-def resolved(dtype: str) -> str:
-    """The type that `auto` stands for on the devices at hand."""
-    return dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def intervals(call: Callable[[], Any], repeats: int) -> list[float]:
@@ -188,32 +176,12 @@ def memory_checked() -> Iterator[None]:
         raise OutOfMemoryError(f"too little memory on the devices ({line}); try a smaller --batch-size") from error
 
 
-def compiled(function: Any, *arguments: Any) -> tuple[jax.stages.Compiled, float, int]:
-    """A jitted function made ready for arguments, the seconds this took, and the bytes it takes on each device.
-
-    Raises OutOfMemoryError, before anything is run, where a device has fewer.
-    """
-    began = time.perf_counter()
-    program = function.lower(*arguments).compile()
-    seconds, needed, limit = time.perf_counter() - began, memory_of(program), device_memory()
-    if needed > limit:
-        sizes = f"{needed / 2**30:,.2f} GiB on each device, which has {limit / 2**30:,.2f}"
-        raise OutOfMemoryError(f"it takes {sizes}; try a smaller --batch-size")
-    return program, seconds, needed
-
-
-def device_memory() -> int:
-    """Bytes that a device can give; simulated ones share those of the machine."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-
-
 def check_network(config: Train | Sample) -> Mesh:
     """The mesh. Raises ValueError for what cannot be, before anything is compiled."""
     mesh = make_mesh(config.mesh)
     keep_freed_memory(mesh)
     check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
-    check_compute(mesh, config)
+    check_compute(mesh, config, resolved(config.dtype), config.model)
     accumulate = config.accumulate if isinstance(config, Train) else 1
     for size in (config.batch_size, *(config.batch_sizes if isinstance(config, Train) else ())):
         check_batch(mesh, size, accumulate)
@@ -276,18 +244,18 @@ def train(config: Train) -> Timing:
 
 
 def sample(config: Sample) -> Timing:
-    """Time draws: the whole loop is one program, its weights in what it computes in; labels and noise are arguments."""
+    """Time draws: the whole loop is one program, its weights in what it computes in; all numbers are arguments."""
     mesh, model = check_network(config), config.model
     dtype = jnp.dtype(resolved(config.dtype))
     draw = make_draw(config.sampling, model, objective_of(model), unroll=config.unroll, compute=config)
-    draw = on_mesh(draw, mesh)
+    draw, course = on_mesh(draw, mesh), config.sampling.course(objective_of(model))
 
     def create(key):
         network = random_weights(DiT(model, key=key))
         return jax.tree.map(lambda leaf: leaf.astype(dtype), network)
 
-    def run_batch(network, labels, first):
-        return draw(network, labels, sample_keys(0, first, config.batch_size))[0]
+    def run_batch(network, labels, first, course):
+        return draw(network, labels, sample_keys(0, first, config.batch_size), course=course)[0]
 
     whole = everywhere(mesh)
     key = jax.jit(lambda: jax.random.key(0), out_shardings=whole)()
@@ -296,10 +264,10 @@ def sample(config: Sample) -> Timing:
     firsts = [put_whole(np.int32(k * config.batch_size), whole) for k in range(config.repeats + 3)]
     with memory_checked():
         jitted = jax.jit(run_batch, out_shardings=whole, compiler_options=compiler_options(mesh, config))
-        program, compile_seconds, program_bytes = compiled(jitted, abstract, labels, firsts[0])
+        program, compile_seconds, program_bytes = compiled(jitted, abstract, labels, firsts[0], course)
         network = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
         # Each is waited for; a CPU would run two at once.
-        times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop())), config.repeats)
+        times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop(), course)), config.repeats)
     work = 2 * config.batch_size * evaluations(config.sampling, objective_of(model)) * flops.macs(model)
     return Timing(times, config.batch_size, work, compile_seconds, program_bytes)
 

@@ -10,6 +10,7 @@ import tyro
 
 from ditx import data, pretrained
 from ditx.diffusion import likelihood
+from ditx.nn.layers import Compute
 from ditx.sampling import sample_keys
 
 
@@ -63,7 +64,8 @@ def main(argv: list[str]) -> int:
         def one(x, y, key):
             @described.objective.predictor
             def predict(x, t):
-                return network(x, t, y if model.num_classes else None)
+                # The ODE's divergence needs forward derivatives, which other attention has not.
+                return network(x, t, y if model.num_classes else None, compute=Compute(attention="xla"))
 
             ode = likelihood.ode_bpd(grid, predict, x, key=key, probes=config.probes)
             return likelihood.variational_bpd(grid, predict, x, key=key)["total"], ode

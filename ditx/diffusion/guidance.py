@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from ditx.diffusion.predictions import Image, Predict
 
 Scale: TypeAlias = int | float | Float[Array, ""]
-Interval: TypeAlias = tuple[float, float]
+Interval: TypeAlias = tuple[float | Float[Array, ""], float | Float[Array, ""]]
 
 
 def guide(

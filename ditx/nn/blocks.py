@@ -38,8 +38,8 @@ class AdaLNZeroBlock(eqx.Module):
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6)
         x, y = norm_modulate(x, shift1, scale1, compute)
-        x, y = gate_norm_modulate(x, gate1, self.attention(y, compute), shift2, scale2, compute)
-        return gate_residual(x, gate2, self.mlp(y, compute), compute)
+        x, y = gate_norm_modulate(x, gate1, *self.attention.unbiased(y, compute), shift2, scale2, compute)
+        return gate_residual(x, gate2, *self.mlp.unbiased(y, compute), compute)
 
 
 class AdaLNBlock(eqx.Module):

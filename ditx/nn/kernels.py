@@ -48,8 +48,8 @@ def _norm_modulate_backward(saved, gradients):
         return (dx + more,), (dy, dy * normed)
 
     x, scale = saved
-    (dx,), (shift, scale) = _pass(body, [x, *gradients], [scale], outputs=1, sums=2)
-    return dx, shift, scale
+    (dx,), (dshift, dscale) = _pass(body, [x, *gradients], [scale], outputs=1, sums=2)
+    return dx, *_as_type(scale.dtype, dshift, dscale)
 
 
 norm_modulate.defvjp(_norm_modulate_forward, _norm_modulate_backward)
@@ -60,61 +60,66 @@ def gate_norm_modulate(
     x: Float[Array, "n d"],
     gate: Float[Array, " d"],
     branch: Float[Array, "n d"],
+    bias: Float[Array, " d"],
     shift: Float[Array, " d"],
     scale: Float[Array, " d"],
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-    """`x + gate * branch`, and its layer norm, scaled and shifted."""
-    return _gate_norm_modulate_forward(x, gate, branch, shift, scale)[0]
+    """`x + gate * (branch + bias)`, and its layer norm, scaled and shifted."""
+    return _gate_norm_modulate_forward(x, gate, branch, bias, shift, scale)[0]
 
 
-def _gate_norm_modulate_forward(x, gate, branch, shift, scale):
+def _gate_norm_modulate_forward(x, gate, branch, bias, shift, scale):
     dtype = x.dtype
 
-    def body(mean, x, branch, gate, shift, scale):
+    def body(mean, x, branch, gate, bias, shift, scale):
         # The norm is of the sum as it is stored, as it is in the backward pass.
-        x = (x + gate * branch).astype(dtype).astype(jnp.float32)
+        x = (x + gate * (branch + bias)).astype(dtype).astype(jnp.float32)
         return (x, _norm(mean, x)[0] * (1 + scale) + shift), ()
 
-    (x, y), _ = _pass(body, [x, branch], [gate, shift, scale], outputs=2)
-    return (x, y), (x, branch, gate, scale)
+    (x, y), _ = _pass(body, [x, branch], [gate, bias, shift, scale], outputs=2)
+    return (x, y), (x, branch, gate, bias, scale)
 
 
 def _gate_norm_modulate_backward(saved, gradients):
     def body(mean, x, branch, dx, dy, gate, scale):
         more, normed = _norm_gradient(mean, x, dy, scale)
         dx = dx + more
-        return (dx, gate * dx), (dx * branch, dy, dy * normed)
+        return (dx, gate * dx), (dx, dx * branch, dy, dy * normed)
 
-    x, branch, gate, scale = saved
+    x, branch, gate, bias, scale = saved
     tokens = [x, branch, *gradients]
-    (dx, dbranch), (gate, shift, scale) = _pass(body, tokens, [gate, scale], outputs=2, sums=3)
-    return dx, gate, dbranch, shift, scale
+    (dx, dbranch), (total, by_branch, dshift, dscale) = _pass(body, tokens, [gate, scale], outputs=2, sums=4)
+    dgate, dbias, dshift, dscale = _as_type(gate.dtype, by_branch + bias * total, gate * total, dshift, dscale)
+    return dx, dgate, dbranch, dbias, dshift, dscale
 
 
 gate_norm_modulate.defvjp(_gate_norm_modulate_forward, _gate_norm_modulate_backward)
 
 
 @jax.custom_vjp
-def gate_residual(x: Float[Array, "n d"], gate: Float[Array, " d"], branch: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """`x + gate * branch`."""
-    return _gate_residual_forward(x, gate, branch)[0]
+def gate_residual(
+    x: Float[Array, "n d"], gate: Float[Array, " d"], branch: Float[Array, "n d"], bias: Float[Array, " d"]
+) -> Float[Array, "n d"]:
+    """`x + gate * (branch + bias)`."""
+    return _gate_residual_forward(x, gate, branch, bias)[0]
 
 
-def _gate_residual_forward(x, gate, branch):
-    def body(mean, x, branch, gate):
-        return (x + gate * branch,), ()
+def _gate_residual_forward(x, gate, branch, bias):
+    def body(mean, x, branch, gate, bias):
+        return (x + gate * (branch + bias),), ()
 
-    (y,), _ = _pass(body, [x, branch], [gate], outputs=1)
-    return y, (branch, gate)
+    (y,), _ = _pass(body, [x, branch], [gate, bias], outputs=1)
+    return y, (branch, gate, bias)
 
 
 def _gate_residual_backward(saved, gradient):
     def body(mean, branch, dx, gate):
-        return (gate * dx,), (dx * branch,)
+        return (gate * dx,), (dx, dx * branch)
 
-    branch, gate = saved
-    (dbranch,), (gate,) = _pass(body, [branch, gradient], [gate], outputs=1, sums=1)
-    return gradient, gate, dbranch
+    branch, gate, bias = saved
+    (dbranch,), (total, by_branch) = _pass(body, [branch, gradient], [gate], outputs=1, sums=2)
+    dgate, dbias = _as_type(gate.dtype, by_branch + bias * total, gate * total)
+    return gradient, dgate, dbranch, dbias
 
 
 gate_residual.defvjp(_gate_residual_forward, _gate_residual_backward)
@@ -143,11 +148,15 @@ def _bias_gelu_backward(saved, gradient):
         return (dx,), (dx,)
 
     x, bias = saved
-    (dx,), (bias,) = _pass(body, [x, gradient], [bias], outputs=1, sums=1, split=True)
-    return dx, bias
+    (dx,), (dbias,) = _pass(body, [x, gradient], [bias], outputs=1, sums=1, split=True)
+    return dx, dbias.astype(bias.dtype)
 
 
 bias_gelu.defvjp(_bias_gelu_forward, _bias_gelu_backward)
+
+
+def _as_type(dtype, *vectors):
+    return [vector.astype(dtype) for vector in vectors]
 
 
 def _norm(mean, x):
@@ -182,7 +191,7 @@ def _pass(
     sums: int = 0,
     split: bool = False,
 ) -> tuple[Sequence[Float[Array, "n d"]], list[Float[Array, " d"]]]:
-    """What `body` makes of every token, and sums over tokens of what else it makes, in the type of the first vector.
+    """What `body` makes of every token, and sums over tokens of what else it makes, in float32.
 
     `body(mean, *tokens, *vectors) -> outputs, summands` sees one token at a time in float32, or, with `split`, a part
     of its channels; `mean` is over all its channels, hence not for parts.
@@ -196,22 +205,25 @@ def _pass(
         ins, outs = refs[: len(tokens) + len(vectors)], refs[len(tokens) + len(vectors) :]
         inside = pl.program_id(1) * width + jnp.arange(width) < d
 
-        def load(ref):
-            return triton.load(ref, mask=inside, other=0).astype(jnp.float32)
-
         def mean(token):
             return jnp.where(inside, token, 0).sum() / d
 
-        fixed = [load(ref) for ref in ins[len(tokens) :]]
+        def load_tokens(k):
+            return [triton.load(ref.at[k], mask=inside, other=0) for ref in ins[: len(tokens)]]
 
-        def step(k, totals):
-            results, summands = body(mean, *(load(ref.at[k]) for ref in ins[: len(tokens)]), *fixed)
+        def step(k, carry):
+            totals, here = carry
+            following = load_tokens(jnp.minimum(k + 1, count - 1))  # under way while this one is computed
+            results, summands = body(mean, *(token.astype(jnp.float32) for token in here), *fixed)
             for ref, result in zip(outs[:outputs], results, strict=True):
                 triton.store(ref.at[k], result.astype(dtype), mask=inside)
-            return tuple(total + summand for total, summand in zip(totals, summands, strict=True))
+            return [total + summand for total, summand in zip(totals, summands, strict=True)], following
 
+        fixed = [triton.load(ref, mask=inside, other=0).astype(jnp.float32) for ref in ins[len(tokens) :]]
         count = jnp.minimum(_TOKENS, n - pl.program_id(0) * _TOKENS)
-        totals = jax.lax.fori_loop(0, count, step, (jnp.zeros(width, jnp.float32),) * sums)
+        zeros = [jnp.zeros(width, jnp.float32)] * sums
+        first = jnp.minimum(0, count)  # 0, but traced, which Pallas' interpreter needs
+        totals, _ = jax.lax.fori_loop(0, count, step, (zeros, load_tokens(first)))
         for ref, total in zip(outs[outputs:], totals, strict=True):
             triton.store(ref, total, mask=inside)
 
@@ -229,7 +241,7 @@ def _pass(
         compiler_params=triton.CompilerParams(num_warps=min(8, max(1, width // 256))),
     )
     results = on_gpu(call, *tokens, *vectors)
-    return results[:outputs], [part.sum(0).astype(vectors[0].dtype) for part in results[outputs:]]
+    return results[:outputs], [part.sum(0) for part in results[outputs:]]
 
 
 def on_gpu(call: Callable[..., Any], *arguments: Array) -> Any:

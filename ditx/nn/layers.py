@@ -21,6 +21,8 @@ class Compute:
 
     kernels: Literal["plain", "fused"] = "plain"
     """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
+    attention: Literal["auto", "xla", "cudnn", "fused"] = "auto"
+    """what computes attention: XLA, cuDNN, or, on GPUs, kernels of ditx (fused); auto is cuDNN where it can be"""
     products: Literal["plain", "fp8"] = "plain"
     """what the products with a block's weights are of: numbers of the network's type (plain), or of 8 bits, which GPUs
     from Ada and Hopper on multiply twice as fast, and with which it learns otherwise (fp8)"""
@@ -96,30 +98,36 @@ def gate_norm_modulate(
     x: Float[Array, "n d"],
     gate: Float[Array, " d"],
     branch: Float[Array, "n d"],
+    bias: Float[Array, " d"],
     shift: Float[Array, " d"],
     scale: Float[Array, " d"],
     compute: Compute = PLAIN,
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-    """`norm_modulate(x + gate * branch, shift, scale)`: the end of one branch and the beginning of the next."""
+    """`norm_modulate(x + gate * (branch + bias), shift, scale)`: the end of a branch and the beginning of the next."""
     if compute.kernels == "fused":
-        return _kernels().gate_norm_modulate(x, gate, branch, shift, scale)
-    return norm_modulate(x + gate * branch, shift, scale)
+        return _kernels().gate_norm_modulate(x, gate, branch, bias, shift, scale)
+    return norm_modulate(x + gate * (branch + bias), shift, scale)
 
 
 def gate_residual(
-    x: Float[Array, "n d"], gate: Float[Array, " d"], branch: Float[Array, "n d"], compute: Compute = PLAIN
+    x: Float[Array, "n d"],
+    gate: Float[Array, " d"],
+    branch: Float[Array, "n d"],
+    bias: Float[Array, " d"],
+    compute: Compute = PLAIN,
 ) -> Float[Array, "n d"]:
-    """`x + gate * branch`: the end of a branch."""
+    """`x + gate * (branch + bias)`: the end of a branch."""
     if compute.kernels == "fused":
-        return _kernels().gate_residual(x, gate, branch)
-    return x + gate * branch
+        return _kernels().gate_residual(x, gate, branch, bias)
+    return x + gate * (branch + bias)
 
 
 def bias_gelu(x: Float[Array, "n d"], bias: Float[Array, " d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
     """GELU in its tanh form (Hendrycks and Gimpel 2016) of `x + bias`."""
     if compute.kernels == "fused":
         return _kernels().bias_gelu(x, bias)
-    return jax.nn.gelu(x + bias, approximate=True)
+    # Only its input is kept: XLA would write what the derivative needs in the forward pass, and read it again.
+    return jax.checkpoint(lambda x, bias: jax.nn.gelu(x + bias, approximate=True))(x, bias)
 
 
 def _kernels() -> Any:
@@ -145,14 +153,27 @@ class Attention(eqx.Module):
         self.num_heads = num_heads
 
     def __call__(self, x: Float[Array, "n d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
+        branch, bias = self.unbiased(x, compute)
+        return branch + bias
+
+    def unbiased(
+        self, x: Float[Array, "n d"], compute: Compute = PLAIN
+    ) -> tuple[Float[Array, "n d"], Float[Array, " d"]]:
+        """The result without its bias, and that bias."""
+
         # Three products, since parts of a weight are cheaper to come by than parts of what is made of all tokens; not
         # kept for the backward pass, to which the weight itself is at hand.
         @partial(jax.checkpoint, prevent_cse=False)
-        def project(layer, x):
-            return [product(x, layer.weight[:, part], compute) + layer.bias[part] for part in range(3)]
+        def project(weight, bias, x):
+            q, k, v = (product(x, weight[:, part], compute) for part in range(3))
+            return q + bias, k, v
 
-        q, k, v = project(self.qkv, x)
-        return self.out(attend(q, k, v, self.num_heads), compute)
+        # Two biases need no pass over the tokens: that of the keys moves all logits of a query alike, which softmax
+        # does not see, and that of the values passes through it, since its weights add up to 1.
+        q_bias, _, v_bias = self.qkv.bias
+        q, k, v = project(self.qkv.weight, q_bias, x)
+        mixed = attend(q, k, v, self.num_heads, compute)
+        return product(mixed, self.out.weight, compute), v_bias @ self.out.weight + self.out.bias
 
 
 class CrossAttention(eqx.Module):
@@ -173,16 +194,23 @@ class CrossAttention(eqx.Module):
         self, x: Float[Array, "n d"], context: Float[Array, "m d"], compute: Compute = PLAIN
     ) -> Float[Array, "n d"]:
         q, k, v = self.q(x, compute), self.k(context, compute), self.v(context, compute)
-        return self.out(attend(q, k, v, self.num_heads), compute)
+        return self.out(attend(q, k, v, self.num_heads, compute), compute)
 
 
 def attend(
-    q: Float[Array, "n d"], k: Float[Array, "m d"], v: Float[Array, "m d"], num_heads: int
+    q: Float[Array, "n d"], k: Float[Array, "m d"], v: Float[Array, "m d"], num_heads: int, compute: Compute = PLAIN
 ) -> Float[Array, "n d"]:
     """Scaled dot-product attention (Vaswani et al. 2017, Eq. 1) in each of `num_heads` equal parts of the channels."""
-    width = q.shape[-1] // num_heads
-    # All that cuDNN's kernel takes.
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width <= 128 and width % 8 == 0:
+    width, choice = q.shape[-1] // num_heads, compute.attention
+    if choice == "auto":
+        # Not by jax.lax.platform_dependent: all branches are traced, which fails for cuDNN where that is missing,
+        # and the backward pass would keep what any of them needs.
+        choice = "cudnn" if jax.default_backend() == "gpu" and cudnn_takes(q.dtype, width) else "xla"
+    if choice == "fused":
+        from ditx.nn import attention_kernel  # as _kernels does
+
+        return attention_kernel.attend(q, k, v, num_heads)
+    if choice == "cudnn":
         q, k, v = (rearrange(part, "n (heads k) -> n heads k", heads=num_heads) for part in (q, k, v))
         mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
         return rearrange(mixed, "n heads k -> n (heads k)")
@@ -191,6 +219,11 @@ def attend(
     logits = jnp.einsum("hnk,hmk->hnm", q * width**-0.5, k, preferred_element_type=wide)
     mixed = jnp.einsum("hnm,hmk->hnk", jax.nn.softmax(logits).astype(v.dtype), v)
     return rearrange(mixed, "heads n k -> n (heads k)")
+
+
+def cudnn_takes(dtype: jnp.dtype, width: int) -> bool:
+    """Whether cuDNN's attention computes in that type, with heads of that width."""
+    return dtype in (jnp.bfloat16, jnp.float16) and width <= 128 and width % 8 == 0
 
 
 class MLP(eqx.Module):
@@ -205,7 +238,15 @@ class MLP(eqx.Module):
         self.down = Linear(mlp_size, hidden_size, key=down_key)
 
     def __call__(self, x: Float[Array, "n d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
-        return self.down(bias_gelu(product(x, self.up.weight, compute), self.up.bias, compute), compute)
+        branch, bias = self.unbiased(x, compute)
+        return branch + bias
+
+    def unbiased(
+        self, x: Float[Array, "n d"], compute: Compute = PLAIN
+    ) -> tuple[Float[Array, "n d"], Float[Array, " d"]]:
+        """The result without its bias, and that bias."""
+        hidden = bias_gelu(product(x, self.up.weight, compute), self.up.bias, compute)
+        return product(hidden, self.down.weight, compute), self.down.bias
 
 
 class TimeEmbedding(eqx.Module):

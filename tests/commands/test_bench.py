@@ -12,7 +12,7 @@ import pytest
 
 import ditx
 from ditx import flops
-from ditx.commands import bench, bench_evaluation, bench_reading, bench_torch, bench_work
+from ditx.commands import bench, bench_evaluation, bench_reading, bench_sweep, bench_torch, bench_work
 from ditx.latents import LatentSource
 from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
@@ -55,14 +55,6 @@ def test_a_draw_with_guidance_is_two_forward_passes_a_step(run):
     assert bench_work.evaluations(replace(sampling, guidance_scale=2.0), ObjectiveConfig()) == 6
 
 
-def test_more_than_a_device_has_is_said_before_it_is_run(monkeypatch):
-    double, x = jax.jit(lambda x: 2 * x), jax.ShapeDtypeStruct((2**20,), jnp.float32)
-    assert bench_work.compiled(double, x)[2] == 2**23 < bench_work.device_memory()
-    monkeypatch.setattr(bench_work, "device_memory", lambda: 2**22)
-    with pytest.raises(bench_work.OutOfMemoryError, match=r"takes 0.01 GiB on each device, which has 0.00"):
-        bench_work.compiled(double, x)
-
-
 def test_only_a_want_of_memory_is_taken_for_one():
     with (
         pytest.raises(ValueError, match=r"too little memory on the devices \(RESOURCE_EXHAUSTED: of HBM\)"),
@@ -77,12 +69,13 @@ def test_a_sweep_recommends_the_fastest_and_skips_what_does_not_fit(run, monkeyp
     tried = []
 
     def train(config):
-        choice = (config.batch_size, config.unroll, config.remat)
-        tried.append(choice)
+        choice, computed = (config.batch_size, config.unroll, config.remat), (config.kernels, config.attention)
+        tried.append((*choice, computed))
         if config.remat == "none" and config.batch_size > 8:
             raise bench_work.OutOfMemoryError("it takes 2.00 GiB on each device, which has 1.00")
-        times = {(8, 2, "dots"): 0.1, (16, 1, "full"): 0.15}
-        return bench_work.Timing([times.get(choice, 0.4)] * 3, config.batch_size, 10**9, 1.0, 2**20)
+        time = {(8, 2, "dots"): 0.1, (16, 1, "full"): 0.15}.get(choice, 0.4)
+        time *= {("fused", "auto"): 0.5 if choice[0] == 8 else 2, ("plain", "fused"): 0.8}.get(computed, 1)
+        return bench_work.Timing([time] * 3, config.batch_size, 10**9, 1.0, 2**20)
 
     monkeypatch.setattr(bench_work, "train", train)
     monkeypatch.setattr(bench, "devices", lambda *_: {"peak_tflops_measured": 0.1, "peak_tflops_nominal": 1.0})
@@ -90,20 +83,35 @@ def test_a_sweep_recommends_the_fastest_and_skips_what_does_not_fit(run, monkeyp
     code, said = run.ditx("bench", "train", "tiny", *flags)
     assert code == 0, said
     told = json.loads(said)
-    assert told["recommended"] == "--batch-size 16 --unroll 1 --remat full --kernels plain"
-    assert told["by_batch_size"]["8"] == "--batch-size 8 --unroll 2 --remat dots --kernels plain"
+    assert told["recommended"] == "--batch-size 16 --unroll 1 --remat full --kernels plain --attention auto"
+    assert told["by_batch_size"]["8"] == "--batch-size 8 --unroll 2 --remat dots --kernels plain --attention auto"
     skipped = {(row["batch_size"], row["unroll"]): row["skipped"] for row in told["rows"] if "skipped" in row}
     assert skipped[16, 1] == "out of memory: it takes 2.00 GiB on each device, which has 1.00"
-    assert skipped[32, 2] == "out of memory with a smaller batch already" and (32, 2, "none") not in tried
+    assert (
+        skipped[32, 2] == "out of memory with a smaller batch already"
+        and (32, 2, "none", ("plain", "auto")) not in tried
+    )
     assert len(told["rows"]) == 18 and len(skipped) == 4 and len(tried) == 16
     assert told["rows"][0]["mfu_nominal"] == pytest.approx(1e9 / 0.4 / 1e12)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(bench.jax, "default_backend", lambda: "gpu")
-        code, said = run.ditx("bench", "train", "tiny", *flags)
+    # Where there is more that can compute blocks, it is tried with what was fastest of each batch size.
+    tried.clear()
+    others = [("plain", "fused"), ("fused", "auto"), ("fused", "fused")]
+    monkeypatch.setattr(bench_sweep, "check_compute", lambda *_: None)
+    code, said = run.ditx("bench", "train", "tiny", *flags)
     assert code == 0, said
-    kinds = Counter(row["kernels"] for row in json.loads(said)["rows"])
-    assert kinds == {"plain": 18, "fused": 18}
+    told = json.loads(said)
+    assert Counter(computed for *_, computed in tried) == {("plain", "auto"): 16} | dict.fromkeys(others, 3)
+    assert [row["remat"] for row in told["rows"][18:]] == ["dots"] * 3 + ["full"] * 3 + ["dots"] * 3
+    assert told["recommended"] == "--batch-size 8 --unroll 2 --remat dots --kernels fused --attention auto"
+    assert told["by_batch_size"]["16"] == "--batch-size 16 --unroll 1 --remat full --kernels plain --attention fused"
+
+    tried.clear()
+    monkeypatch.setattr(bench_work, "check_compute", lambda *_: None)
+    code, said = run.ditx("bench", "train", "tiny", *flags, "--kernels", "fused", "--attention", "fused")
+    assert code == 0, said
+    others = [("plain", "fused"), ("plain", "auto"), ("fused", "auto")]
+    assert Counter(computed for *_, computed in tried) == {("fused", "fused"): 16} | dict.fromkeys(others, 3)
 
     def never(config):
         raise bench_work.OutOfMemoryError("no")
@@ -243,6 +251,10 @@ def test_rates_of_features_and_metrics(run, monkeypatch):
         (["train", "tiny", "--sweep", "--beside", "torch"], "not both at once"),
         (["train", "tiny", "--kernels", "fused", "--mesh.tensor", 2], "needs whole examples, but mesh.tensor is 2"),
         (["sample", "tiny", "--kernels", "fused"], "for GPUs, but the devices are of the kind cpu; use plain"),
+        (
+            ["train", "tiny", "--attention", "cudnn"],
+            "attention is cudnn, which is for GPUs, but the devices are of the",
+        ),
         (["sample", "tiny", "--steps", 0], "steps is 0; objective eps samples in 1 to 1000 steps"),
         (["sample", "tiny", "--batch-size", 12], "batch_size is 12; make it a multiple of the 8 devices"),
         (["extract", "--batch-size", 12], "batch_size is 12; make it a multiple of the 8 devices"),

@@ -17,7 +17,7 @@ from ditx.nn.blocks import AdaLNZeroBlock
 from ditx.nn.layers import Compute
 
 # By name: which arguments are tokens (t), and which vectors that each example has its own of (v) or all share (w).
-KINDS = {"norm_modulate": "tvv", "gate_norm_modulate": "tvtvv", "gate_residual": "tvt", "bias_gelu": "tw"}
+KINDS = {"norm_modulate": "tvv", "gate_norm_modulate": "tvtwvv", "gate_residual": "tvtw", "bias_gelu": "tw"}
 NAMES = pytest.mark.parametrize("name", KINDS)
 
 
@@ -55,8 +55,8 @@ def test_values_and_gradients_equal_the_plain_ones(name, n, d):
 def exact(name, *arguments):
     """The plain function in float32, but that sums are stored in bfloat16, as both networks store them."""
     if name == "gate_norm_modulate":
-        x, gate, branch, shift, scale = arguments
-        total = x + gate[:, None] * branch
+        x, gate, branch, bias, shift, scale = arguments
+        total = x + gate[:, None] * (branch + bias)
         stored = total + jax.lax.stop_gradient(total.astype(jnp.bfloat16).astype(jnp.float32) - total)
         return total, batched("norm_modulate", "plain")(stored, shift, scale)[1]
     return batched(name, "plain")(*arguments)
@@ -75,7 +75,7 @@ def test_in_bfloat16_only_results_are_rounded(name):
         assert one.dtype == jnp.bfloat16
         other = np.asarray(other)
         # Half a unit in the last of 8 bits; a bias's gradient is rounded once for each example, too.
-        atol = 2**-8 * np.abs(other).max() if name == "bias_gelu" and other.ndim == 1 else 1e-5
+        atol = 2**-8 * np.abs(other).max() if other.ndim == 1 else 1e-5
         np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=2**-8, atol=atol)
 
 
