@@ -210,7 +210,7 @@ def draw_all(
             )
         return data.to_uint8(samples)
 
-    compiled = jax.jit(run_batch, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh))
+    compiled = jax.jit(run_batch, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh, config))
     images, frames, under_way = [], [], []
 
     def fetch():

@@ -37,6 +37,7 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.inception_weights import load_inception
     from ditx.monitor import Monitor, Profile
     from ditx.nn.dit import DiT, DiTConfig
+    from ditx.nn.layers import Compute
     from ditx.objectives import make_objective
     from ditx.presets import FREE, PRESETS, Config, check, powers_of
     from ditx.pretrained import describe_initial
@@ -147,7 +148,7 @@ def make_picture(config: Config, seen: datasets.Glance, mesh: Mesh) -> Callable[
     labels, course = np.resize(classes, count), config.sampling.course(config)
     draw = on_mesh(make_draw(config.sampling, config.model, config), mesh)
 
-    @partial(jax.jit, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh))
+    @partial(jax.jit, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh, config))
     def drawn(ema, labels, seed, course):
         return draw(ema, labels, sample_keys(seed, 0, count), course=course)[0]
 
@@ -177,9 +178,9 @@ class Step:
     places: Any
     """where the state lies"""
 
-    def compiled(self, mesh: Mesh) -> jax.stages.Compiled:
+    def compiled(self, mesh: Mesh, compute: Compute) -> jax.stages.Compiled:
         """The program of all processes. Raises ValueError where it takes more memory than a device has."""
-        options = compiler_options(mesh)
+        options = compiler_options(mesh, compute)
         jitted = jax.jit(self.function, donate_argnums=0, out_shardings=(self.places, None), compiler_options=options)
         with together():
             program, took, needed = compiled(jitted, self.state, self.batch, self.key, remedy=REMEDY)
@@ -254,7 +255,7 @@ def train(preset: str, config: Config) -> int:
         f" multiply-adds, {config.model.num_tokens} tokens, objective {config.objective}\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}"
         f" ({', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())}), computing in {config.dtype}"
-        f"{''.join(f', {name}' for name in compiler_options(mesh))}",
+        f"{''.join(f', {name}={value}' for name, value in compiler_options(mesh, config).items())}",
         flush=True,
     )
     step = make_step(config, seen.latents is not None, mesh)
@@ -265,7 +266,7 @@ def train(preset: str, config: Config) -> int:
     shares = ", ".join(f"{name} {bytes_per_device(part) / 2**20:,.1f}" for name, part in held.items())
     print(f"holds    {bytes_per_device(step.state) / 2**20:,.1f} MiB on each device: {shares}", flush=True)
     # A run that is done needs no program.
-    program = None if from_first(done) else step.compiled(mesh)
+    program = None if from_first(done) else step.compiled(mesh, config)
 
     with together():
         source = datasets.open_data(config.dataset, config.data_path, config.model.input_size, seen)
@@ -380,7 +381,7 @@ def fit(
         print(f"{run} has all its {config.steps:,} steps; draw from it with sample.py, or train anew in another --run")
         return 0
 
-    program = program or built.compiled(mesh)  # for a run that was done, but has lost its last checkpoint
+    program = program or built.compiled(mesh, config)  # for a run that was done, but has lost its last checkpoint
     with together():
         if is_first():
             # Of a shorter run that now goes on, and of a kill.

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from ditx.nn.dit import DiTConfig
-from ditx.nn.layers import Compute, cudnn_takes
+from ditx.nn.layers import PLAIN, Compute, cudnn_takes
 
 Tree = TypeVar("Tree")
 
@@ -65,7 +65,8 @@ def check_fit(mesh: Mesh, *, num_heads: int, mlp_size: int) -> None:
 
 def check_compute(mesh: Mesh, compute: Compute, dtype: str, model: DiTConfig) -> None:
     """Raise ValueError where what is to compute the blocks of a network cannot, in `dtype` on these devices."""
-    platform, tensor = mesh.devices.flat[0].platform, mesh.shape["tensor"]
+    device, tensor = mesh.devices.flat[0], mesh.shape["tensor"]
+    platform = device.platform
     for name, choice, instead in (("kernels", compute.kernels, "plain"), ("attention", compute.attention, "auto")):
         if choice == "fused" and tensor > 1:
             raise ValueError(f"{name} is fused, which needs whole examples, but mesh.tensor is {tensor}; use {instead}")
@@ -73,6 +74,8 @@ def check_compute(mesh: Mesh, compute: Compute, dtype: str, model: DiTConfig) ->
             raise ValueError(
                 f"{name} is {choice}, which is for GPUs, but the devices are of the kind {platform}; use {instead}"
             )
+    if compute.products == "fp8":
+        _check_fp8(device)
     width = model.hidden_size // model.num_heads
     takes = {"cudnn": cudnn_takes(jnp.dtype(dtype), width), "fused": dtype != "float32" and width <= 128}
     if not takes.get(compute.attention, True):
@@ -83,6 +86,21 @@ def check_compute(mesh: Mesh, compute: Compute, dtype: str, model: DiTConfig) ->
         )
 
 
+def _check_fp8(device: Any) -> None:
+    if device.platform == "cpu":  # which rounds as GPUs do, to try what FP8 costs
+        return
+    if device.platform != "gpu":
+        raise ValueError(
+            f"products is fp8, which is for GPUs, but the devices are of the kind {device.platform}; use plain"
+        )
+    major, _, minor = device.compute_capability.partition(".")
+    if not major.isdecimal() or (int(major), int(minor or 0)) < (8, 9):  # AMD's has letters
+        raise ValueError(
+            "products is fp8, which needs NVIDIA's GPUs from compute capability 8.9 on (Ada, Hopper), but that of"
+            f" {device.device_kind} is {device.compute_capability}; use plain"
+        )
+
+
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Raise ValueError where a batch cannot be shared out evenly, in so many parts one after the other."""
     if batch_size % (batch_parts(mesh) * accumulate):
@@ -90,15 +108,19 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
         raise ValueError(f"batch_size is {batch_size}; make it a multiple of {parts}")
 
 
-def compiler_options(mesh: Mesh) -> dict[str, bool]:
+def compiler_options(mesh: Mesh, compute: Compute = PLAIN) -> dict[str, bool]:
     """What XLA is told beyond its defaults, for `jax.jit`, unless XLA_FLAGS says it one way or the other.
 
-    Several GPUs compute while they send: the schedule that NVIDIA's images of JAX have and XLA as such has not. For a
-    single one no option is known that pays.
+    Several GPUs compute while they send: the schedule that NVIDIA's images of JAX have and XLA as such has not. Without
+    Triton's products, which would widen factors of 8 bits first, those in FP8 are cuBLAS's. For a single GPU and plain
+    products no option is known that pays.
     """
-    name = "xla_gpu_enable_latency_hiding_scheduler"
-    several = mesh.size > 1 and mesh.devices.flat[0].platform == "gpu"
-    return {name: True} if several and name not in os.environ.get("XLA_FLAGS", "") else {}
+    gpus, options = mesh.devices.flat[0].platform == "gpu", {}
+    if gpus and mesh.size > 1:
+        options["xla_gpu_enable_latency_hiding_scheduler"] = True
+    if gpus and compute.products == "fp8":
+        options["xla_gpu_enable_triton_gemm"] = False
+    return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
 def keep_freed_memory(mesh: Mesh) -> None:

@@ -335,6 +335,32 @@ def test_several_gpus_send_while_they_compute_unless_it_is_said_otherwise(monkey
     assert compiler_options(gpus(2, 1, 1)) == {}
 
 
+def test_fp8_has_its_products_made_before_tritons(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    options = compiler_options(gpus(1, 1, 1), Compute(products="fp8"))
+    assert options == {"xla_gpu_enable_triton_gemm": False} == options | compiler_options(gpus(1, 1, 1))
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    assert compiler_options(make_mesh(MESHES["data"]), Compute(products="fp8")) == {}
+
+
+@pytest.mark.parametrize(("capability", "fit"), [("8.0", 0), ("8.9", 1), ("9.0", 1), ("10.0", 1), ("gfx942", 0)])
+def test_fp8_needs_ada_or_hopper(monkeypatch, capability, fit):
+    monkeypatch.setattr(Gpu, "compute_capability", capability, raising=False)
+    monkeypatch.setattr(Gpu, "device_kind", "a card", raising=False)
+    check = partial(check_compute, compute=Compute(products="fp8"), dtype="bfloat16", model=DiTConfig())
+    check(make_mesh(MESHES["all"]))
+    if fit:
+        check(gpus(2, 2, 2))
+    else:
+        with pytest.raises(
+            ValueError, match=rf"from compute capability 8\.9 on .* of a card is {capability}; use plain"
+        ):
+            check(gpus(2, 2, 2))
+    monkeypatch.setattr(Gpu, "platform", "tpu")
+    with pytest.raises(ValueError, match="is for GPUs, but the devices are of the kind tpu; use plain"):
+        check(gpus(1, 1, 1))
+
+
 def test_gpus_compute_blocks_by_every_choice():
     for choice in (Compute(), Compute("fused"), Compute(attention="cudnn"), Compute("fused", attention="fused")):
         check_compute(gpus(2, 2, 1), choice, "bfloat16", DiTConfig())

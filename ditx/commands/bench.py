@@ -20,6 +20,7 @@ from ditx.commands.bench_reading import Data, Extract
 from ditx.commands.bench_sweep import fastest, flags_of
 from ditx.commands.bench_work import Sample, Timing, Train, objective_of, resolved
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
+from ditx.nn.layers import Compute
 from ditx.sharding import compiler_options, make_mesh
 
 KINDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "extract": Extract, "data": Data}
@@ -92,7 +93,7 @@ def machine() -> dict[str, Any]:
     return {"date": date, "versions": found | {"python": sys.version.split()[0]}}
 
 
-def devices(mesh: Any, dtype: str) -> dict[str, Any]:
+def devices(mesh: Any, dtype: str, compute: Compute) -> dict[str, Any]:
     """Which devices, and what those can do that compute in `dtype`."""
     device = jax.local_devices()[0]
     measured, side = bench_work.peak(dtype, mesh)
@@ -103,7 +104,7 @@ def devices(mesh: Any, dtype: str) -> dict[str, Any]:
         "device": device.device_kind,
         "mesh": dict(mesh.shape),
         "dtype": dtype,
-        "compiler_options": compiler_options(mesh),
+        "compiler_options": compiler_options(mesh, compute),
         "peak_tflops_measured": measured / 1e12,
         "peak_side": side,
         "peak_tflops_nominal": nominal and nominal * mesh.size / 1e12,
@@ -134,14 +135,15 @@ def network(config: Train | Sample, cache: str = "") -> dict[str, Any]:
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
     timing = bench_work.train(config) if isinstance(config, Train) else bench_work.sample(config)
-    told = describe(config) | devices(make_mesh(config.mesh), resolved(config.dtype)) | rates(timing)
+    told = describe(config) | devices(make_mesh(config.mesh), resolved(config.dtype), config) | rates(timing)
     return told | utilisation(told)
 
 
 def describe(config: Train | Sample) -> dict[str, Any]:
     """Which network at which work, when, and with which versions."""
     what = "train" if isinstance(config, Train) else "sample"
-    return {"what": what, "network": config.source, "parameters": flops.parameters(config.model), **machine()}
+    told = {"what": what, "network": config.source, "parameters": flops.parameters(config.model)}
+    return told | {"products": config.products, **machine()}
 
 
 def reading(what: str, config: Evaluate | Extract | Data) -> dict[str, Any]:
@@ -164,7 +166,7 @@ def sweep(config: Train) -> dict[str, Any]:
     fitting = [row for row in rows if "skipped" not in row]
     if not fitting:
         raise ValueError("none of the choices fits; try smaller --batch-sizes, a higher --accumulate, or --mesh.fsdp")
-    where = devices(mesh, resolved(config.dtype))
+    where = devices(mesh, resolved(config.dtype), config)
     for row in fitting:
         row |= utilisation(where | row)
     best = max(fitting, key=lambda row: row["images_per_second"])
@@ -220,8 +222,11 @@ def network_text(told: dict[str, Any]) -> str:
 
 
 def limits(told: dict[str, Any]) -> str:
-    """How near a speed comes to what the devices can do."""
-    text = f"{told['mfu']:.1%} of {told['peak_tflops_measured']:,.3f} in products of side {told['peak_side']:,}"
+    """How near a speed comes to what the devices can do in the network's type, whatever its products are of."""
+    text = (
+        f"{told['mfu']:.1%} of {told['peak_tflops_measured']:,.3f} in {told['dtype']} products of side"
+        f" {told['peak_side']:,}"
+    )
     nominal = told["peak_tflops_nominal"]
     return text + (f", {told['mfu_nominal']:.1%} of the nominal {nominal:,.0f}" if nominal else "")
 
@@ -233,7 +238,8 @@ def head(told: dict[str, Any]) -> list[str]:
     return [
         f"{told['what']:<8} {told['network']}, {told['parameters']:,} parameters",
         f"devices  {np.prod(list(told['mesh'].values()))} x {told['device']} ({mesh}), computing in {told['dtype']}"
-        + "".join(f", {name}" for name in told["compiler_options"]),
+        + (", products with the blocks' weights in fp8" if told["products"] == "fp8" else "")
+        + "".join(f", {name}={value}" for name, value in told["compiler_options"].items()),
         f"date     {told['date']}, {versions}",
     ]
 

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from ditx.commands.bench_work import OutOfMemoryError, Train, resolved
 from ditx.nn.dit import Remat
-from ditx.nn.layers import Compute
 from ditx.sharding import check_compute
 
 # What is tried, by its flags.
@@ -57,7 +56,9 @@ def others(config: Train, mesh: Mesh) -> list[tuple[str, str]]:
     found = []
     for kernels, attention in product(("plain", "fused"), attentions):
         try:
-            check_compute(mesh, Compute(kernels, attention), resolved(config.dtype), config.model)
+            check_compute(
+                mesh, replace(config, kernels=kernels, attention=attention), resolved(config.dtype), config.model
+            )
         except ValueError:
             continue
         found.append((kernels, attention))

@@ -227,7 +227,7 @@ def train(config: Train) -> Timing:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), jax.eval_shape(draw, key)
     )
     with memory_checked():
-        options = compiler_options(mesh)
+        options = compiler_options(mesh, config)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
         program, compile_seconds, program_bytes = compiled(jitted, abstract, shapes, key)
         batch = jax.jit(draw, out_shardings=rows)(key)
@@ -263,7 +263,7 @@ def sample(config: Sample) -> Timing:
     labels = put_whole(np.arange(config.batch_size, dtype=np.int32) % model.num_classes, whole)
     firsts = [put_whole(np.int32(k * config.batch_size), whole) for k in range(config.repeats + 3)]
     with memory_checked():
-        jitted = jax.jit(run_batch, out_shardings=whole, compiler_options=compiler_options(mesh))
+        jitted = jax.jit(run_batch, out_shardings=whole, compiler_options=compiler_options(mesh, config))
         program, compile_seconds, program_bytes = compiled(jitted, abstract, labels, firsts[0], course)
         network = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
         # Each is waited for; a CPU would run two at once.

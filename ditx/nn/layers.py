@@ -12,6 +12,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ditx.nn import fp8
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -21,6 +23,9 @@ class Compute:
     """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
     attention: Literal["auto", "xla", "cudnn", "fused"] = "auto"
     """what computes attention: XLA, cuDNN, or, on GPUs, kernels of ditx (fused); auto is cuDNN where it can be"""
+    products: Literal["plain", "fp8"] = "plain"
+    """what the products with a block's weights are of: numbers of the network's type (plain), or of 8 bits, which GPUs
+    from Ada and Hopper on multiply twice as fast, and with which it learns otherwise (fp8)"""
 
 
 PLAIN = Compute()
@@ -45,8 +50,13 @@ class Linear(eqx.Module):
             self.weight = std * jax.random.normal(key, (in_size, *shape))
         self.bias = jnp.zeros(shape)
 
-    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "..."]:
-        return jnp.tensordot(x, self.weight, 1) + self.bias
+    def __call__(self, x: Float[Array, "... i"], compute: Compute = PLAIN) -> Float[Array, "..."]:
+        return product(x, self.weight, compute) + self.bias
+
+
+def product(x: Float[Array, "... i"], weight: Float[Array, "i *o"], compute: Compute = PLAIN) -> Float[Array, "..."]:
+    """`x @ weight`, over the last axis of the one and the first of the other."""
+    return fp8.product(x, weight) if compute.products == "fp8" else jnp.tensordot(x, weight, 1)
 
 
 def layer_norm(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
@@ -155,14 +165,15 @@ class Attention(eqx.Module):
         # kept for the backward pass, to which the weight itself is at hand.
         @partial(jax.checkpoint, prevent_cse=False)
         def project(weight, bias, x):
-            return x @ weight[:, 0] + bias, x @ weight[:, 1], x @ weight[:, 2]
+            q, k, v = (product(x, weight[:, part], compute) for part in range(3))
+            return q + bias, k, v
 
         # Two biases need no pass over the tokens: that of the keys moves all logits of a query alike, which softmax
         # does not see, and that of the values passes through it, since its weights add up to 1.
         q_bias, _, v_bias = self.qkv.bias
         q, k, v = project(self.qkv.weight, q_bias, x)
         mixed = attend(q, k, v, self.num_heads, compute)
-        return mixed @ self.out.weight, v_bias @ self.out.weight + self.out.bias
+        return product(mixed, self.out.weight, compute), v_bias @ self.out.weight + self.out.bias
 
 
 class CrossAttention(eqx.Module):
@@ -182,7 +193,8 @@ class CrossAttention(eqx.Module):
     def __call__(
         self, x: Float[Array, "n d"], context: Float[Array, "m d"], compute: Compute = PLAIN
     ) -> Float[Array, "n d"]:
-        return self.out(attend(self.q(x), self.k(context), self.v(context), self.num_heads, compute))
+        q, k, v = self.q(x, compute), self.k(context, compute), self.v(context, compute)
+        return self.out(attend(q, k, v, self.num_heads, compute), compute)
 
 
 def attend(
@@ -233,7 +245,8 @@ class MLP(eqx.Module):
         self, x: Float[Array, "n d"], compute: Compute = PLAIN
     ) -> tuple[Float[Array, "n d"], Float[Array, " d"]]:
         """The result without its bias, and that bias."""
-        return bias_gelu(x @ self.up.weight, self.up.bias, compute) @ self.down.weight, self.down.bias
+        hidden = bias_gelu(product(x, self.up.weight, compute), self.up.bias, compute)
+        return product(hidden, self.down.weight, compute), self.down.bias
 
 
 class TimeEmbedding(eqx.Module):
