@@ -1,15 +1,13 @@
 """The diffusion transformer (Peebles and Xie 2022) and its twelve published configurations."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ditx.nn.blocks import AdaLNBlock, AdaLNFinalLayer, AdaLNZeroBlock, CrossAttentionBlock, FinalLayer, InContextBlock
@@ -190,27 +188,6 @@ class DiT(eqx.Module):
             kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             # In a loop nothing can be merged with the forward pass, and the barriers against it cost time.
             body = jax.checkpoint(body, policy=kept, prevent_cse=unroll > 1)
-        if unroll > 1 and jax.default_backend() == "cpu":
-            body = _apart(body)
         tokens, _ = jax.lax.scan(body, tokens, self.blocks, unroll=unroll)
         patches = self.final(tokens[: config.num_tokens], condition)
         return rearrange(patches, "(h w) (p q o) -> (h p) (w q) o", h=side, p=p, q=p)
-
-
-def _apart(body: Callable[..., Any]) -> Callable[..., Any]:
-    """`body` as a call that XLA does not inline.
-
-    Its back end for CPUs fuses the residual sums of blocks in a row and computes them anew wherever they are used,
-    also in the gradient of every weight. A loop keeps blocks apart, and so do calls.
-    """
-
-    @jax.jit
-    def call(*arguments):
-        with set_xla_metadata(inlineable=None):
-            return body(*arguments)
-
-    def called(*arguments):
-        with set_xla_metadata(inlineable="false"):
-            return call(*arguments)
-
-    return called
