@@ -146,9 +146,10 @@ def make_picture(config: Config, seen: datasets.Glance, mesh: Mesh) -> Callable[
     count = -(-4 * columns // batch_parts(mesh)) * batch_parts(mesh)
     classes = np.linspace(0, max(num_classes - 1, 0), columns).astype(np.int32)
     labels, course = np.resize(classes, count), config.sampling.course(config)
+    # By what computes blocks plainly, since the averaged weights are float32.
     draw = on_mesh(make_draw(config.sampling, config.model, config), mesh)
 
-    @partial(jax.jit, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh, config))
+    @partial(jax.jit, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh))
     def drawn(ema, labels, seed, course):
         return draw(ema, labels, sample_keys(seed, 0, count), course=course)[0]
 

@@ -1,5 +1,6 @@
 """The data set of a run: what is told of it at a glance, and its opening, which looks at all of it."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,19 @@ def glance(name: str, path: str, size: int) -> Glance:
     if form == "images":
         side = 32 if name == "cifar10" else size
         return Glance((side, side, 3), tuple(folder.name for folder in imagefiles.class_folders(place)))
-    try:
+    with suppress(Exception):  # Opening it says what is wrong, if anything is.
         with ZipFile(path) as arrays, arrays.open("images.npy") as file:
             np.lib.format.read_magic(file)
-            (_, *shape), _, _ = np.lib.format.read_array_header_1_0(file)
+            (count, *shape), _, dtype = np.lib.format.read_array_header_1_0(file)
             named = "classes.npy" in arrays.namelist()
         with np.load(path, allow_pickle=False) as arrays:
             names = tuple(map(str, arrays["classes"])) if named else data.CIFAR10_CLASSES
-    except Exception:
-        return Glance.of(data.cifar10(path))  # which says what is wrong, if anything is
-    return Glance(tuple(shape), names)
+        if count > 0 and len(shape) == 3 and dtype == np.uint8:
+            return Glance(tuple(shape), names)
+    return Glance.of(open_data(name, path, size))
 
 
-def open_data(name: str, path: str, size: int, seen: Glance) -> data.Source:
+def open_data(name: str, path: str, size: int, seen: Glance | None = None) -> data.Source:
     """The images, checked as far as that is done before training. Raises ValueError where they are not those `seen`."""
     if name == "digits":
         source = data.digits()
@@ -70,7 +71,7 @@ def open_data(name: str, path: str, size: int, seen: Glance) -> data.Source:
         source = data.images(path, size)
     if len(source) == 0:
         raise ValueError(f"{path} holds 0 images; give at least 1")
-    if Glance.of(source) != seen:
+    if seen is not None and Glance.of(source) != seen:
         raise ValueError(f"{path} has changed while this was starting; start again")
     return source
 

@@ -1,6 +1,6 @@
 """What makes up a training run: its configuration, and the named ones, all of the paper's among them."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ditx import ema
@@ -160,9 +160,7 @@ PRESETS = {
     "imagenet512-xl2": paper("DiT-XL/2", steps=3_000_000, input_size=64),
 }
 # What may differ when a run goes on: it changes neither the data nor the arithmetic (beyond rounding).
-FREE = {"preset", "run", "data_path", "vae", "workers", "mesh", "processes", "unroll", "remat"} | {
-    field.name for field in fields(Compute)
-}
+FREE = {"preset", "run", "data_path", "vae", "workers", "mesh", "processes", "unroll", "remat", "kernels", "attention"}
 FREE |= {"log_every", "checkpoint_every", "keep", "keep_every", "keep_best", "max_skipped", "sample_every", "sampling"}
 FREE |= {"profile_steps", "wandb", "init_from", "accumulate"}
 FREE |= {"eval_every", "eval_stats", "eval_samples", "eval_inception"}

@@ -8,7 +8,9 @@ import pytest
 from references import load
 
 import train
+from ditx import runs
 from ditx.objectives import make_objective
+from ditx.presets import FREE
 from ditx.training import TrainState, train_step
 
 ROWS = load("paper_tables.json")["table4"]
@@ -56,3 +58,11 @@ def test_preset_builds_and_is_the_papers(name):
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert {leaf.dtype for leaf in jax.tree.leaves(after.model)} == {jnp.dtype("float32")}
     assert set(terms) == {"mse", "vb", "loss", "grad_norm", "skipped", "by_time"}
+
+
+def test_what_computes_may_differ_when_a_run_goes_on_but_not_how_products_are_rounded():
+    before = {"kernels": "fused", "attention": "xla", "products": "fp8"}
+    now = {"kernels": "plain", "attention": "auto", "products": "plain"}
+    assert runs.changes(before, now, free=FREE) == "products was 'fp8' and is 'plain'"
+    del before["products"]  # as in a run of before there was a choice
+    assert not runs.changes(before, now, free=FREE)

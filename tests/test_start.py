@@ -94,6 +94,11 @@ def test_a_glance_tells_what_the_open_data_has(tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"cannot read .*bad.npz as arrays"):
         datasets.glance("cifar10", str(tmp_path / "bad.npz"), 32)
+    wrong = {"images are uint8 of shape": images["images"][..., 0], "images are float64": images["images"] * 1.0}
+    for sentence, pixels in (wrong | {"holds 0 images": images["images"][:0]}).items():
+        np.savez(tmp_path / "wrong.npz", images=pixels, labels=images["labels"][: len(pixels)])
+        with pytest.raises(ValueError, match=sentence):
+            datasets.glance("cifar10", str(tmp_path / "wrong.npz"), 32)
 
 
 def test_a_finished_run_compiles_nothing_unless_its_last_checkpoint_is_gone(run, tmp_path, monkeypatch):
