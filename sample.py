@@ -29,18 +29,9 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.objectives import ObjectiveConfig
     from ditx.pretrained import Description
     from ditx.processes import ProcessConfig, check_alike, connect, end, is_first, together
-    from ditx.programs import Dtype, resolved
+    from ditx.programs import Dtype, compiler_options, resolved
     from ditx.sampling import Decode, SamplingConfig, batch_size, make_decode, make_draw, on_mesh, sample_keys
-    from ditx.sharding import (
-        MeshConfig,
-        batch_parts,
-        check_compute,
-        check_fit,
-        compiler_options,
-        everywhere,
-        make_mesh,
-        place,
-    )
+    from ditx.sharding import MeshConfig, batch_parts, check_compute, check_fit, everywhere, make_mesh, place
     from ditx.vae_weights import load_decoder
 
 

@@ -52,7 +52,7 @@ with install_import_hook("ditx", "beartype.beartype"):
         together,
         while_all_live,
     )
-    from ditx.programs import compiled
+    from ditx.programs import compiled, compiler_options, keep_freed_memory
     from ditx.reference import Reference, read_reference
     from ditx.sampling import Decode, make_decode, make_draw, on_mesh, sample_keys
     from ditx.sharding import (
@@ -62,9 +62,7 @@ with install_import_hook("ditx", "beartype.beartype"):
         check_batch,
         check_compute,
         check_fit,
-        compiler_options,
         everywhere,
-        keep_freed_memory,
         local_rows,
         make_mesh,
         place,

@@ -14,9 +14,10 @@ from ditx.features import FeatureNetwork, Gathered, make_extract
 from ditx.imagesets import with_channels
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.objectives import ObjectiveConfig
+from ditx.programs import compiler_options
 from ditx.reference import Gaussian, Reference
 from ditx.sampling import Decode, SamplingConfig, make_draw, on_mesh, sample_keys
-from ditx.sharding import batch_parts, compiler_options, everywhere
+from ditx.sharding import batch_parts, everywhere
 
 Metric = Literal["fid", "sfid", "inception-score", "precision-recall"]
 METRICS: tuple[Metric, ...] = ("fid", "sfid", "inception-score", "precision-recall")

@@ -1,7 +1,5 @@
 """Devices as a mesh, where each array lies on it, and how work on a batch is shared out."""
 
-import ctypes
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from ditx.nn.dit import DiTConfig
-from ditx.nn.layers import PLAIN, Compute, cudnn_takes
+from ditx.nn.layers import Compute, cudnn_takes
 
 Tree = TypeVar("Tree")
 
@@ -106,34 +104,6 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     if batch_size % (batch_parts(mesh) * accumulate):
         parts = f"the {batch_parts(mesh)} devices" + (f" x accumulate {accumulate}" if accumulate > 1 else "")
         raise ValueError(f"batch_size is {batch_size}; make it a multiple of {parts}")
-
-
-def compiler_options(mesh: Mesh, compute: Compute = PLAIN) -> dict[str, bool]:
-    """What XLA is told beyond its defaults, for `jax.jit`, unless XLA_FLAGS says it one way or the other.
-
-    Several GPUs compute while they send: the schedule that NVIDIA's images of JAX have and XLA as such has not. Without
-    Triton's products, which would widen factors of 8 bits first, those in FP8 are cuBLAS's. For a single GPU and plain
-    products no option is known that pays.
-    """
-    gpus, options = mesh.devices.flat[0].platform == "gpu", {}
-    if gpus and mesh.size > 1:
-        options["xla_gpu_enable_latency_hiding_scheduler"] = True
-    if gpus and compute.products == "fp8":
-        options["xla_gpu_enable_triton_gemm"] = False
-    return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
-
-
-def keep_freed_memory(mesh: Mesh) -> None:
-    """Have glibc keep what this process frees, where the mesh is of CPUs.
-
-    XLA takes a program's memory from it at every call, and large pieces go back to the system after each: a step then
-    has its tens of megabytes mapped anew, page by page, which takes a sixth of the time of a small network's.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
-    if mallopt and mesh.devices.flat[0].platform == "cpu":
-        trim_threshold, mmap_max = -1, -4  # numbers of malloc.h
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def specs(tree: Tree, mesh: Mesh) -> Tree:

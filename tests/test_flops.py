@@ -57,7 +57,8 @@ def products(jaxpr):
 @given(configs())
 def test_macs_are_those_of_the_traced_network(config):
     traced = jax.make_jaxpr(lambda model, x, t, y: model(x, t, y))(abstract_dit(config), *example(config))
-    assert ditx.flops.macs(config) == products(traced.jaxpr)
+    # What the bias of its values makes of attention's result, once for all tokens of all images, is not counted.
+    assert ditx.flops.macs(config) == products(traced.jaxpr) - config.depth * config.hidden_size**2
 
 
 @given(configs())

@@ -18,18 +18,9 @@ from ditx import sharding
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.nn.layers import Compute
 from ditx.objectives import ObjectiveConfig, make_objective
+from ditx.programs import compiler_options
 from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
-from ditx.sharding import (
-    MeshConfig,
-    batch_sharding,
-    check_compute,
-    check_fit,
-    compiler_options,
-    local_rows,
-    make_mesh,
-    place,
-    put_batch,
-)
+from ditx.sharding import MeshConfig, batch_sharding, check_compute, check_fit, local_rows, make_mesh, place, put_batch
 from ditx.training import TrainState, train_step
 
 CONFIG = DiTConfig(8, 4, 2, 32, 3, 8, num_classes=7)

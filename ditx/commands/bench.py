@@ -21,7 +21,8 @@ from ditx.commands.bench_sweep import fastest, flags_of
 from ditx.commands.bench_work import Sample, Timing, Train, objective_of, resolved
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 from ditx.nn.layers import Compute
-from ditx.sharding import compiler_options, make_mesh
+from ditx.programs import compiler_options
+from ditx.sharding import make_mesh
 
 KINDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "extract": Extract, "data": Data}
 # The network of the figures on two CPU cores.

@@ -19,7 +19,7 @@ from ditx import flops
 from ditx.nn.dit import DiT, DiTConfig, Remat
 from ditx.nn.layers import Compute
 from ditx.objectives import ObjectiveConfig, make_objective
-from ditx.programs import Dtype, OutOfMemoryError, compiled, resolved
+from ditx.programs import Dtype, OutOfMemoryError, compiled, compiler_options, keep_freed_memory, resolved
 from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
 from ditx.sharding import (
     MeshConfig,
@@ -27,9 +27,7 @@ from ditx.sharding import (
     check_batch,
     check_compute,
     check_fit,
-    compiler_options,
     everywhere,
-    keep_freed_memory,
     make_mesh,
     place,
     put_whole,

@@ -6,7 +6,7 @@ loses more than the rounding to 4 bits, and products are exact where the numbers
 the digits, the weights' are nearer to exact ones so than with the wider range and 3 bits of e5m2.
 
 Both factors are widened again: of `widen(round(x)) @ widen(round(w))` XLA makes one product in FP8 with float32 sums
-where a GPU has it (if Triton does not take it first; see `ditx.sharding.compiler_options`), and computes the same in
+where a GPU has it (if Triton does not take it first; see `ditx.programs.compiler_options`), and computes the same in
 the wider type elsewhere.
 """
 
