@@ -160,9 +160,9 @@ class DiT(eqx.Module):
 
         `t` counts training steps from 0 to 999, whole or not. Without `y` it is the null label; raises ValueError where
         there is none. `y` is not checked, since it may be traced: a label out of range would silently read the last
-        row. `compute`, `unroll` and `remat` change speed and memory, and nothing
-        of the result but rounding: what computes a block, how many are compiled in a row rather than as a loop, and
-        what of them is recomputed in the backward pass.
+        row. `compute`, `unroll` and `remat` change speed and memory, and nothing of the result but rounding: what
+        computes a block, how many are compiled in a row rather than as a loop, and what of them is recomputed in the
+        backward pass.
         """
         config = self.config
         expected = (config.input_size, config.input_size, config.in_channels)
