@@ -2,6 +2,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from jax.extend.core import jaxprs_in_params
@@ -56,7 +57,8 @@ def products(jaxpr):
 @NETWORKS
 @given(configs())
 def test_macs_are_those_of_the_traced_network(config):
-    traced = jax.make_jaxpr(lambda model, x, t, y: model(x, t, y))(abstract_dit(config), *example(config))
+    forward = jax.vmap(lambda model, x, t, y: model(x, t, y), (None, 0, 0, 0))
+    traced = jax.make_jaxpr(forward)(abstract_dit(config), *(jnp.asarray(one)[None] for one in example(config)))
     # What the bias of its values makes of attention's result, once for all tokens of all images, is not counted.
     assert ditx.flops.macs(config) == products(traced.jaxpr) - config.depth * config.hidden_size**2
 

@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ditx.nn import fp8
+from ditx.nn.product import product as plain_product
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Linear(eqx.Module):
 
 def product(x: Float[Array, "... i"], weight: Float[Array, "i *o"], compute: Compute = PLAIN) -> Float[Array, "..."]:
     """`x @ weight`, over the last axis of the one and the first of the other."""
-    return fp8.product(x, weight) if compute.products == "fp8" else jnp.tensordot(x, weight, 1)
+    return fp8.product(x, weight) if compute.products == "fp8" else plain_product(x, weight)
 
 
 def layer_norm(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
