@@ -176,8 +176,8 @@ def memory_checked() -> Iterator[None]:
 
 def check_network(config: Train | Sample) -> Mesh:
     """The mesh. Raises ValueError for what cannot be, before anything is compiled."""
+    keep_freed_memory()
     mesh = make_mesh(config.mesh)
-    keep_freed_memory(mesh)
     check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
     check_compute(mesh, config, resolved(config.dtype), config.model)
     accumulate = config.accumulate if isinstance(config, Train) else 1

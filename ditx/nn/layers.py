@@ -60,6 +60,10 @@ def product(x: Float[Array, "... i"], weight: Float[Array, "i *o"], compute: Com
     return fp8.product(x, weight) if compute.products == "fp8" else plain_product(x, weight)
 
 
+# Of a few operations on each token, the backward pass computes anew what it needs: reading more would take longer.
+_keeping_inputs = partial(jax.checkpoint, prevent_cse=False)
+
+
 def layer_norm(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
     """LayerNorm without affine parameters (Ba et al. 2016), statistics in float32, result in the type of `x`."""
     wide = x.astype(at_least_float32(x.dtype))
@@ -78,7 +82,7 @@ class LayerNorm(eqx.Module):
         self.weight, self.bias = jnp.ones(hidden_size), jnp.zeros(hidden_size)
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        return layer_norm(x) * self.weight + self.bias
+        return _keeping_inputs(lambda x, weight, bias: layer_norm(x) * weight + bias)(x, self.weight, self.bias)
 
 
 def modulate(x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"]) -> Float[Array, "n d"]:
@@ -92,7 +96,7 @@ def norm_modulate(
     """`x` as it is, for the way around a branch, and `modulate(layer_norm(x), shift, scale)`, for the branch."""
     if compute.kernels == "fused":
         return _kernels().norm_modulate(x, shift, scale)
-    return x, modulate(layer_norm(x), shift, scale)
+    return x, _keeping_inputs(lambda x, shift, scale: modulate(layer_norm(x), shift, scale))(x, shift, scale)
 
 
 def gate_norm_modulate(
@@ -107,7 +111,7 @@ def gate_norm_modulate(
     """`norm_modulate(x + gate * (branch + bias), shift, scale)`: the end of a branch and the beginning of the next."""
     if compute.kernels == "fused":
         return _kernels().gate_norm_modulate(x, gate, branch, bias, shift, scale)
-    return norm_modulate(x + gate * (branch + bias), shift, scale)
+    return norm_modulate(gate_residual(x, gate, branch, bias), shift, scale)
 
 
 def gate_residual(
@@ -120,7 +124,7 @@ def gate_residual(
     """`x + gate * (branch + bias)`: the end of a branch."""
     if compute.kernels == "fused":
         return _kernels().gate_residual(x, gate, branch, bias)
-    return x + gate * (branch + bias)
+    return _keeping_inputs(lambda x, gate, branch, bias: x + gate * (branch + bias))(x, gate, branch, bias)
 
 
 def bias_gelu(x: Float[Array, "n d"], bias: Float[Array, " d"], compute: Compute = PLAIN) -> Float[Array, "n d"]:
