@@ -29,7 +29,7 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.objectives import ObjectiveConfig
     from ditx.pretrained import Description
     from ditx.processes import ProcessConfig, check_alike, connect, end, is_first, together
-    from ditx.programs import Dtype, compiler_options, resolved
+    from ditx.programs import Dtype, compiler_options, keep_freed_memory, resolved
     from ditx.sampling import Decode, SamplingConfig, batch_size, make_decode, make_draw, on_mesh, sample_keys
     from ditx.sharding import MeshConfig, batch_parts, check_compute, check_fit, everywhere, make_mesh, place
     from ditx.vae_weights import load_decoder
@@ -255,6 +255,7 @@ def sample(argv: list[str]) -> int:
         check(config, described, num)
         sampling = config.sampling.resolved(described.objective)
         config = replace(config, sampling=sampling, dtype=resolved(config.dtype))
+        keep_freed_memory()
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
         check_compute(mesh, config, config.dtype, described.model)
