@@ -83,6 +83,7 @@ def parse(argv: list[str]) -> tuple[Path, Description, Config]:
     description = "Draw samples from the averaged weights of a run, or from released weights."
     first = tyro.cli(Config, args=argv, prog="sample.py", description=description)
     connect(first.processes)
+    keep_freed_memory()
     with together():
         source = Path(first.source) if first.source else runs.newest_run(Path("runs"))
         described = pretrained.describe(source)
@@ -255,7 +256,6 @@ def sample(argv: list[str]) -> int:
         check(config, described, num)
         sampling = config.sampling.resolved(described.objective)
         config = replace(config, sampling=sampling, dtype=resolved(config.dtype))
-        keep_freed_memory()
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
         check_compute(mesh, config, config.dtype, described.model)

@@ -67,11 +67,12 @@ def compiler_options(mesh: Mesh, compute: Compute = PLAIN) -> dict[str, bool]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what this process frees, where it computes on CPUs. Comes before all else that asks for devices.
+    """Have glibc keep what this process frees, where it computes on CPUs; call it before JAX has looked for devices.
 
     XLA takes a program's memory from it at every call, and large pieces go back to the system after each: a step then
     has its tens of megabytes mapped anew, page by page, which takes from a sixth to a half of the time of a small
-    network's. Of threads but the first, glibc keeps no piece of 64 MiB or more, so that this calls the programs.
+    network's. Of threads but the first, glibc keeps no piece of 64 MiB or more, so that this calls the programs; XLA's
+    do all the same where there are several devices, or where processes were joined, which looks for devices.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone

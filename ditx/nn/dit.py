@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax
@@ -185,9 +185,15 @@ class DiT(eqx.Module):
             return block(tokens, condition, compute=compute), None
 
         if remat != "none":
-            kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+            kept = _products_with_weights if remat == "dots" else None
             # In a loop nothing can be merged with the forward pass, and the barriers against it cost time.
             body = jax.checkpoint(body, policy=kept, prevent_cse=unroll > 1)
         tokens, _ = jax.lax.scan(body, tokens, self.blocks, unroll=unroll)
         patches = self.final(tokens[: config.num_tokens], condition)
         return rearrange(patches, "(h w) (p q o) -> (h p) (w q) o", h=side, p=p, q=p)
+
+
+def _products_with_weights(operation: Any, *arguments: Any, **parameters: Any) -> Any:
+    """The policy of `--remat dots`."""
+    of_batch = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return operation.name == "product" or of_batch(operation, *arguments, **parameters)

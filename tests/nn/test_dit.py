@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
+from jax.extend.core import jaxprs_in_params
 from references import assert_close, chw, formula, hwc, load, tiny_dit
 from strategies import BLOCKS, NETWORKS, abstract_dit, configs, example, forward, random_dit
 
@@ -160,6 +161,38 @@ def test_unrolling_and_rematerialising_change_nothing(block):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         # The gradient of a key's bias is 0 but for rounding, since it moves all logits of a query alike.
         np.testing.assert_allclose(a, b, rtol=0, atol=max(1e-5 * np.abs(b).max(), 1e-7 * largest))
+
+
+def products(jaxpr):
+    """How many products, of one example or of a batch, a traced program has."""
+    own = sum(equation.primitive.name in ("product", "dot_general") for equation in jaxpr.eqns)
+    return own + sum(products(sub) for equation in jaxpr.eqns for sub in jaxprs_in_params(equation.params))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_dots_recomputes_no_product_with_a_weight(block):
+    model, inputs = new(dataclasses.replace(SMALL, block=block)), [jnp.asarray(one)[None] for one in example(SMALL)]
+
+    def example_loss(model, x, t, y, remat):
+        return jnp.square(model(x, t, y, remat=remat)).mean()
+
+    def batch_loss(model, *inputs, remat):
+        return jax.vmap(lambda *one: example_loss(model, *one, remat))(*inputs).mean()
+
+    def of_one(*given, remat):
+        return jax.grad(example_loss)(given[0], *(each[0] for each in given[1:]), remat)
+
+    def of_each(*given, remat):
+        return jax.vmap(lambda m, *one: jax.grad(example_loss)(m, *one, remat), (None, 0, 0, 0))(*given)
+
+    for gradient in (jax.grad(batch_loss), of_one, of_each):
+        counts = {
+            remat: products(jax.make_jaxpr(functools.partial(gradient, remat=remat))(model, *inputs).jaxpr)
+            for remat in ("none", "dots", "full")
+        }
+        # Of attention, logits and their products with values are recomputed: two a block, which the trace has once.
+        attentions = 2 if block == "cross-attention" else 1
+        assert counts["dots"] == counts["none"] + 2 * attentions < counts["full"], counts
 
 
 def test_bfloat16_weights_give_bfloat16_output_near_the_float32_one():
