@@ -1,13 +1,14 @@
 """The product of tokens with a weight, which takes the tokens of a batch for the rows of one matrix.
 
 Modules see one example. What `jax.vmap` makes of `x @ weight` has three axes, and so a weight's gradient sums over two:
-XLA for CPUs then transposes both factors, computes within these transpositions all that leads up to them (where blocks
-are unrolled, the residual sums of all blocks before, once for each weight), and takes twice as long for a training step
-as with matrices. So this is a primitive of its own, of which `jax.vmap` makes a product of matrices.
+XLA for CPUs then transposes both factors, and computes within these transpositions all that leads up to them (where
+blocks are unrolled, the residual sums of all blocks before, once for each weight). So this is a primitive of its own,
+of which `jax.vmap` makes a product of matrices.
 """
 
 import math
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ def product(x: Float[Array, "... i"], weight: Float[Array, "i *o"]) -> Float[Arr
 
     Policies of `jax.checkpoint` see it as "product" in one example, and as "dot_general" in a batch.
     """
-    dtype, precision = jnp.result_type(x, weight), jax.config.jax_default_matmul_precision
+    dtype = jnp.result_type(x, weight)
+    # That of now, whenever this is lowered or transformed; type checkers do not know the states of JAX's configuration.
+    precision = cast(Any, jax.config).jax_default_matmul_precision
     return _product.bind(x.astype(dtype), weight.astype(dtype), precision=precision)
 
 
