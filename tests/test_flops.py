@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
-from jax.extend.core import jaxprs_in_params
 from references import load
 from strategies import NETWORKS, abstract_dit, configs, example
+from traced import equations
 
 import ditx
 
@@ -44,13 +44,11 @@ def test_parameters_of_each_block_are_the_papers(name, count):
 def products(jaxpr):
     """Multiply-adds of every matrix product in a traced program."""
     total = 0
-    for equation in jaxpr.eqns:
-        inner = sum(products(sub) for sub in jaxprs_in_params(equation.params))
-        total += inner * equation.params.get("length", 1)
+    for equation, times in equations(jaxpr):
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, output = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-            total += math.prod(output) * math.prod(left[axis] for axis in contracted)
+            total += times * math.prod(output) * math.prod(left[axis] for axis in contracted)
     return total
 
 

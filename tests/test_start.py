@@ -1,7 +1,11 @@
 """What a start costs: mistakes told before anything long begins, and programs compiled once."""
 
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +41,40 @@ def test_more_than_a_device_has_is_said_before_anything_runs(monkeypatch):
     monkeypatch.setattr(programs, "device_memory", lambda: 2**22)
     with pytest.raises(programs.OutOfMemoryError, match=r"takes 0.01 GiB on each device, which has 0.00; try less"):
         programs.compiled(double, x, remedy="less")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does")
+def test_memory_of_programs_is_not_mapped_anew(tmp_path):
+    run = tmp_path / "run"
+    for script, *flags in (
+        ["train.py", *TINY, "--sample-every", "0", "--run", run],
+        ["sample.py", run, "--num", "1", "--out", tmp_path / "one.png"],
+        ["ditx", "bench", "train", "tiny", "--batch-size", "1", "--repeats", "1"],
+    ):
+        code = [sys.executable, "-c", FAULTS, script, *map(str, flags)]
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+        done = subprocess.run(code, cwd=ROOT, check=True, capture_output=True, text=True, env=environment)
+        faults = int(done.stdout.split()[-1])
+        assert faults < 1000, (script, faults)  # pages of 4 KiB: at least 2**15 a call otherwise
+
+
+FAULTS = """
+import contextlib, resource, runpy, sys
+_, script, *flags = sys.argv
+sys.argv = [script, *flags]
+with contextlib.suppress(SystemExit):
+    (runpy.run_path if script.endswith(".py") else runpy.run_module)(script, run_name="__main__")
+import jax
+import jax.numpy as jnp
+x, weight = jnp.ones((4096, 64)), jnp.ones((64, 8192))
+program = jax.jit(lambda x, weight: jnp.tanh(x @ weight) @ weight.T).lower(x, weight).compile()
+assert program.memory_analysis().temp_size_in_bytes >= 2**27
+before = []
+for _ in range(5):
+    program(x, weight).block_until_ready()
+    before.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(min(later - earlier for earlier, later in zip(before[1:], before[2:])))  # a busy system takes pages, too
+"""
 
 
 def test_a_step_too_large_is_refused_before_the_data_is_opened(run, photos, tmp_path, monkeypatch):

@@ -18,10 +18,10 @@ from ditx.commands import bench_evaluation, bench_reading, bench_sweep, bench_to
 from ditx.commands.bench_evaluation import Evaluate
 from ditx.commands.bench_reading import Data, Extract
 from ditx.commands.bench_sweep import fastest, flags_of
-from ditx.commands.bench_work import Sample, Timing, Train, objective_of, resolved
+from ditx.commands.bench_work import Sample, Timing, Train, objective_of
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 from ditx.nn.layers import Compute
-from ditx.programs import compiler_options
+from ditx.programs import compiler_options, resolved
 from ditx.sharding import make_mesh
 
 KINDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "extract": Extract, "data": Data}

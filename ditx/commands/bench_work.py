@@ -103,7 +103,7 @@ class Timing:
 
 
 def intervals(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds from each result of `call` to the next, while the one after it is under way already, as in a run."""
+    """Seconds from each result of `call` to the next, as in a run: off CPUs, the one after it is under way already."""
     jax.block_until_ready(call())  # with all that only a first call does
     pending, times, last = call(), [], 0.0
     for _ in range(repeats + 1):
@@ -187,7 +187,7 @@ def check_network(config: Train | Sample) -> Mesh:
 
 
 def train(config: Train) -> Timing:
-    """Time training steps: the state born in its place and donated, the host one step ahead."""
+    """Time training steps: the state born in its place and donated; off CPUs, the host is one step ahead."""
     mesh, model, size = check_network(config), config.model, config.model.input_size
     optimizer = adamw(lambda step: 1e-4)
     step = partial(
