@@ -23,16 +23,34 @@ from jaxtyping import install_import_hook
 from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
-    from ditx import data, imagenet, pictures, pretrained, runs
+    from ditx import pictures
+    from ditx.data import imagenet, sources
+    from ditx.diffusion.objective import ObjectiveConfig
     from ditx.nn.dit import DiT
     from ditx.nn.layers import Compute
-    from ditx.objectives import ObjectiveConfig
-    from ditx.pretrained import Description
-    from ditx.processes import ProcessConfig, check_alike, connect, end, is_first, together
-    from ditx.programs import Dtype, compiler_options, keep_freed_memory, resolved
+    from ditx.parallel.compile import Dtype, compiler_options, resolve_dtype, tune_malloc
+    from ditx.parallel.distributed import (
+        DistributedConfig,
+        assert_same_everywhere,
+        end,
+        initialize,
+        is_main_process,
+        sync_errors,
+    )
+    from ditx.parallel.mesh import (
+        MeshConfig,
+        check_compute,
+        check_fit,
+        data_parallel_size,
+        make_mesh,
+        replicated,
+        with_shardings,
+    )
     from ditx.sampling import Decode, SamplingConfig, batch_size, make_decode, make_draw, on_mesh, sample_keys
-    from ditx.sharding import MeshConfig, batch_parts, check_compute, check_fit, everywhere, make_mesh, place
-    from ditx.vae_weights import load_decoder
+    from ditx.training import run as runs
+    from ditx.weights import pretrained
+    from ditx.weights.pretrained import Description
+    from ditx.weights.vae_weights import load_decoder
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,7 @@ class Config(Compute):
     decode_batch: int = 4
     """latents decoded at a time on each device; a matter of memory and speed alone"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    processes: ProcessConfig = field(default_factory=ProcessConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 def parse(argv: list[str]) -> tuple[Path, Description, Config]:
@@ -82,9 +100,9 @@ def parse(argv: list[str]) -> tuple[Path, Description, Config]:
     # Read twice: what is named on the command line sets the defaults of the other flags.
     description = "Draw samples from the averaged weights of a run, or from released weights."
     first = tyro.cli(Config, args=argv, prog="sample.py", description=description)
-    connect(first.processes)
-    keep_freed_memory()
-    with together():
+    initialize(first.distributed)
+    tune_malloc()
+    with sync_errors():
         source = Path(first.source) if first.source else runs.newest_run(Path("runs"))
         described = pretrained.describe(source)
     default = Config(sampling=described.sampling, vae=described.vae)
@@ -153,7 +171,7 @@ def check_guide(guide: Description, described: Description) -> None:
 
 def read_network(source: Path, described: Description, config: Config, mesh: Mesh) -> DiT:
     """A network as the mesh holds it."""
-    abstract = place(jax.eval_shape(lambda key: DiT(described.model, key=key), jax.random.key(0)), mesh)
+    abstract = with_shardings(jax.eval_shape(lambda key: DiT(described.model, key=key), jax.random.key(0)), mesh)
     network, note = pretrained.load(source, described, abstract)
     print(f"weights  {note}")
     return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.dtype)), network)
@@ -184,14 +202,14 @@ def draw_all(
         config.sampling, network.config, objective, by_another=by_another, unroll=config.unroll, compute=config
     )
     draw = on_mesh(draw, mesh)
-    batch = batch_size(len(labels), config.batch, batch_parts(mesh))
+    batch = batch_size(len(labels), config.batch, data_parallel_size(mesh))
     stride = max(1, config.sampling.steps // 40)
 
     # What is traced is compiled once for all its values.
-    seed, course = np.uint32(config.seed), config.sampling.course(objective)
+    seed, params = np.uint32(config.seed), config.sampling.params(objective)
 
-    def run_batch(network, guide, labels, seed, first, course):
-        samples, states = draw(network, labels, sample_keys(seed, first, batch), guide=guide, course=course)
+    def run_batch(network, guide, labels, seed, first, params):
+        samples, states = draw(network, labels, sample_keys(seed, first, batch), guide=guide, params=params)
         return samples, states[:, ::-stride][:, ::-1] if config.animate else None
 
     def to_images(samples):
@@ -200,9 +218,9 @@ def draw_all(
             raise ValueError(
                 "samples are not finite numbers; try --dtype float32, a lower --guidance-scale, or more steps"
             )
-        return data.to_uint8(samples)
+        return sources.to_uint8(samples)
 
-    compiled = jax.jit(run_batch, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh, config))
+    compiled = jax.jit(run_batch, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh, config))
     images, frames, under_way = [], [], []
 
     def fetch():
@@ -211,12 +229,12 @@ def draw_all(
         if moments:
             frames.append(np.stack([to_images(moment) for moment in moments], axis=1)[:count])
 
-    quiet = len(labels) <= batch or not is_first()
+    quiet = len(labels) <= batch or not is_main_process()
     for first in tqdm(range(0, len(labels), batch), unit="batch", disable=quiet or None):
         # The last batch is filled up, so that one program serves all.
         count = min(batch, len(labels) - first)
         padded = np.resize(labels[first : first + count], batch)
-        samples, states = compiled(network, guide, padded, seed, np.int32(first), course)
+        samples, states = compiled(network, guide, padded, seed, np.int32(first), params)
         moments = [] if states is None else [states[:, moment] for moment in range(states.shape[1])]
         if decode:
             samples, moments = decode(samples), [decode(moment) for moment in moments]
@@ -248,14 +266,14 @@ def check(config: Config, described: Description, num: int) -> None:
 def sample(argv: list[str]) -> int:
     """Draw and write; returns the exit code."""
     source, described, config = parse(argv)
-    with together():
+    with sync_errors():
         class_names = described.class_names or ("any",)  # of which a network without labels has its null label for one
         wanted = read_labels(config.labels, class_names)
         num = config.num or len(wanted) * (10 if len(wanted) <= 20 else 1)
         channels, weaker = described.model.in_channels, None
         check(config, described, num)
         sampling = config.sampling.resolved(described.objective)
-        config = replace(config, sampling=sampling, dtype=resolved(config.dtype))
+        config = replace(config, sampling=sampling, dtype=resolve_dtype(config.dtype))
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
         check_compute(mesh, config, config.dtype, described.model)
@@ -264,13 +282,13 @@ def sample(argv: list[str]) -> int:
             check_guide(weaker, described)
             check_fit(mesh, num_heads=weaker.model.num_heads, mlp_size=weaker.model.mlp_size)
             check_compute(mesh, config, config.dtype, weaker.model)
-    check_alike({name: value for name, value in asdict(config).items() if name != "processes"})
-    with together():
+    assert_same_everywhere({name: value for name, value in asdict(config).items() if name != "processes"})
+    with sync_errors():
         decode = read_decoder(described, config, mesh)
         network = read_network(source, described, config, mesh)
         guide = read_network(Path(config.guide), weaker, config, mesh) if weaker else None
-    with together():
-        paths = outputs(source, config) if is_first() else {}
+    with sync_errors():
+        paths = outputs(source, config) if is_main_process() else {}
     labels = np.resize(np.array(wanted, np.int32), num)
     guided = config.sampling.guidance_channels or channels
     print(
@@ -284,7 +302,7 @@ def sample(argv: list[str]) -> int:
         if paths:
             paths["grid"].unlink()  # empty as yet
         raise
-    if not is_first():
+    if not is_main_process():
         return 0
 
     columns = min(num, len(wanted) if len(wanted) <= 20 else math.isqrt(num - 1) + 1)

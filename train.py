@@ -31,46 +31,50 @@ from jaxtyping import Array, install_import_hook
 from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
-    from ditx import checkpoint, data, datasets, flops, pictures, pretrained, runs
-    from ditx.evaluation import make_fid, make_images
-    from ditx.features import FeatureNetwork
-    from ditx.inception_weights import load_inception
-    from ditx.monitor import Monitor, Profile
+    from ditx import costs, pictures
+    from ditx.data import datasets, sources
+    from ditx.diffusion.objective import make_objective
+    from ditx.evaluation.evaluate import make_fid, make_images
+    from ditx.evaluation.features import FeatureNetwork
+    from ditx.evaluation.reference import Reference, read_reference
     from ditx.nn.dit import DiT, DiTConfig
     from ditx.nn.layers import Compute
-    from ditx.objectives import make_objective
-    from ditx.presets import FREE, PRESETS, Config, check, powers_of
-    from ditx.pretrained import describe_initial
-    from ditx.processes import (
-        check_alike,
-        connect,
+    from ditx.parallel.compile import compile_checked, compiler_options, tune_malloc
+    from ditx.parallel.distributed import (
+        assert_same_everywhere,
+        broadcast_from_main,
         end,
-        from_first,
-        in_step,
-        is_first,
+        exit_if_peer_dies,
+        initialize,
+        is_main_process,
         stop_signals,
-        together,
-        while_all_live,
+        sync_errors,
+        synced_batches,
     )
-    from ditx.programs import compiled, compiler_options, keep_freed_memory
-    from ditx.reference import Reference, read_reference
-    from ditx.sampling import Decode, make_decode, make_draw, on_mesh, sample_keys
-    from ditx.sharding import (
-        batch_parts,
+    from ditx.parallel.mesh import (
         batch_sharding,
         bytes_per_device,
         check_batch,
         check_compute,
         check_fit,
-        everywhere,
-        local_rows,
+        data_parallel_size,
+        local_batch_indices,
         make_mesh,
-        place,
         put_batch,
+        replicated,
         table,
+        with_shardings,
     )
-    from ditx.training import TrainState, adamw, train_step
-    from ditx.vae_weights import load_decoder
+    from ditx.sampling import Decode, make_decode, make_draw, on_mesh, sample_keys
+    from ditx.training import checkpoint
+    from ditx.training import run as runs
+    from ditx.training.config import CHANGEABLE_ON_RESUME, PRESETS, Config, check, power_ema_gammas
+    from ditx.training.logger import MetricsLogger, Profiler
+    from ditx.training.step import TrainState, adamw, train_step
+    from ditx.weights import pretrained
+    from ditx.weights.inception_weights import load_inception
+    from ditx.weights.pretrained import describe_initial
+    from ditx.weights.vae_weights import load_decoder
 
 # Of too little memory.
 REMEDY = "--remat full, a higher --accumulate, --mesh.fsdp, or a smaller --batch-size"
@@ -141,20 +145,20 @@ def make_picture(config: Config, seen: datasets.Glance, mesh: Mesh) -> Callable[
         return None
     decode, num_classes = read_decoder(config, seen, mesh), config.model.num_classes
     columns = min(num_classes, 10) or 10
-    count = -(-4 * columns // batch_parts(mesh)) * batch_parts(mesh)
+    count = -(-4 * columns // data_parallel_size(mesh)) * data_parallel_size(mesh)
     classes = np.linspace(0, max(num_classes - 1, 0), columns).astype(np.int32)
-    labels, course = np.resize(classes, count), config.sampling.course(config)
+    labels, params = np.resize(classes, count), config.sampling.params(config)
     # By what computes blocks plainly, since the averaged weights are float32.
     draw = on_mesh(make_draw(config.sampling, config.model, config), mesh)
 
-    @partial(jax.jit, out_shardings=everywhere(mesh), compiler_options=compiler_options(mesh))
-    def drawn(ema, labels, seed, course):
-        return draw(ema, labels, sample_keys(seed, 0, count), course=course)[0]
+    @partial(jax.jit, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
+    def generate_samples(ema, labels, seed, params):
+        return draw(ema, labels, sample_keys(seed, 0, count), params=params)[0]
 
     def picture(ema, path):
-        samples = np.asarray(drawn(ema, labels, np.uint32(config.seed), course))
-        images = data.to_uint8(np.asarray(decode(samples) if decode else samples))[: 4 * columns]
-        if is_first():
+        samples = np.asarray(generate_samples(ema, labels, np.uint32(config.seed), params))
+        images = sources.to_uint8(np.asarray(decode(samples) if decode else samples))[: 4 * columns]
+        if is_main_process():
             path.parent.mkdir(exist_ok=True)
             pictures.grid(images, columns).save(path)
 
@@ -181,8 +185,8 @@ class Step:
         """The program of all processes. Raises ValueError where it takes more memory than a device has."""
         options = compiler_options(mesh, compute)
         jitted = jax.jit(self.function, donate_argnums=0, out_shardings=(self.places, None), compiler_options=options)
-        with together():
-            program, took, needed = compiled(jitted, self.state, self.batch, self.key, remedy=REMEDY)
+        with sync_errors():
+            program, took, needed = compile_checked(jitted, self.state, self.batch, self.key, remedy=REMEDY)
         print(f"compiled in {took:.1f} s; a step takes {needed / 2**20:,.1f} MiB on each device", flush=True)
         return program
 
@@ -195,7 +199,7 @@ def make_step(config: Config, latent: bool, mesh: Mesh) -> Step:
         objective=make_objective(config),
         optimizer=optimizer,
         ema_decay=config.ema_decay,
-        gammas=powers_of(config),
+        ema_gammas=power_ema_gammas(config),
         dtype=jnp.dtype(config.dtype),
         unroll=config.unroll,
         remat=config.remat,
@@ -203,9 +207,9 @@ def make_step(config: Config, latent: bool, mesh: Mesh) -> Step:
         accumulate=config.accumulate,
         mesh=mesh,
     )
-    init_key, key = jax.jit(lambda: jax.random.split(jax.random.key(config.seed)), out_shardings=everywhere(mesh))()
-    create = partial(TrainState.create, config.model, optimizer, profiles=len(powers_of(config)))
-    state = place(jax.eval_shape(lambda key: create(key=key), init_key), mesh)
+    init_key, key = jax.jit(lambda: jax.random.split(jax.random.key(config.seed)), out_shardings=replicated(mesh))()
+    create = partial(TrainState.create, config.model, optimizer, power_emas=len(power_ema_gammas(config)))
+    state = with_shardings(jax.eval_shape(lambda key: create(key=key), init_key), mesh)
     rows = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
     shape = (config.batch_size, size, size, config.model.in_channels)
     batch = {"x": rows(shape, jnp.float16 if latent else jnp.float32), "y": rows(shape[:1], jnp.int32)}
@@ -222,13 +226,13 @@ def train(preset: str, config: Config) -> int:
 
     First what is told in no time, then the step, compiled from shapes, then the data, which may take long to open.
     """
-    connect(config.processes)
-    with together():
+    initialize(config.distributed)
+    with sync_errors():
         check(config)
         seen = datasets.glance(config.dataset, config.data_path, config.model.input_size)
         config = replace(config, model=fitted(config, preset, seen))
         check(config)
-        keep_freed_memory()
+        tune_malloc()
         mesh = make_mesh(config.mesh)
         check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
         check_compute(mesh, config, config.dtype, config.model)
@@ -242,15 +246,15 @@ def train(preset: str, config: Config) -> int:
         "class_names": seen.class_names[: config.model.num_classes],
         **({"latents": seen.latents} if seen.latents else {}),
     }
-    check_alike({name: value for name, value in described.items() if name not in ("data_path", "processes")})
-    free, run = FREE | ({"steps"} if config.decay == "constant" else set()), Path(config.run)
+    assert_same_everywhere({name: value for name, value in described.items() if name not in ("data_path", "processes")})
+    free, run = CHANGEABLE_ON_RESUME | ({"steps"} if config.decay == "constant" else set()), Path(config.run)
     done = False
-    with together():
-        if is_first():
+    with sync_errors():
+        if is_main_process():
             runs.check_run(run, described, free=free)
             done = config.steps <= max(checkpoint.steps(run / "checkpoints"), default=0)
     print(
-        f"model    DiT of {flops.parameters(config.model):,} parameters, {flops.macs(config.model) / 1e9:.3f} G"
+        f"model    DiT of {costs.parameters(config.model):,} parameters, {costs.macs(config.model) / 1e9:.3f} G"
         f" multiply-adds, {config.model.num_tokens} tokens, objective {config.objective}\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}"
         f" ({', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())}), computing in {config.dtype}"
@@ -260,26 +264,26 @@ def train(preset: str, config: Config) -> int:
     step = make_step(config, seen.latents is not None, mesh)
     if mesh.size > 1:
         print(table(step.state.model))
-    held = {"weights": step.state.model, "average": (step.state.ema, step.state.profiles)}
+    held = {"weights": step.state.model, "average": (step.state.ema, step.state.power_emas)}
     held |= {"moments": step.state.opt_state}
     shares = ", ".join(f"{name} {bytes_per_device(part) / 2**20:,.1f}" for name, part in held.items())
     print(f"holds    {bytes_per_device(step.state) / 2**20:,.1f} MiB on each device: {shares}", flush=True)
     # A run that is done needs no program.
-    program = None if from_first(done) else step.compiled(mesh, config)
+    program = None if broadcast_from_main(done) else step.compiled(mesh, config)
 
-    with together():
+    with sync_errors():
         source = datasets.open_data(config.dataset, config.data_path, config.model.input_size, seen)
         described["data_checksum"] = source.checksum
-    check_alike(described["data_checksum"])
+    assert_same_everywhere(described["data_checksum"])
     with ExitStack() as stack:
-        with together():
-            if is_first():
+        with sync_errors():
+            if is_main_process():
                 stack.enter_context(runs.open_run(run, described, free=free))
-        token = str(from_first(time.time_ns() % 2**31))
-        with together():
-            if is_first():
+        token = str(broadcast_from_main(time.time_ns() % 2**31))
+        with sync_errors():
+            if is_main_process():
                 runs.write(run / "shared", token)
-        with together():
+        with sync_errors():
             if not (run / "shared").exists() or (run / "shared").read_text() != token:
                 raise ValueError(f"{run} is not where the first process made it; give a --run that all processes share")
         undrawn = seen.latents and config.sample_every and not config.vae
@@ -297,7 +301,7 @@ def train(preset: str, config: Config) -> int:
 def fit(
     config: Config,
     seen: datasets.Glance,
-    source: data.Source,
+    source: sources.Source,
     mesh: Mesh,
     built: Step,
     program: jax.stages.Compiled | None,
@@ -312,7 +316,7 @@ def fit(
     wanted, sums = {part: getattr(built.state, part) for part in parts}, built.sums
     restored = checkpoint.load_newest(checkpoints, wanted | {"window": sums})
     if restored is None:
-        with together():
+        with sync_errors():
             reached = max((line["step"] for line in runs.read_metrics(run)), default=0)
             # The second save waits for the first, so that a kill alone cannot lead here.
             if reached >= 2 * config.checkpoint_every or loss_picture.exists():
@@ -323,16 +327,16 @@ def fit(
         begun = jax.jit(lambda key: built.create(key=key), out_shardings=built.places)(built.init_key)
         start, state, note = 0, begun, "random weights"
         if config.init_from:
-            with together():
+            with sync_errors():
                 model, note = pretrained.load_initial(Path(config.init_from), state.model, mesh)
-            averages = [jax.tree.map(jnp.copy, model) for _ in range(1 + len(state.profiles))]
-            state = replace(state, model=model, ema=averages[0], profiles=tuple(averages[1:]))
+            averages = [jax.tree.map(jnp.copy, model) for _ in range(1 + len(state.power_emas))]
+            state = replace(state, model=model, ema=averages[0], power_emas=tuple(averages[1:]))
         print(f"begins   from {note}", flush=True)
     else:
         start, trees, damaged = restored
         state, sums = TrainState(**{part: trees[part] for part in parts}), jax.tree.map(np.asarray, trees["window"])
         for step, sentence in damaged:
-            aside = checkpoint.set_aside(checkpoints, step)
+            aside = checkpoint.quarantine(checkpoints, step)
             print(f"warning: {sentence}; moved to {aside}, going back to step {start:,}", file=sys.stderr)
         print(f"goes on  from step {start:,}", flush=True)
     draw_picture, fid_of = make_picture(config, seen, mesh), None
@@ -352,9 +356,9 @@ def fit(
     def finish(state):
         """Write the pictures of the last step, where they are missing."""
         missing, last = [], run / "samples" / f"step-{config.steps:07d}.png"
-        with together():
-            missing = [path for path in (last, loss_picture, time_picture) if is_first() and not path.exists()]
-        if draw_picture and from_first(last in missing):
+        with sync_errors():
+            missing = [path for path in (last, loss_picture, time_picture) if is_main_process() and not path.exists()]
+        if draw_picture and broadcast_from_main(last in missing):
             draw_picture(state.ema, last)
         lines = [line for line in runs.read_metrics(run) if missing and "loss" in line]
         names = ("step", "loss", "loss_by_time", "count_by_time")
@@ -365,13 +369,13 @@ def fit(
             pictures.loss_by_time(by_time, counts).save(time_picture)
 
     # In half precision, and whole in each process.
-    halves = jax.jit(partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float16)), out_shardings=everywhere(mesh))
+    halves = jax.jit(partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float16)), out_shardings=replicated(mesh))
 
-    def store(profiles, step):
+    def store(power_emas, step):
         """Write the averages of this step, unless a run that was killed since has done so."""
-        for length, average in zip(config.ema_lengths, profiles, strict=True):
+        for length, average in zip(config.ema_lengths, power_emas, strict=True):
             file, half = runs.average_file(run, step, length), halves(average)
-            if is_first() and not file.exists():
+            if is_main_process() and not file.exists():
                 file.parent.mkdir(exist_ok=True)
                 pretrained.write(file, half, pretrained.Description.of(runs.read_config(run), run), np.float16)
 
@@ -381,22 +385,22 @@ def fit(
         return 0
 
     program = program or built.compiled(mesh, config)  # for a run that was done, but has lost its last checkpoint
-    with together():
-        if is_first():
+    with sync_errors():
+        if is_main_process():
             # Of a shorter run that now goes on, and of a kill.
             for file in (loss_picture, time_picture, *run.glob("averages/*.partial")):
                 file.unlink(missing_ok=True)
             runs.trim_metrics(run, start)
-    batches = data.batches(
+    batches = sources.batches(
         source,
         batch_size=config.batch_size,
         seed=config.seed,
         flip=config.flip,
         start=start,
-        rows=local_rows(mesh, config.batch_size),
+        rows=local_batch_indices(mesh, config.batch_size),
         workers=config.workers,
     )
-    monitor = Monitor(
+    monitor = MetricsLogger(
         run,
         sums,
         step=start,
@@ -417,7 +421,7 @@ def fit(
     bar = tqdm(
         total=config.steps,
         initial=start,
-        disable=None if is_first() else True,  # None: where nobody watches; lines are printed instead
+        disable=None if is_main_process() else True,  # None: where nobody watches; lines are printed instead
         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
     )
     with (
@@ -425,12 +429,12 @@ def fit(
         closing(batches),
         closing(manager),
         closing(monitor),
-        closing(Profile(run / "profile", start + 1, config.steps, config.profile_steps)) as profile,
+        closing(Profiler(run / "profile", start + 1, config.steps, config.profile_steps)) as profile,
         bar,
-        while_all_live(),
+        exit_if_peer_dies(),
     ):
         pending, failure, step, saved, due = None, None, start, start, False
-        feed = in_step(monitor.waiting(batches), mesh, stopped)
+        feed = synced_batches(monitor.waiting(batches), mesh, stopped)
 
         def settle():
             """Count what the last step returned, which is read late, so that the host does not wait at every step."""
@@ -455,7 +459,7 @@ def fit(
                 failure = error
                 break
             profile.before(step + 1)
-            batch = put_batch(batch, mesh, local_rows(mesh, config.batch_size), config.batch_size)
+            batch = put_batch(batch, mesh, local_batch_indices(mesh, config.batch_size), config.batch_size)
             state, terms = program(state, batch, built.key)
             settle()
             step, pending = step + 1, terms
@@ -475,7 +479,7 @@ def fit(
             if config.ema_every and (step % config.ema_every == 0 or step == config.steps):
                 settle()
                 with monitor.paused(step):
-                    store(state.profiles, step)
+                    store(state.power_emas, step)
             fid = None
             if fid_of and (step % config.eval_every == 0 or step == config.steps):
                 settle()
@@ -486,7 +490,7 @@ def fit(
             due |= step % config.checkpoint_every == 0 or fid is not None
             if due:
                 settle()
-                if not monitor.in_a_row:  # else the newest checkpoint stays the one from before
+                if not monitor.consecutive_skips:  # else the newest checkpoint stays the one from before
                     save(fid)
                     due = False
             if draw_picture and step % config.sample_every == 0:

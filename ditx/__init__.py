@@ -1,11 +1,14 @@
 """ditx: diffusion transformers in JAX and Equinox."""
 
-from ditx import convert, ema, flops, metrics
-from ditx.diffusion import flow, gaussian, guidance, likelihood, predictions, samplers, weightings
-from ditx.diffusion.schedule import Schedule, cosine_schedule, linear_schedule, respace, spaced
+from ditx import costs
+from ditx.diffusion import flow, gaussian, guidance, likelihood, loss_weights, parameterization, samplers
+from ditx.diffusion.schedule import Schedule, cosine_schedule, linear_schedule, respace, sampling_grid
+from ditx.evaluation import metrics
 from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
 from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
+from ditx.training import ema
+from ditx.weights import convert
 
 __all__ = [
     "DIT_CONFIGS",
@@ -17,17 +20,17 @@ __all__ = [
     "VAEConfig",
     "convert",
     "cosine_schedule",
+    "costs",
     "ema",
-    "flops",
     "flow",
     "gaussian",
     "guidance",
     "likelihood",
     "linear_schedule",
+    "loss_weights",
     "metrics",
-    "predictions",
+    "parameterization",
     "respace",
     "samplers",
-    "spaced",
-    "weightings",
+    "sampling_grid",
 ]

@@ -14,10 +14,10 @@ from jax.extend.core import Literal, jaxprs_in_params
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ditx import sharding
+from ditx.diffusion.objective import ObjectiveConfig, make_objective
 from ditx.nn.dit import DiTConfig, Remat
-from ditx.objectives import ObjectiveConfig, make_objective
-from ditx.training import TrainState, adamw, train_step
+from ditx.parallel import mesh as sharding
+from ditx.training.step import TrainState, adamw, train_step
 
 
 def step_memory(
@@ -29,9 +29,9 @@ def step_memory(
     accumulate: int = 1,
     unroll: int = 1,
     remat: Remat = "none",
-    profiles: int = 0,
+    power_emas: int = 0,
 ) -> dict[str, int]:
-    """Bytes of one device in a step of `ditx.training.train_step`, by what they are for; their sum is its peak.
+    """Bytes of one device in a step of `ditx.training.step.train_step`, by what they are for; their sum is its peak.
 
     The devices of `mesh`, sizes by axis, need not be at hand; the backend at hand is taken for theirs. Raises
     ValueError where the mesh does not fit the network or the batch.
@@ -43,9 +43,9 @@ def step_memory(
     optimizer, key = adamw(0.0), jax.random.key(0)
 
     def create(config) -> Any:
-        return jax.eval_shape(lambda key: TrainState.create(config, optimizer, profiles=profiles, key=key), key)
+        return jax.eval_shape(lambda key: TrainState.create(config, optimizer, power_emas=power_emas, key=key), key)
 
-    placed = sharding.place(create(config), whole)
+    placed = sharding.with_shardings(create(config), whole)
 
     def along_tensor(leaf):
         spec = P(*(axis if axis == "tensor" else None for axis in leaf.sharding.spec))
@@ -59,7 +59,7 @@ def step_memory(
     batch = {"x": jax.ShapeDtypeStruct(x, jnp.float32), "y": jax.ShapeDtypeStruct(y, jnp.int32)}
     objective = make_objective(ObjectiveConfig("eps" if config.learn_sigma else "flow"))
     step = partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.0, dtype=jnp.dtype(dtype))
-    step = partial(step, gammas=profiles * (1.0,), accumulate=accumulate, unroll=unroll, remat=remat)
+    step = partial(step, ema_gammas=power_emas * (1.0,), accumulate=accumulate, unroll=unroll, remat=remat)
     step = partial(step, mesh=_mesh(2, fsdp, 1))
     traced = jax.make_jaxpr(step)(state, batch, key)
     (local,) = (equation for equation in traced.eqns if equation.primitive.name == "shard_map")
@@ -71,7 +71,7 @@ def step_memory(
     kept = min(kept, own - gradients)
     return {
         "weights": weights,
-        "ema": sharding.bytes_per_device((placed.ema, placed.profiles)),
+        "ema": sharding.bytes_per_device((placed.ema, placed.power_emas)),
         "moments": sharding.bytes_per_device(placed.opt_state),
         "batch": 4 * rows * (math.prod(x[1:]) + 1),
         "gradients": gradients,

@@ -28,9 +28,9 @@ def loss_curve(steps: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) 
 
     The vertical axis is cut at the 98th percentile, since the first steps lie far above all others.
     """
-    window = max(1, math.ceil(len(losses) / 50))
+    metric_sums = max(1, math.ceil(len(losses) / 50))
     sums = np.cumsum(np.concatenate([np.zeros(1), losses]))
-    starts = np.maximum(np.arange(len(losses)) + 1 - window, 0)
+    starts = np.maximum(np.arange(len(losses)) + 1 - metric_sums, 0)
     means = (sums[1:] - sums[starts]) / (np.arange(len(losses)) + 1 - starts)
     span = max(float(steps[-1]), 1.0) if len(steps) else 1.0
     curves = [(losses, "#b8cfe5", 1), (means, "#1f4e79", 3)]
@@ -56,8 +56,8 @@ def _curves(
     width, height, left, bottom, top, right = 800, 450, 70, 40, 30, 20
     picture = PIL.Image.new("RGB", (width, height), "white")
     draw = PIL.ImageDraw.Draw(picture)
-    together = np.concatenate([values for values, _, _ in curves])
-    finite = together[np.isfinite(together)]
+    sync_errors = np.concatenate([values for values, _, _ in curves])
+    finite = sync_errors[np.isfinite(sync_errors)]
     low, high = (finite.min(), np.percentile(finite, 98)) if finite.size else (0.0, 1.0)
     high = high if high > low else low + 1
 

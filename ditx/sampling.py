@@ -14,12 +14,19 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from ditx.diffusion import guidance, samplers
+from ditx.diffusion.objective import ObjectiveConfig
 from ditx.diffusion.schedule import Schedule
 from ditx.nn.dit import DiTConfig
 from ditx.nn.layers import PLAIN, Compute
 from ditx.nn.vae import AutoencoderKL
-from ditx.objectives import ObjectiveConfig
-from ditx.sharding import batch_parts, batch_sharding, by_rows, everywhere, make_gather, put_whole
+from ditx.parallel.mesh import (
+    batch_sharding,
+    data_parallel,
+    data_parallel_size,
+    make_gather,
+    replicated,
+    shard_host_array,
+)
 
 Sampler = Literal["auto", "ddpm", "ddim", "dpm-solver", "heun", "euler", "euler-maruyama"]
 STEPS = {
@@ -32,7 +39,7 @@ STEPS = {
 }
 
 
-class Course(NamedTuple):
+class SamplerParams(NamedTuple):
     """The numbers of a draw, all of which may be traced: one program serves all courses of as many steps.
 
     It is another one with guidance or without, in an interval or at all times.
@@ -68,18 +75,18 @@ class SamplingConfig:
 
     def resolved(self, objective: ObjectiveConfig) -> "SamplingConfig":
         """With what `auto` stands for."""
-        usual = "heun" if objective.straight else "ddpm"
+        usual = "heun" if objective.is_flow else "ddpm"
         return replace(self, sampler=usual if self.sampler == "auto" else self.sampler)
 
-    def course(self, objective: ObjectiveConfig) -> Course:
+    def params(self, objective: ObjectiveConfig) -> SamplerParams:
         """The numbers of such draws."""
         scale = None if self.guidance_scale == 1 else float(self.guidance_scale)
         interval = None if scale is None or self.guidance_interval == (0, 1000) else self.guidance_interval
-        return Course(objective.levels(self.steps, self.spacing), scale, interval)
+        return SamplerParams(objective.levels(self.steps, self.spacing), scale, interval)
 
     def check(self, model: DiTConfig, objective: ObjectiveConfig, *, by_another: bool = False) -> None:
         """Raise ValueError where this cannot work with such a network, or without another to guide it."""
-        whole = not objective.straight and self.spacing == "time"
+        whole = not objective.is_flow and self.spacing == "time"
         limit = 1000 if whole else 10_000
         if not 1 <= self.steps <= limit:
             raise ValueError(f"steps is {self.steps}; objective {objective.objective} samples in 1 to {limit} steps")
@@ -122,11 +129,11 @@ def make_draw(
     config.check(model, objective, by_another=by_another)
     config = config.resolved(objective)
     step = partial(samplers.ddim_step, eta=config.eta) if config.sampler == "ddim" else STEPS[config.sampler]
-    usual = config.course(objective)
+    usual = config.params(objective)
     shape = (model.input_size, model.input_size, model.in_channels)
 
-    def draw(model, labels, keys, *, guide=None, course=None):
-        grid, scale, interval = usual if course is None else course
+    def draw(model, labels, keys, *, guide=None, params=None):
+        grid, scale, interval = usual if params is None else params
         by: Any = {"scale": 1 if scale is None else scale, "channels": config.guidance_channels or None}
         by["interval"] = interval
 
@@ -157,14 +164,14 @@ def on_mesh(draw: Draw, mesh: Mesh) -> Draw:
     The batch must be a multiple of `batch_parts`.
     """
 
-    def spread(model, labels, keys, *, guide=None, course=None):
+    def spread(model, labels, keys, *, guide=None, params=None):
         gather, gather_guide = make_gather(model, mesh), make_gather(guide, mesh)
 
         def local(networks, rows):
             model, guide = networks
-            return draw(gather(model), *rows, guide=gather_guide(guide), course=course)
+            return draw(gather(model), *rows, guide=gather_guide(guide), params=params)
 
-        return by_rows(local, (model, guide), mesh)((model, guide), (labels, keys))
+        return data_parallel(local, (model, guide), mesh)((model, guide), (labels, keys))
 
     return spread
 
@@ -197,8 +204,8 @@ def make_decode(vae: AutoencoderKL, mesh: Mesh, batch_size: int = 4) -> Decode:
 
     A decoder's memory grows with its batch: some 0.4 GB for an image of 256 pixels, four times that for 512.
     """
-    count, rows, whole = batch_size * batch_parts(mesh), batch_sharding(mesh), everywhere(mesh)
-    weights = jax.tree.map(lambda leaf: put_whole(leaf, whole), vae)
+    count, rows, whole = batch_size * data_parallel_size(mesh), batch_sharding(mesh), replicated(mesh)
+    weights = jax.tree.map(lambda leaf: shard_host_array(leaf, whole), vae)
 
     def part(vae, latents):
         return jax.vmap(vae.decode)(jax.lax.with_sharding_constraint(latents, rows))

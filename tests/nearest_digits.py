@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from ditx.data import digits
+from ditx.data.sources import digits
 
 
 def read(images, train, labels, *, held_out=False):

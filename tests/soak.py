@@ -22,12 +22,12 @@ import numpy as np
 import resave
 import scripts
 
-from ditx import checkpoint
-from ditx.sharding import MeshConfig, make_mesh
+from ditx.parallel.mesh import MeshConfig, make_mesh
+from ditx.training import checkpoint
 
 FLAGS = (
     "digits --model.hidden-size 16 --model.depth 1 --model.num-heads 8 --model.patch-size 14 --batch-size 8"
-    " --sample-every 0 --log-every 4 --checkpoint-every 5 --processes.heartbeat 4 --mesh.data 1 --mesh.fsdp -1"
+    " --sample-every 0 --log-every 4 --checkpoint-every 5 --distributed.heartbeat 4 --mesh.data 1 --mesh.fsdp -1"
 ).split()
 SURVIVORS_END_WITHIN = 20  # seconds, of which the heartbeat is 4
 
@@ -37,7 +37,7 @@ def launch(run, steps, flags, devices):
     return scripts.start_together(scripts.ROOT / "train.py", *flags, devices=devices)
 
 
-def strike(processes, run, rng, span):
+def strike(distributed, run, rng, span):
     """Kill one process or both, at any moment within `span` seconds or while a checkpoint is being written.
 
     Says which, or None if the run was quicker.
@@ -45,7 +45,7 @@ def strike(processes, run, rng, span):
     before = set((run / "checkpoints").glob("*tmp*"))
     saves, wait = rng.choice([(0, rng.uniform(0, span)), (rng.randint(1, 4), rng.uniform(0, 0.2))])
     while wait > 0:
-        if any(process.poll() is not None for process in processes):
+        if any(process.poll() is not None for process in distributed):
             return None
         time.sleep(0.01)
         now = set((run / "checkpoints").glob("*tmp*"))
@@ -53,18 +53,18 @@ def strike(processes, run, rng, span):
         wait -= 0.01 if saves <= 0 else 0
     which = rng.choice([[0], [1], [0, 1]])
     for index in which:
-        processes[index].send_signal(signal.SIGKILL)
+        distributed[index].send_signal(signal.SIGKILL)
     return which
 
 
-def outputs_of(processes, which):
+def outputs_of(distributed, which):
     """What they have said, once they have ended: by themselves, where they were not killed."""
     if which is None:
-        ended = [scripts.finish(process) for process in processes]
+        ended = [scripts.finish(process) for process in distributed]
         assert all(code == 0 for code, _ in ended), ended
         return [output for _, output in ended]
     end, outputs = time.monotonic() + SURVIVORS_END_WITHIN, []
-    for process in processes:
+    for process in distributed:
         try:
             outputs.append(process.communicate(timeout=max(1, end - time.monotonic()))[0])
         except subprocess.TimeoutExpired:
@@ -123,9 +123,9 @@ def soak(folder, *, kills, steps, seed, flags=(), devices=4, say=lambda line: No
     while told["kills"] < kills:
         run, newest, which = folder / f"disturbed-{told['runs']}", 0, []
         while which is not None:
-            processes = launch(run, steps, flags, devices)
-            which = strike(processes, run, rng, span) if told["kills"] < kills else None
-            told["went on"] += check_start(outputs_of(processes, which)[0], newest)
+            distributed = launch(run, steps, flags, devices)
+            which = strike(distributed, run, rng, span) if told["kills"] < kills else None
+            told["went on"] += check_start(outputs_of(distributed, which)[0], newest)
             if which is not None:
                 before, (newest, half) = newest, check_left(run)
                 assert newest >= before, f"checkpoint {before} is lost, {newest} is left"

@@ -8,9 +8,9 @@ import pytest
 import scripts
 from references import load, weights
 
-from ditx import pretrained
-from ditx.latents import LatentSource
-from ditx.weights import write_safetensors
+from ditx.data.latents import LatentSource
+from ditx.weights import pretrained
+from ditx.weights.files import write_safetensors
 
 TINY = (
     "--model.input-size 8 --model.hidden-size 16 --model.depth 1 --model.num-heads 2 --model.patch-size 4"

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from ditx.diffusion.objective import ObjectiveConfig, make_objective
 from ditx.memory import step_memory
 from ditx.nn.dit import DiTConfig
-from ditx.objectives import ObjectiveConfig, make_objective
-from ditx.sharding import MeshConfig, batch_sharding, make_mesh, place
-from ditx.training import TrainState, train_step
+from ditx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, with_shardings
+from ditx.training.step import TrainState, train_step
 
 BF16 = jnp.dtype("bfloat16")
 CONFIG = DiTConfig(16, 2, 4, 64, 4, 4)
@@ -21,16 +21,16 @@ def reported(config, mesh, batch_size, options):
     """Bytes of arguments and at the peak, by XLA's own analysis of the compiled step on eight devices."""
     mesh = make_mesh(MeshConfig(**mesh))
     optimizer = optax.adamw(1e-4)
-    gammas = options.pop("profiles", 0) * (6.94,)
-    create = partial(TrainState.create, config, optimizer, profiles=len(gammas))
-    state = place(jax.eval_shape(lambda key: create(key=key), jax.random.key(0)), mesh)
+    ema_gammas = options.pop("profiles", 0) * (6.94,)
+    create = partial(TrainState.create, config, optimizer, power_emas=len(ema_gammas))
+    state = with_shardings(jax.eval_shape(lambda key: create(key=key), jax.random.key(0)), mesh)
     shape, rows = (batch_size, config.input_size, config.input_size, config.in_channels), batch_sharding(mesh)
     batch = {
         "x": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
         "y": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows),
     }
     step = partial(train_step, objective=make_objective(ObjectiveConfig()), optimizer=optimizer, ema_decay=0.9)
-    step = partial(step, gammas=gammas)
+    step = partial(step, ema_gammas=ema_gammas)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(partial(step, mesh=mesh, **options), donate_argnums=0, out_shardings=(places, None))
     found = step.lower(state, batch, jax.random.key(0)).compile().memory_analysis()

@@ -13,9 +13,9 @@ import pytest
 from gaussian_data import MU, S
 
 from ditx.diffusion import flow
-from ditx.diffusion.predictions import Level, compose
+from ditx.diffusion.objective import ObjectiveConfig
+from ditx.diffusion.parameterization import NoiseLevel, to_target
 from ditx.nn.dit import DiT, DiTConfig
-from ditx.objectives import ObjectiveConfig
 from ditx.sampling import STEPS, SamplingConfig, batch_size, make_draw, sample_keys
 
 CONFIG = DiTConfig(8, 4, 1, 16, 1, 1, num_classes=1)
@@ -39,35 +39,35 @@ class Best:
 
     def __call__(self, x, t, y, *, compute, unroll=1):
         objective, sit = self.objective, self.objective.objective == "sit"
-        if objective.straight:
+        if objective.is_flow:
             here = flow.level(1 - t if sit else t / 1000)
         else:
             whole = objective.levels()
             alpha = jnp.exp(jnp.interp(t, jnp.asarray(whole.time), jnp.log(jnp.asarray(whole.alpha))))
             sigma = jnp.sqrt(1 - alpha**2)
-            here = Level(t, alpha, sigma, -sigma, alpha)
+            here = NoiseLevel(t, alpha, sigma, -sigma, alpha)
         a, b, mean = here.alpha, here.sigma, self.means[1 if y is None else y]
         rest = (x - a * mean) / (a**2 * S**2 + b**2)
-        kind = objective.prediction if objective.straight else objective.objective
-        return (-1 if sit else 1) * compose(kind, mean + a * S**2 * rest, b * rest, here)
+        kind = objective.prediction if objective.is_flow else objective.objective
+        return (-1 if sit else 1) * to_target(kind, mean + a * S**2 * rest, b * rest, here)
 
 
 @cache
-def drawn(objective, guide=None, course=(), **fields):
+def generate_samples(objective, guide=None, params=(), **fields):
     draw = make_draw(SamplingConfig(**fields), CONFIG, objective, by_another=guide is not None)
     other = None if guide is None else Best(objective, *guide)
     labels, keys = jnp.zeros(64, jnp.int32), sample_keys(0, 0, 64)
 
-    def samples(course):
-        return draw(Best(objective), labels, keys, guide=other, course=course)[0]
+    def samples(params):
+        return draw(Best(objective), labels, keys, guide=other, params=params)[0]
 
-    return np.asarray(jax.jit(samples)(SamplingConfig(**dict(course)).course(objective) if course else None))
+    return np.asarray(jax.jit(samples)(SamplingConfig(**dict(params)).params(objective) if params else None))
 
 
 @pytest.mark.parametrize("sampler", STEPS)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: f"{objective.objective}-{objective.prediction}")
 def test_any_sampler_draws_the_data_of_any_objective(objective, sampler):
-    samples = drawn(objective, sampler=sampler, steps=240)
+    samples = generate_samples(objective, sampler=sampler, steps=240)
     # 4,096 numbers: standard errors 0.006; the rest is the length of the steps.
     assert samples.mean() == pytest.approx(MU, abs=0.02)
     assert samples.std() == pytest.approx(S, rel=0.06)
@@ -77,35 +77,42 @@ def test_any_sampler_draws_the_data_of_any_objective(objective, sampler):
     ("objective", "spacing"), [(OBJECTIVES[0], "log-snr"), (OBJECTIVES[2], "time")], ids=["eps", "flow"]
 )
 def test_few_steps_of_the_second_order_are_near_many(objective, spacing):
-    exact = drawn(objective, sampler="heun", steps=500, spacing="log-snr")
+    exact = generate_samples(objective, sampler="heun", steps=500, spacing="log-snr")
     settings = {"steps": 20, "spacing": spacing}
-    errors = [np.abs(drawn(objective, sampler=name, **settings) - exact).mean() for name in ("ddim", "dpm-solver")]
+    errors = [
+        np.abs(generate_samples(objective, sampler=name, **settings) - exact).mean() for name in ("ddim", "dpm-solver")
+    ]
     assert errors[1] < 0.2 * errors[0], errors
 
 
 @pytest.mark.parametrize("objective", [OBJECTIVES[0], OBJECTIVES[2]], ids=["eps", "flow"])
 def test_guided_data_lie_so_far_from_those_of_the_weaker_predictor(objective):
     settings = {"sampler": "heun", "steps": 40}
-    assert drawn(objective, guidance_scale=3.0, **settings).mean() == pytest.approx(3 * MU, abs=0.03)
+    assert generate_samples(objective, guidance_scale=3.0, **settings).mean() == pytest.approx(3 * MU, abs=0.03)
     # Another network, of mean 0.5 with a label or without: 0.5 + 2 (MU - 0.5).
     for guide in ((0.5, 9.0), (9.0, 0.5, 0)):
-        samples = drawn(objective, guide=guide, guidance_scale=2.0, **settings)
+        samples = generate_samples(objective, guide=guide, guidance_scale=2.0, **settings)
         assert samples.mean() == pytest.approx(2 * MU - 0.5, abs=0.03)
     wanted = {"guidance_scale": 3.0, "spacing": "log-snr", "guidance_interval": (100.0, 900.0), **settings}
-    traced = drawn(objective, course=tuple(wanted.items()), guidance_scale=5.0, **settings)
-    np.testing.assert_allclose(traced, drawn(objective, **wanted), atol=1e-5)
+    traced = generate_samples(objective, params=tuple(wanted.items()), guidance_scale=5.0, **settings)
+    np.testing.assert_allclose(traced, generate_samples(objective, **wanted), atol=1e-5)
 
 
 def test_the_interval_is_in_the_same_times_for_all_conventions():
     settings = {"sampler": "euler", "steps": 20, "guidance_scale": 3.0}
     flow_alone, sit = (
-        drawn(objective, guidance_interval=(300.0, 700.0), **settings) for objective in (OBJECTIVES[2], OBJECTIVES[4])
+        generate_samples(objective, guidance_interval=(300.0, 700.0), **settings)
+        for objective in (OBJECTIVES[2], OBJECTIVES[4])
     )
     np.testing.assert_allclose(sit, flow_alone, atol=1e-4)
-    guided, free = drawn(OBJECTIVES[2], **settings).mean(), drawn(OBJECTIVES[2], sampler="euler", steps=20).mean()
+    guided, free = (
+        generate_samples(OBJECTIVES[2], **settings).mean(),
+        generate_samples(OBJECTIVES[2], sampler="euler", steps=20).mean(),
+    )
     assert free + 0.1 < flow_alone.mean() < guided - 0.1
     np.testing.assert_array_equal(
-        drawn(OBJECTIVES[2], guidance_interval=(0.0, 0.0), **settings), drawn(OBJECTIVES[2], sampler="euler", steps=20)
+        generate_samples(OBJECTIVES[2], guidance_interval=(0.0, 0.0), **settings),
+        generate_samples(OBJECTIVES[2], sampler="euler", steps=20),
     )
 
 
@@ -138,10 +145,10 @@ def test_outside_the_interval_the_program_of_a_batch_has_one_evaluation(sampler,
         arguments = DiT(config, key=jax.random.key(0)), jnp.zeros(4, jnp.int32), sample_keys(0, 0, 4)
         return compiled_work(jax.jit(lambda *given: draw(*given)[0]).lower(*arguments).compile().as_text())
 
-    plain, conditions = compiled()
+    plain, conditions = compile_checked()
     # Heun's last step has no second evaluation, which is a condition of its own.
     assert len(conditions) == evaluations - 1 and all(branches == [0, plain] for branches in conditions)
-    outside, conditions = compiled(guidance_scale=2.0, guidance_interval=(300.0, 700.0))
+    outside, conditions = compile_checked(guidance_scale=2.0, guidance_interval=(300.0, 700.0))
     guided = [branches for branches in conditions if all(branches)]
     # The patches and the time of both evaluations are embedded once.
     assert outside == 0 and len(guided) == evaluations
@@ -152,13 +159,13 @@ def test_one_program_serves_all_labels_seeds_scales_intervals_and_schedules():
     draw = make_draw(SamplingConfig(sampler="euler", steps=4), CONFIG, OBJECTIVES[0])
 
     @jax.jit
-    def program(network, labels, seed, course):
-        return draw(network, labels, sample_keys(seed, 0, 4), course=course)[0]
+    def program(network, labels, seed, params):
+        return draw(network, labels, sample_keys(seed, 0, 4), params=params)[0]
 
     def distinct(**varied):
         fields = {"steps": 4, "guidance_scale": 2.0, "guidance_interval": (100.0, 900.0)} | varied
         labels, seed = np.full(4, fields.pop("label", 0), np.int32), np.uint32(fields.pop("seed", 0))
-        return np.asarray(program(network, labels, seed, SamplingConfig(**fields).course(OBJECTIVES[0])))
+        return np.asarray(program(network, labels, seed, SamplingConfig(**fields).params(OBJECTIVES[0])))
 
     network = jax.tree.map(lambda leaf: leaf + 0.1, DiT(CONFIG, key=jax.random.key(0)))
     others = [{"label": 1}, {"seed": 1}, {"guidance_scale": 3.0}, {"guidance_interval": (0.0, 500.0)}]
@@ -171,7 +178,7 @@ def test_one_program_serves_all_labels_seeds_scales_intervals_and_schedules():
     assert program._cache_size() == 3
 
 
-def products(**fields):
+def matmul_dtype(**fields):
     """Numbers that each product of the loop of a program makes, by the text that JAX hands to XLA."""
     draw = make_draw(SamplingConfig(sampler="euler", steps=4, **fields), CONFIG, OBJECTIVES[0])
     arguments = DiT(CONFIG, key=jax.random.key(0)), jnp.zeros(5, jnp.int32), sample_keys(0, 0, 5)
@@ -181,7 +188,7 @@ def products(**fields):
 
 
 def test_guidance_makes_the_same_products_over_twice_the_rows():
-    alone, guided = products(), products(guidance_scale=2.0)
+    alone, guided = matmul_dtype(), matmul_dtype(guidance_scale=2.0)
     times = [both / one for both, one in zip(guided, alone, strict=True)]
     # Patches and time are embedded once for both labels, and what the bias of values makes of a token is the same.
     assert set(times) == {1.0, 2.0} and times.count(1.0) == 4, times

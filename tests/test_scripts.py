@@ -23,9 +23,11 @@ from strategies import BLOCKS
 
 import sample
 import train
-from ditx import checkpoint, pretrained, runs
+from ditx.diffusion.objective import ObjectiveConfig
 from ditx.nn.dit import DiT, DiTConfig
-from ditx.objectives import ObjectiveConfig
+from ditx.training import checkpoint
+from ditx.training import run as runs
+from ditx.weights import pretrained
 
 # A network that compiles in seconds, on the embedded digits; pictures in few steps.
 TINY = (
@@ -260,7 +262,7 @@ def test_a_network_without_labels_trains_and_guides_another(finished, tmp_path, 
     grids = {}
     for name, guide in {"alone": "", "same": finished[0], "free": tmp_path / "free"}.items():
         scale, grid = (["--guidance-scale", 1 if name == "alone" else 3], tmp_path / f"{name}.png")
-        drawn(finished[0], monkeypatch, capsys, "--num", 8, "--npz", "--guide", guide, *scale, "--out", grid)
+        generate_samples(finished[0], monkeypatch, capsys, "--num", 8, "--npz", "--guide", guide, *scale, "--out", grid)
         with np.load(grid.with_suffix(".npz")) as file:
             grids[name] = file["arr_0"].astype(int)
     assert np.abs(grids["same"] - grids["alone"]).max() <= 1 < np.abs(grids["free"] - grids["alone"]).max()
@@ -309,7 +311,7 @@ def folder_of_images(path, *names):
 
 MISTAKES = {
     "nowhere: there is no such file or folder": ["--init-from", "nowhere"],
-    "processes.count and processes.index need --processes.coordinator": ["--processes.count", 2],
+    "distributed.count and distributed.index need --distributed.coordinator": ["--distributed.count", 2],
     "max_skipped is 0; it must be at least 1": ["--max-skipped", 0],
     "keep_best is -1; it must not be negative": ["--keep-best", -1],
     "seed is 4294967296; it goes from 0 to 4294967295": ["--seed", 2**32],
@@ -427,7 +429,7 @@ def test_a_folder_of_images_trains(tmp_path, monkeypatch, capsys):
     ]
 
 
-def drawn(copy, monkeypatch, capsys, *flags):
+def generate_samples(copy, monkeypatch, capsys, *flags):
     code, said = call(sample, monkeypatch, capsys, copy, *flags)
     assert code == 0, said
     return said
@@ -435,7 +437,9 @@ def drawn(copy, monkeypatch, capsys, *flags):
 
 def test_samples_are_written_in_every_form_and_never_over_others(finished, tmp_path, monkeypatch, capsys):
     run, out = finished[0], tmp_path / "grid.png"
-    drawn(run, monkeypatch, capsys, "--num", 12, "--out", out, "--npz", "--separate", "--animate", "--steps", 4)
+    generate_samples(
+        run, monkeypatch, capsys, "--num", 12, "--out", out, "--npz", "--separate", "--animate", "--steps", 4
+    )
     with np.load(tmp_path / "grid.npz") as file:
         assert file["arr_0"].shape == (12, 28, 28, 1) and file["arr_0"].dtype == np.uint8
         assert file["labels"].tolist() == [*range(10), 0, 1]
@@ -454,7 +458,9 @@ def test_samples_are_written_in_every_form_and_never_over_others(finished, tmp_p
 def test_sample_k_depends_on_seed_and_k_alone(finished, tmp_path, monkeypatch, capsys):
     results = {}
     for name, flags in {"a": ["--batch", 8], "b": ["--batch", 24], "c": ["--seed", 1]}.items():
-        drawn(finished[0], monkeypatch, capsys, "--num", 20, "--npz", "--out", tmp_path / f"{name}.png", *flags)
+        generate_samples(
+            finished[0], monkeypatch, capsys, "--num", 20, "--npz", "--out", tmp_path / f"{name}.png", *flags
+        )
         with np.load(tmp_path / f"{name}.npz") as file:
             results[name] = file["arr_0"].astype(int)
     # Rounding may move a pixel that lies next to a boundary by one.

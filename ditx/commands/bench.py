@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import tyro
 
-from ditx import flops
+from ditx import costs
 from ditx.commands import bench_evaluation, bench_reading, bench_sweep, bench_torch, bench_work
 from ditx.commands.bench_evaluation import Evaluate
 from ditx.commands.bench_reading import Data, Extract
@@ -21,8 +21,8 @@ from ditx.commands.bench_sweep import fastest, flags_of
 from ditx.commands.bench_work import Sample, Timing, Train, objective_of
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 from ditx.nn.layers import Compute
-from ditx.programs import compiler_options, resolved
-from ditx.sharding import make_mesh
+from ditx.parallel.compile import compiler_options, resolve_dtype
+from ditx.parallel.mesh import make_mesh
 
 KINDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "extract": Extract, "data": Data}
 # The network of the figures on two CPU cores.
@@ -98,7 +98,7 @@ def devices(mesh: Any, dtype: str, compute: Compute) -> dict[str, Any]:
     """Which devices, and what those can do that compute in `dtype`."""
     device = jax.local_devices()[0]
     measured, side = bench_work.peak(dtype, mesh)
-    nominal = flops.nominal_peak(device.device_kind) if dtype == "bfloat16" else None
+    nominal = costs.nominal_peak(device.device_kind) if dtype == "bfloat16" else None
     memory = [(each.memory_stats() or {}).get("peak_bytes_in_use") for each in jax.local_devices()]
     return {
         "backend": jax.default_backend(),
@@ -136,15 +136,15 @@ def network(config: Train | Sample, cache: str = "") -> dict[str, Any]:
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
     timing = bench_work.train(config) if isinstance(config, Train) else bench_work.sample(config)
-    told = describe(config) | devices(make_mesh(config.mesh), resolved(config.dtype), config) | rates(timing)
+    told = describe(config) | devices(make_mesh(config.mesh), resolve_dtype(config.dtype), config) | rates(timing)
     return told | utilisation(told)
 
 
 def describe(config: Train | Sample) -> dict[str, Any]:
     """Which network at which work, when, and with which versions."""
     what = "train" if isinstance(config, Train) else "sample"
-    told = {"what": what, "network": config.source, "parameters": flops.parameters(config.model)}
-    return told | {"products": config.products, **machine()}
+    told = {"what": what, "network": config.source, "parameters": costs.parameters(config.model)}
+    return told | {"products": config.matmul_dtype, **machine()}
 
 
 def reading(what: str, config: Evaluate | Extract | Data) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def reading(what: str, config: Evaluate | Extract | Data) -> dict[str, Any]:
         timings = bench_evaluation.evaluate(config)
     elif isinstance(config, Extract):
         decoded = {"decode": bench_reading.decode(config)} if config.images else {}
-        timings, where["dtype"] = {"encode": bench_reading.extract(config), **decoded}, resolved(config.dtype)
+        timings, where["dtype"] = {"encode": bench_reading.extract(config), **decoded}, resolve_dtype(config.dtype)
     else:
         timings, where = bench_reading.read(config), {}
     return {"what": what, **machine(), **where, "read": {name: rates(timing) for name, timing in timings.items()}}
@@ -167,7 +167,7 @@ def sweep(config: Train) -> dict[str, Any]:
     fitting = [row for row in rows if "skipped" not in row]
     if not fitting:
         raise ValueError("none of the choices fits; try smaller --batch-sizes, a higher --accumulate, or --mesh.fsdp")
-    where = devices(mesh, resolved(config.dtype), config)
+    where = devices(mesh, resolve_dtype(config.dtype), config)
     for row in fitting:
         row |= utilisation(where | row)
     best = max(fitting, key=lambda row: row["images_per_second"])

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from ditx.commands.bench_work import Timing, intervals, memory_checked
-from ditx.evaluation import METRICS, NEIGHBOUR, Metric, measure
-from ditx.features import FeatureNetwork, Gathered, Rows, make_extract
+from ditx.evaluation.evaluate import METRICS, NEIGHBOUR, Metric
+from ditx.evaluation.features import FeatureNetwork, Features, FeatureStore, make_feature_extractor
+from ditx.evaluation.reference import Reference
 from ditx.nn.inception import Inception
-from ditx.reference import Reference
-from ditx.sharding import MeshConfig, batch_parts, make_mesh
+from ditx.parallel.mesh import MeshConfig, data_parallel_size, make_mesh
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,19 @@ def evaluate(config: Evaluate) -> dict[str, Timing]:
         raise ValueError(f"count is {config.count}; the metrics need at least {NEIGHBOUR + 1}")
     features = FeatureNetwork(jax.jit(lambda key: Inception(key=key))(jax.random.key(0)))
     mesh, rng = make_mesh(MeshConfig()), np.random.default_rng(0)
-    extract = make_extract(features, mesh, config.batch_size)
-    shape = (config.batch_size * batch_parts(mesh), config.size, config.size, 3)
+    extract = make_feature_extractor(features, mesh, config.batch_size)
+    shape = (config.batch_size * data_parallel_size(mesh), config.size, config.size, 3)
     images = rng.integers(0, 256, shape, np.uint8)
     with memory_checked():
         timings = {"features": Timing(intervals(lambda: extract(images), config.repeats), len(images))}
         sizes = [found.shape[1] for found in extract(images[:1]) if found is not None]
 
     def gather():
-        gathered = Gathered()
+        gathered = FeatureStore()
         for first in range(0, config.count, len(images)):
             shapes = [(min(len(images), config.count - first), size) for size in sizes]
             # As Inception's are: not negative, and about so large.
-            gathered.add(Rows(*(np.abs(rng.normal(0, 0.5, shape)).astype(np.float32) for shape in shapes)))
+            gathered.add(Features(*(np.abs(rng.normal(0, 0.5, shape)).astype(np.float32) for shape in shapes)))
         return gathered
 
     def timed(function):

@@ -14,14 +14,15 @@ import numpy as np
 import PIL.Image
 import tyro
 
-from ditx import data, latents, runs
 from ditx.commands.bench_work import Timing, intervals, memory_checked
 from ditx.commands.extract import encode
-from ditx.imagefiles import listing
+from ditx.data import latents, sources
+from ditx.data.image_files import listing
 from ditx.nn.vae import AutoencoderKL, VAEConfig
-from ditx.programs import Dtype, compiled, resolved
-from ditx.sharding import MeshConfig, batch_sharding, everywhere, make_mesh, put_whole
-from ditx.vae_weights import load_vae
+from ditx.parallel.compile import Dtype, compile_checked, resolve_dtype
+from ditx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated, shard_host_array
+from ditx.training import run as runs
+from ditx.weights.vae_weights import load_vae
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,16 @@ def extract(config: Extract) -> Timing:
     mesh = make_mesh(MeshConfig())
     if config.batch_size % mesh.size:
         raise ValueError(f"batch_size is {config.batch_size}; make it a multiple of the {mesh.size} devices")
-    dtype, rows, whole = resolved(config.dtype), batch_sharding(mesh), everywhere(mesh)
+    dtype, rows, whole = resolve_dtype(config.dtype), batch_sharding(mesh), replicated(mesh)
     vae = load_vae(config.vae)[0] if config.vae else AutoencoderKL(VAEConfig(), key=jax.random.key(0))
     if config.size % vae.config.downsampling:
         raise ValueError(f"size is {config.size}; the autoencoder needs a multiple of {vae.config.downsampling}")
-    weights = jax.tree.map(lambda leaf: put_whole(np.asarray(leaf.astype(dtype)), whole), vae)
+    weights = jax.tree.map(lambda leaf: shard_host_array(np.asarray(leaf.astype(dtype)), whole), vae)
     shape = (config.batch_size, config.size, config.size, 3)
-    pixels = put_whole(np.random.default_rng(0).integers(0, 256, shape, np.uint8), rows)
+    pixels = shard_host_array(np.random.default_rng(0).integers(0, 256, shape, np.uint8), rows)
     with memory_checked():
         jitted = jax.jit(encode, out_shardings=rows)
-        program, compile_seconds, program_bytes = compiled(jitted, weights, pixels)
+        program, compile_seconds, program_bytes = compile_checked(jitted, weights, pixels)
         times = intervals(lambda: program(weights, pixels), config.repeats)
     return Timing(times, config.batch_size, None, compile_seconds, program_bytes)
 
@@ -93,7 +94,7 @@ def decode(config: Extract) -> Timing:
     # More than there are, so that reading never comes to its end meanwhile.
     needed = (config.repeats + 3) * _group(config.workers) * config.batch_size
     files = files * (1 + (needed + _ahead(config.workers) * config.batch_size) // len(files))
-    stream = data.decoded(files, config.size, batch_size=config.batch_size, workers=config.workers)
+    stream = sources.decoded(files, config.size, batch_size=config.batch_size, workers=config.workers)
     with closing(stream) as batches:
         return Timing(read_times(batches, config.repeats, config.workers), config.batch_size)
 
@@ -110,14 +111,14 @@ def read(config: Data) -> dict[str, Timing]:
     return timings
 
 
-def read_source(source: data.Source, config: Data) -> Timing:
+def read_source(source: sources.Source, config: Data) -> Timing:
     """Time the reading of batches from a source."""
-    stream = data.batches(source, batch_size=config.batch_size, seed=0, flip=True, workers=config.workers)
+    stream = sources.batches(source, batch_size=config.batch_size, seed=0, flip=True, workers=config.workers)
     with closing(stream) as batches:
         return Timing(read_times(batches, config.repeats, config.workers), config.batch_size)
 
 
-def open_source(path: Path, size: int) -> data.Source:
+def open_source(path: Path, size: int) -> sources.Source:
     """What a path holds: latents, CIFAR-10 or a folder of images. Raises ValueError if it is none of them."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; give latents, CIFAR-10 or a folder of images, or nothing")
@@ -125,8 +126,8 @@ def open_source(path: Path, size: int) -> data.Source:
         return latents.LatentSource(path)
     batch = "data_batch_1"
     if path.is_file() or any((folder / batch).exists() for folder in (path, path / "cifar-10-batches-py")):
-        return data.cifar10(path)
-    return data.images(path, size)
+        return sources.cifar10(path)
+    return sources.images(path, size)
 
 
 def make(folder: Path, kind: str, count: int, size: int) -> None:

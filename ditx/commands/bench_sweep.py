@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 from jax.sharding import Mesh
 
-from ditx.commands.bench_work import OutOfMemoryError, Train, resolved
+from ditx.commands.bench_work import OutOfMemoryError, Train, resolve_dtype
 from ditx.nn.dit import Remat
-from ditx.sharding import check_compute
+from ditx.parallel.mesh import check_compute
 
 # What is tried, by its flags.
 CHOICES = ("batch_size", "unroll", "remat", "kernels", "attention")
@@ -40,7 +40,7 @@ def search(config: Train, mesh: Mesh, measure: Callable[[Train], dict[str, Any]]
             gc.collect()  # what a failure held on to
         rows.append(row)
         if not config.json:
-            print(told(row), flush=True)
+            print(report(row), flush=True)
 
     for choice in product(sizes, unrolls, get_args(Remat)):
         attempt(*choice, config.kernels, config.attention)
@@ -57,7 +57,7 @@ def others(config: Train, mesh: Mesh) -> list[tuple[str, str]]:
     for kernels, attention in product(("plain", "fused"), attentions):
         try:
             check_compute(
-                mesh, replace(config, kernels=kernels, attention=attention), resolved(config.dtype), config.model
+                mesh, replace(config, kernels=kernels, attention=attention), resolve_dtype(config.dtype), config.model
             )
         except ValueError:
             continue
@@ -80,7 +80,7 @@ def flags_of(row: dict[str, Any]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in CHOICES)
 
 
-def told(row: dict[str, Any]) -> str:
+def report(row: dict[str, Any]) -> str:
     """One choice, for people."""
     if "skipped" in row:
         return f"{flags_of(row):<80} skipped: {row['skipped']}"

@@ -15,24 +15,24 @@ import tyro
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ditx import flops
+from ditx import costs
+from ditx.diffusion.objective import ObjectiveConfig, make_objective
 from ditx.nn.dit import DiT, DiTConfig, Remat
 from ditx.nn.layers import Compute
-from ditx.objectives import ObjectiveConfig, make_objective
-from ditx.programs import Dtype, OutOfMemoryError, compiled, compiler_options, keep_freed_memory, resolved
-from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
-from ditx.sharding import (
+from ditx.parallel.compile import Dtype, OutOfMemoryError, compile_checked, compiler_options, resolve_dtype, tune_malloc
+from ditx.parallel.mesh import (
     MeshConfig,
     batch_sharding,
     check_batch,
     check_compute,
     check_fit,
-    everywhere,
     make_mesh,
-    place,
-    put_whole,
+    replicated,
+    shard_host_array,
+    with_shardings,
 )
-from ditx.training import TrainState, adamw, train_step
+from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
+from ditx.training.step import TrainState, adamw, train_step
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def peak(dtype: str, mesh: Mesh) -> tuple[float, int]:
         return jax.shard_map(local, mesh=mesh, in_specs=(spread, P()), out_specs=spread, check_vma=False)(x, w)
 
     def make(n):
-        @partial(jax.jit, out_shardings=(NamedSharding(mesh, spread), everywhere(mesh)))
+        @partial(jax.jit, out_shardings=(NamedSharding(mesh, spread), replicated(mesh)))
         def random():
             x = jax.random.normal(jax.random.key(0), (mesh.size * n, n))
             w = jax.random.normal(jax.random.key(1), (n, n)) / math.sqrt(n)
@@ -176,10 +176,10 @@ def memory_checked() -> Iterator[None]:
 
 def check_network(config: Train | Sample) -> Mesh:
     """The mesh. Raises ValueError for what cannot be, before anything is compiled."""
-    keep_freed_memory()
+    tune_malloc()
     mesh = make_mesh(config.mesh)
     check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
-    check_compute(mesh, config, resolved(config.dtype), config.model)
+    check_compute(mesh, config, resolve_dtype(config.dtype), config.model)
     accumulate = config.accumulate if isinstance(config, Train) else 1
     for size in (config.batch_size, *(config.batch_sizes if isinstance(config, Train) else ())):
         check_batch(mesh, size, accumulate)
@@ -195,7 +195,7 @@ def train(config: Train) -> Timing:
         objective=make_objective(objective_of(model)),
         optimizer=optimizer,
         ema_decay=0.9999,
-        dtype=jnp.dtype(resolved(config.dtype)),
+        dtype=jnp.dtype(resolve_dtype(config.dtype)),
         unroll=config.unroll,
         remat=config.remat,
         compute=config,
@@ -217,8 +217,8 @@ def train(config: Train) -> Timing:
         )
         return batch | {"y": jax.random.randint(key, shape[:1], 0, model.num_classes)}
 
-    key = jax.jit(lambda: jax.random.key(0), out_shardings=everywhere(mesh))()
-    abstract = place(jax.eval_shape(create, key), mesh)
+    key = jax.jit(lambda: jax.random.key(0), out_shardings=replicated(mesh))()
+    abstract = with_shardings(jax.eval_shape(create, key), mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     rows = batch_sharding(mesh)
     shapes = jax.tree.map(
@@ -227,7 +227,7 @@ def train(config: Train) -> Timing:
     with memory_checked():
         options = compiler_options(mesh, config)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
-        program, compile_seconds, program_bytes = compiled(jitted, abstract, shapes, key)
+        program, compile_seconds, program_bytes = compile_checked(jitted, abstract, shapes, key)
         batch = jax.jit(draw, out_shardings=rows)(key)
         state = jax.jit(create, out_shardings=places)(key)
 
@@ -237,36 +237,36 @@ def train(config: Train) -> Timing:
             return terms
 
         times = intervals(call, config.repeats)
-    work = flops.training_step(model, config.batch_size)
+    work = costs.training_step(model, config.batch_size)
     return Timing(times, config.batch_size, work, compile_seconds, program_bytes)
 
 
 def sample(config: Sample) -> Timing:
     """Time draws: the whole loop is one program, its weights in what it computes in; all numbers are arguments."""
     mesh, model = check_network(config), config.model
-    dtype = jnp.dtype(resolved(config.dtype))
+    dtype = jnp.dtype(resolve_dtype(config.dtype))
     draw = make_draw(config.sampling, model, objective_of(model), unroll=config.unroll, compute=config)
-    draw, course = on_mesh(draw, mesh), config.sampling.course(objective_of(model))
+    draw, params = on_mesh(draw, mesh), config.sampling.params(objective_of(model))
 
     def create(key):
         network = random_weights(DiT(model, key=key))
         return jax.tree.map(lambda leaf: leaf.astype(dtype), network)
 
-    def run_batch(network, labels, first, course):
-        return draw(network, labels, sample_keys(0, first, config.batch_size), course=course)[0]
+    def run_batch(network, labels, first, params):
+        return draw(network, labels, sample_keys(0, first, config.batch_size), params=params)[0]
 
-    whole = everywhere(mesh)
+    whole = replicated(mesh)
     key = jax.jit(lambda: jax.random.key(0), out_shardings=whole)()
-    abstract = place(jax.eval_shape(create, key), mesh)
-    labels = put_whole(np.arange(config.batch_size, dtype=np.int32) % model.num_classes, whole)
-    firsts = [put_whole(np.int32(k * config.batch_size), whole) for k in range(config.repeats + 3)]
+    abstract = with_shardings(jax.eval_shape(create, key), mesh)
+    labels = shard_host_array(np.arange(config.batch_size, dtype=np.int32) % model.num_classes, whole)
+    firsts = [shard_host_array(np.int32(k * config.batch_size), whole) for k in range(config.repeats + 3)]
     with memory_checked():
         jitted = jax.jit(run_batch, out_shardings=whole, compiler_options=compiler_options(mesh, config))
-        program, compile_seconds, program_bytes = compiled(jitted, abstract, labels, firsts[0], course)
+        program, compile_seconds, program_bytes = compile_checked(jitted, abstract, labels, firsts[0], params)
         network = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
         # Each is waited for; a CPU would run two at once.
-        times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop(), course)), config.repeats)
-    work = 2 * config.batch_size * evaluations(config.sampling, objective_of(model)) * flops.macs(model)
+        times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop(), params)), config.repeats)
+    work = 2 * config.batch_size * evaluations(config.sampling, objective_of(model)) * costs.macs(model)
     return Timing(times, config.batch_size, work, compile_seconds, program_bytes)
 
 

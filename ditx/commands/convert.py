@@ -7,8 +7,8 @@ from typing import Literal
 
 import tyro
 
-from ditx import convert, pretrained, weights
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
+from ditx.weights import convert, files, pretrained
 
 OVERRIDES = ("objective", "num_heads", "num_classes", "input_size", "frequency_shift")
 SUFFIXES = {"ditx": (".safetensors",), "authors": (".pt", ".safetensors"), "diffusers": ("",)}
@@ -72,13 +72,13 @@ def main(argv: list[str]) -> int:
     elif to == "authors":
         _warn(description.model.frequency_shift == 1, "the authors' program")
         state = convert.dit_to_torch(model)
-        (weights.write_torch if target.suffix == ".pt" else weights.write_safetensors)(target, state)
+        (files.write_torch if target.suffix == ".pt" else files.write_safetensors)(target, state)
     else:
         _warn(description.model.frequency_shift == 0, "diffusers")
         described = json.dumps(diffusers_config(model.config), indent=2) + "\n"
         state = convert.dit_to_diffusers(model)
         target.mkdir()
-        weights.write_safetensors(target / "diffusion_pytorch_model.safetensors", state, {"format": "pt"})
+        files.write_safetensors(target / "diffusion_pytorch_model.safetensors", state, {"format": "pt"})
         (target / "config.json").write_text(described)
     print(f"wrote    {target} in the layout of {to}")
     return 0

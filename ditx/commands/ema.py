@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from ditx import ema, pretrained, runs
+from ditx.training import ema
+from ditx.training import run as runs
+from ditx.weights import pretrained
 
 
 @dataclass(frozen=True)

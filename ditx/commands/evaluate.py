@@ -15,19 +15,27 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from ditx import pretrained, runs
-from ditx.classifier import train_classifier
 from ditx.commands.extract import Progress
-from ditx.drawn import DrawingConfig, Samples, drawn
-from ditx.evaluation import METRICS, Metric, measure
-from ditx.features import FeatureName, FeatureNetwork, Gathered, make_extract
-from ditx.imagesets import image_batches, open_images, read_npz, with_channels
-from ditx.inception_weights import load_inception
+from ditx.data.imagesets import image_batches, open_images, read_npz, with_channels
+from ditx.evaluation.evaluate import METRICS, Metric, compute_metrics
+from ditx.evaluation.features import FeatureName, FeatureNetwork, FeatureStore, make_feature_extractor
+from ditx.evaluation.generate import DrawingConfig, Samples, generate_samples
+from ditx.evaluation.reference import POOL_ROWS, Reference, read_reference
+from ditx.evaluation.train_classifier import train_classifier
 from ditx.nn.inception import Resize
-from ditx.pretrained import Description
-from ditx.processes import ProcessConfig, connect, end, from_first, is_first, together
-from ditx.reference import POOL_ROWS, Reference, read_reference
-from ditx.sharding import MeshConfig, make_mesh
+from ditx.parallel.distributed import (
+    DistributedConfig,
+    broadcast_from_main,
+    end,
+    initialize,
+    is_main_process,
+    sync_errors,
+)
+from ditx.parallel.mesh import MeshConfig, make_mesh
+from ditx.training import run as runs
+from ditx.weights import pretrained
+from ditx.weights.inception_weights import load_inception
+from ditx.weights.pretrained import Description
 
 RESULTS = "evaluations.jsonl"
 _FEW = 10_000
@@ -65,7 +73,7 @@ class Config:
     json: bool = False
     """print JSON, for programs"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    processes: ProcessConfig = field(default_factory=ProcessConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def check(self) -> None:
         """Raise ValueError for values that cannot be."""
@@ -86,7 +94,7 @@ def main(argv: list[str]) -> int:
             make_statistics(config)
         else:
             result = evaluate(config, described)
-            if is_first():
+            if is_main_process():
                 print(json.dumps(result, indent=2) if config.json else table(result))
     except (ValueError, OSError) as error:
         if jax.process_count() == 1:
@@ -100,7 +108,7 @@ def parse(argv: list[str]) -> tuple[Config, Description | None]:
     """What to do and, if there is a network to draw from, its description. Exits with 2 on a bad flag."""
     prog, description = "ditx evaluate", "FID, sFID, Inception Score, precision and recall of samples or images."
     first = tyro.cli(Config, args=argv, prog=prog, description=description)
-    connect(first.processes)
+    initialize(first.distributed)
     source = first.source or ("" if first.make_stats else str(runs.newest_run(Path("runs"))))
     if first.make_stats or not _has_weights(Path(source)):
         return first, None
@@ -141,11 +149,11 @@ def make_statistics(config: Config) -> None:
         features = read_inception(config)
     kept = np.zeros(len(source), bool)
     kept[np.linspace(0, len(source) - 1, min(len(source), POOL_ROWS)).astype(int)] = True
-    gathered = Gathered(kept=kept)
+    gathered = FeatureStore(kept=kept)
     gather(image_batches(source, 0, config.drawing.batch), gathered, features, config, mesh, len(source))
     reference = Reference.of(gathered, features, config.source, source.image_shape)
-    with together():
-        if is_first():
+    with sync_errors():
+        if is_main_process():
             reference.write(out)
             print(f"wrote    {out}")
 
@@ -158,23 +166,28 @@ def read_inception(config: Config) -> FeatureNetwork:
 
 
 def gather(
-    batches: Iterator[np.ndarray], gathered: Gathered, features: FeatureNetwork, config: Config, mesh: Mesh, total: int
+    batches: Iterator[np.ndarray],
+    gathered: FeatureStore,
+    features: FeatureNetwork,
+    config: Config,
+    mesh: Mesh,
+    total: int,
 ) -> None:
     """Add the features of the images that come, up to `total`."""
-    extract = make_extract(features, mesh, config.feature_batch)
-    progress = Progress(gathered.count, total) if is_first() and not config.json else None
-    count = from_first(gathered.count)
+    extract = make_feature_extractor(features, mesh, config.feature_batch)
+    progress = Progress(gathered.count, total) if is_main_process() and not config.json else None
+    count = broadcast_from_main(gathered.count)
     grey = False
     while count < total:
-        with together():
+        with sync_errors():
             images = next(batches)[: total - count]
             if not grey and features.channels == 3 and (images == images[..., :1]).all():
                 grey = True
                 print("note: grey images are repeated to 3 channels", file=sys.stderr)
             images = with_channels(images, features.channels)
         rows = extract(images)
-        with together():
-            if is_first():
+        with sync_errors():
+            if is_main_process():
                 gathered.add(rows)
         count += len(images)
         if progress:
@@ -194,7 +207,7 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
     features = FeatureNetwork(reference.classifier) if reference.classifier else read_inception(config)
     source, folder = Path(config.source), Path(config.out) if config.out else None
     if described:
-        samples = drawn(source, described, config.drawing, mesh)
+        samples = generate_samples(source, described, config.drawing, mesh)
         folder = folder or (source if pretrained.is_run(source) else Path("samples") / source.stem)
     else:
         samples = of_images(config)
@@ -209,31 +222,31 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
         "reference": {"file": config.reference, "checksum": checksum(Path(config.reference))},
         "wanted": list(config.metrics),
     }
-    done = _stored(folder, result) if is_first() else None
-    if from_first(done is not None):
+    done = _stored(folder, result) if is_main_process() else None
+    if broadcast_from_main(done is not None):
         return done or {}
     with ExitStack() as stack:
         partial = None
-        if folder and is_first():
+        if folder and is_main_process():
             key = zlib.crc32(json.dumps([result["samples"], result["features"]]).encode())
             partial = folder / f"evaluation-{key:08x}"
             partial.mkdir(parents=True, exist_ok=True)
             stack.enter_context(runs.lock(partial / "lock", f"another process evaluates the same in {folder}"))
         if reference.images is not None and (reference.pool is None or "precision-recall" in config.metrics):
             _say(config, f"reads    {len(reference.images):,} images of the reference")
-            of_reference, images = Gathered(), reference.images
+            of_reference, images = FeatureStore(), reference.images
             batch = config.drawing.batch
             parts = (images[first : first + batch] for first in range(0, len(images), batch))
             gather(parts, of_reference, features, config, mesh, len(images))
             reference = reference.with_images(of_reference)
-        gathered = Gathered(partial, samples.count)
-        start = from_first(gathered.count)
+        gathered = FeatureStore(partial, samples.count)
+        start = broadcast_from_main(gathered.count)
         there = f", of which {start:,} are there" if start else ""
         _say(config, f"samples  {samples.count:,} of {_shape(samples.image_shape)}{there}")
         gather(samples.batches(start), gathered, features, config, mesh, samples.count)
-        if not is_first():
+        if not is_main_process():
             return {}
-        result["metrics"], result["absent"] = measure(gathered, features, reference, config.metrics)
+        result["metrics"], result["absent"] = compute_metrics(gathered, features, reference, config.metrics)
         result["reference"] |= {"name": reference.name, "count": reference.count}
         if folder and partial:
             with (folder / RESULTS).open("a") as file:

@@ -20,11 +20,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float16, UInt8
 from tqdm import tqdm
 
-from ditx import data, latents, runs
-from ditx.imagefiles import Images
+from ditx.data import latents, sources
+from ditx.data.image_files import Images
 from ditx.nn.vae import AutoencoderKL
-from ditx.processes import launched
-from ditx.vae_weights import load_vae
+from ditx.parallel.distributed import launched
+from ditx.training import run as runs
+from ditx.weights.vae_weights import load_vae
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def open_folder(out: Path, plan: dict[str, Any]) -> None:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{file} is damaged ({error}); extract into another folder") from error
             # The weights are told by their checksum, wherever they lie now.
-            changed = runs.changes(before | {"vae": _checksum(before)}, plan | {"vae": _checksum(plan)})
+            changed = runs.diff(before | {"vae": _checksum(before)}, plan | {"vae": _checksum(plan)})
             if changed:
                 raise ValueError(
                     f"{out} holds other latents: {changed}; give their flags and images, or another folder"
@@ -182,8 +183,8 @@ def encoded(
     # A mesh of this process alone: processes need not know of each other.
     devices = jax.local_devices()
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    everywhere, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    weights = jax.device_put(jax.tree.map(lambda leaf: leaf.astype(config.dtype), vae), everywhere)
+    replicated, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    weights = jax.device_put(jax.tree.map(lambda leaf: leaf.astype(config.dtype), vae), replicated)
     shape = (config.batch_size, config.size, config.size, 3)
     began = time.perf_counter()
     lowered = jax.jit(encode, out_shardings=rows).lower(weights, jax.ShapeDtypeStruct(shape, np.uint8, sharding=rows))
@@ -200,7 +201,7 @@ def encoded(
         for reason, array in zip(wrong, arrays, strict=True):
             yield (None, reason) if reason else (array, "")
 
-    stream = data.decoded(files, config.size, batch_size=config.batch_size, workers=config.workers)
+    stream = sources.decoded(files, config.size, batch_size=config.batch_size, workers=config.workers)
     with closing(stream) as batches, closing(progress):
         for pixels, wrong in batches:
             pixels = np.concatenate([pixels, np.zeros((shape[0] - len(pixels), *shape[1:]), np.uint8)])

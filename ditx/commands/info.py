@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from ditx import flops, pretrained
+from ditx import costs
 from ditx.memory import step_memory
 from ditx.nn.dit import DIT_CONFIGS, BlockName, DiTConfig, Remat
-from ditx.sharding import MeshConfig
+from ditx.parallel.mesh import MeshConfig
+from ditx.weights import pretrained
 
 # Table 4 of Peebles and Xie 2022: what was printed for each network (block, side of the latent, G multiply-adds,
 # millions of parameters).
@@ -66,7 +67,7 @@ class Config:
     """what the backward pass recomputes: none; all but the products with weights (dots); whole blocks (full)"""
     accumulate: int = 1
     """parts of a batch that follow each other within one step"""
-    profiles: int = 0
+    power_emas: int = 0
     """averages by power profiles: as many as --ema-lengths, with train.py's --ema-every"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """devices, which need not be at hand; without --mesh.data, there is one copy of the weights"""
@@ -90,28 +91,28 @@ def main(argv: list[str]) -> int:
         rows = paper()
         print(json.dumps(rows, indent=2) if config.json else _paper_table(rows))
     else:
-        costs = info(config)
-        print(json.dumps(costs, indent=2) if config.json else _table(source, config, costs))
+        figures = info(config)
+        print(json.dumps(figures, indent=2) if config.json else _table(source, config, figures))
     return 0
 
 
 def info(config: Config) -> dict[str, Any]:
     """All costs: multiply-adds of one image; FLOPs and bytes of a training step, all in all and for one device."""
     model, batch_size = config.model, config.batch_size
-    count, mesh = flops.parameters(model), asdict(config.mesh)
+    count, mesh = costs.parameters(model), asdict(config.mesh)
     mesh["data"] = 1 if mesh["data"] == -1 else mesh["data"]  # the rest of devices that nobody has counted
     for name, size in mesh.items():
         if size < 1:
             raise ValueError(f"mesh.{name} is {size}; the devices need not be at hand, so give their number, 1 or more")
     options = {name: getattr(config, name) for name in ("unroll", "remat", "accumulate", "profiles")}
-    held = {"weights": 1, "ema": 1 + config.profiles, "moments": 2, "gradients": 1}
+    held = {"weights": 1, "ema": 1 + config.power_emas, "moments": 2, "gradients": 1}
     device = step_memory(model, batch_size=batch_size, mesh=mesh, dtype=jnp.dtype(config.dtype), **options)
     return {
         "config": asdict(model),
         "parameters": count,
-        "multiply_adds": flops.macs(model),
+        "multiply_adds": costs.macs(model),
         "batch_size": batch_size,
-        "training_step_flops": flops.training_step(model, batch_size),
+        "training_step_flops": costs.training_step(model, batch_size),
         "bytes": {name: 4 * count * copies for name, copies in held.items()},
         "mesh": mesh,
         "dtype": config.dtype,
@@ -126,7 +127,7 @@ def paper() -> list[dict[str, Any]]:
     rows = []
     for name, block, side, printed_gmacs, printed_millions in TABLE_4:
         model = replace(DIT_CONFIGS[name], block=block, input_size=side)
-        gmacs, count = flops.macs(model) / 1e9, flops.parameters(model)
+        gmacs, count = costs.macs(model) / 1e9, costs.parameters(model)
         rows.append(
             {
                 "model": name,
@@ -149,22 +150,22 @@ def _described(source: str) -> DiTConfig:
     return pretrained.describe(Path(source)).model
 
 
-def _table(source: str, config: Config, costs: dict[str, Any]) -> str:
-    model, held, device = config.model, costs["bytes"], costs["device_bytes"]
-    mesh = " x ".join(f"{name} {size}" for name, size in costs["mesh"].items())
-    macs, step_flops = _scaled(costs["multiply_adds"]), _scaled(costs["training_step_flops"])
+def _table(source: str, config: Config, figures: dict[str, Any]) -> str:
+    model, held, device = config.model, figures["bytes"], figures["device_bytes"]
+    mesh = " x ".join(f"{name} {size}" for name, size in figures["mesh"].items())
+    macs, step_flops = _scaled(figures["multiply_adds"]), _scaled(figures["training_step_flops"])
     changed = "" if DIT_CONFIGS.get(source) == model else ", with other fields" if source in DIT_CONFIGS else ""
     return "\n".join(
         [
             f"{source}{changed}: {model.block}, {model.depth} blocks of width {model.hidden_size},"
             f" {model.num_heads} heads, {model.num_tokens} tokens of {model.input_size}x{model.input_size}"
             f"x{model.in_channels}",
-            f"parameters                   {costs['parameters']:>14,}",
+            f"parameters                   {figures['parameters']:>14,}",
             f"multiply-adds, one image     {macs:>14}  (the paper's Gflops)",
             f"a training step of {config.batch_size:<10,}{step_flops:>14}FLOP  (6 a multiply-add)",
             "held all through, float32",
             *(f"  {name:<27}{_binary(held[name]):>14}" for name in ("weights", "ema", "moments")),
-            f"one device of {mesh}, on {costs['backend']}, with {config.dtype}, remat {config.remat},"
+            f"one device of {mesh}, on {figures['backend']}, with {config.dtype}, remat {config.remat},"
             f" accumulate {config.accumulate}, unroll {config.unroll}",
             *(f"  {text:<27}{_binary(device[name]):>14}" for name, text in DEVICE.items() if device[name]),
         ]

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import tyro
 
-from ditx import data, pretrained
+from ditx.data import sources
 from ditx.diffusion import likelihood
 from ditx.nn.layers import Compute
 from ditx.sampling import sample_keys
+from ditx.weights import pretrained
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ def main(argv: list[str]) -> int:
     described = pretrained.describe(Path(config.source))
     model, path = described.model, Path(config.data)
     if config.data == "digits":
-        source = data.digits()
+        source = sources.digits()
     else:
-        source = data.cifar10(path) if path.suffix == ".npz" else data.images(path, model.input_size)
+        source = sources.cifar10(path) if path.suffix == ".npz" else sources.images(path, model.input_size)
     if source.image_shape != (model.input_size, model.input_size, model.in_channels):
         side = f"{model.input_size}x{model.input_size}x{model.in_channels}"
         raise ValueError(f"the images are {'x'.join(map(str, source.image_shape))}, and the network is of {side}")

@@ -19,12 +19,14 @@ import numpy as np
 import tyro
 
 import ditx
-from ditx import checkpoint, flops, plots, runs
+from ditx import costs, plots
 from ditx.commands import evaluate
 from ditx.commands.extract import stop_signals
+from ditx.evaluation.reference import read_reference
 from ditx.grids import GRIDS, Grid
 from ditx.nn.dit import DiTConfig
-from ditx.reference import read_reference
+from ditx.training import checkpoint
+from ditx.training import run as runs
 
 
 @dataclass(frozen=True)
@@ -234,11 +236,11 @@ class Study:
                 continue
             described = runs.read_config(self.run(name))
             model = DiTConfig(**described["model"])
-            costs = {"block": model.block, "parameters": flops.parameters(model), "gflops": flops.macs(model) / 1e9}
+            own = {"block": model.block, "parameters": costs.parameters(model), "gflops": costs.macs(model) / 1e9}
             batch = described["batch_size"]
             for row in found:
-                training = flops.training_step(model, batch) * row["step"]
-                rows.append({"network": name, **costs, "training_flops": training, **row})
+                training = costs.training_step(model, batch) * row["step"]
+                rows.append({"network": name, **own, "training_flops": training, **row})
         final = [row for row in rows if (row["step"], row["sampling_steps"]) == (steps, usual)]
         sizes = [row for row in final if row["block"] == "adaln-zero"]
         with_size = correlation([row["gflops"] for row in sizes], [row["fid"] for row in sizes])

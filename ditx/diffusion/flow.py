@@ -13,17 +13,17 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ditx.diffusion.gaussian import split_variance
-from ditx.diffusion.predictions import Image, Level, Predict, Prediction, compose, loss_ratio, noised
+from ditx.diffusion.parameterization import Image, NoiseLevel, Predict, Prediction, add_noise, loss_ratio, to_target
 from ditx.diffusion.schedule import Schedule, from_levels
 
 TIME_SCALE = 1000
 Times = TypeVar("Times", Float[Array, ""], Float[np.ndarray, " T"])
 
 
-def level(s: Float[Array, ""]) -> Level:
+def level(s: Float[Array, ""]) -> NoiseLevel:
     """The level of noise at `s`."""
     one = jnp.ones_like(s)
-    return Level(TIME_SCALE * s, 1 - s, s, -one, one)
+    return NoiseLevel(TIME_SCALE * s, 1 - s, s, -one, one)
 
 
 def from_sit(predict: Callable[..., Float[Array, "h w o"]]) -> Callable[..., Float[Array, "h w o"]]:
@@ -73,7 +73,7 @@ def training_loss(
     divides its error by `s`, or by `floor` where `s` is less (Li and He 2025).
     """
     here = level(s)
-    x = noised(here, x0, noise)
+    x = add_noise(here, x0, noise)
     predicted, _ = split_variance(predict(x, here.time), x)
-    error = jnp.square(predicted - compose(prediction, x0, noise, here)).mean()
+    error = jnp.square(predicted - to_target(prediction, x0, noise, here)).mean()
     return {"loss": loss_ratio(prediction, "velocity", here, floor=floor) * error}

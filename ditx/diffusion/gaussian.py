@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ditx.diffusion.predictions import Image, Predict, components, compose, loss_ratio, noised
+from ditx.diffusion.parameterization import Image, Predict, add_noise, loss_ratio, to_target, to_x0_eps
 from ditx.diffusion.schedule import Index, Schedule, at, level
 
 
@@ -25,13 +25,13 @@ class Gaussian(NamedTuple):
 
 def q_sample(schedule: Schedule, x0: Image, i: Index, noise: Image) -> Image:
     """Draw x_t given x_0 with the standard normal `noise` (Ho et al. 2020, Eq. 4)."""
-    return noised(level(schedule, i), x0, noise)
+    return add_noise(level(schedule, i), x0, noise)
 
 
 def predicted(schedule: Schedule, predict: Predict, x: Image, i: Index) -> tuple[Image, Image]:
     """The data and the noise that a network sees in `x`, whatever it is that it predicts."""
     prediction, _ = split_variance(predict(x, at(schedule.time, i)), x)
-    return components(prediction, schedule.prediction, x, level(schedule, i))
+    return to_x0_eps(prediction, schedule.prediction, x, level(schedule, i))
 
 
 def posterior(schedule: Schedule, x0: Image, x: Image, i: Index) -> Gaussian:
@@ -48,7 +48,7 @@ def p_mean_variance(schedule: Schedule, output: Float[Array, "h w o"], x: Image,
     which trains none.
     """
     prediction, fraction = split_variance(output, x)
-    x0, _ = components(prediction, schedule.prediction, x, level(schedule, i))
+    x0, _ = to_x0_eps(prediction, schedule.prediction, x, level(schedule, i))
     gaussian = posterior(schedule, x0, x, i)
     if fraction is None or schedule.path == "linear":
         return gaussian
@@ -104,10 +104,10 @@ def training_loss(
     With a `weight` the error in `loss` is instead that of the noise, times `weight`, whatever the network predicts.
     """
     here = level(schedule, i)
-    x = noised(here, x0, noise)
+    x = add_noise(here, x0, noise)
     output = predict(x, here.time)
     prediction, fraction = split_variance(output, x)
-    mse = jnp.square(prediction - compose(schedule.prediction, x0, noise, here)).mean()
+    mse = jnp.square(prediction - to_target(schedule.prediction, x0, noise, here)).mean()
     error = mse if weight is None else weight * loss_ratio(schedule.prediction, "eps", here) * mse
     if fraction is None or schedule.path == "linear":
         return {"loss": error, "mse": mse}

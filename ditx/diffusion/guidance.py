@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ditx.diffusion.predictions import Image, Predict
+from ditx.diffusion.parameterization import Image, Predict
 
 Scale: TypeAlias = int | float | Float[Array, ""]
 Interval: TypeAlias = tuple[float | Float[Array, ""], float | Float[Array, ""]]

@@ -13,7 +13,7 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ditx.diffusion.gaussian import predicted, prior_bpd, q_sample, variational_bound
-from ditx.diffusion.predictions import Image, Predict
+from ditx.diffusion.parameterization import Image, Predict
 from ditx.diffusion.schedule import Index, Schedule, at, level
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ditx.diffusion.gaussian import p_mean_variance, predicted
-from ditx.diffusion.predictions import Image, Predict
+from ditx.diffusion.parameterization import Image, Predict
 from ditx.diffusion.schedule import Index, Schedule, at
 
 Step: TypeAlias = Callable[..., Image | tuple[Image, Image]]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ditx.diffusion.predictions import Level, Prediction
+from ditx.diffusion.parameterization import NoiseLevel, Prediction
 
 Table: TypeAlias = Float[Array | np.ndarray, " T"]
 Index: TypeAlias = Int[Array, ""] | int
@@ -62,11 +62,11 @@ def at(table: Table, i: Index) -> Float[Array, ""]:
     return jnp.asarray(table)[i]
 
 
-def level(schedule: Schedule, i: Index) -> Level:
+def level(schedule: Schedule, i: Index) -> NoiseLevel:
     """Level `i` of a schedule; velocities on the path vp are by the angle, so that they are v."""
     time, alpha, sigma = (at(table, i) for table in (schedule.time, schedule.alpha, schedule.sigma))
     rates = (-sigma, alpha) if schedule.path == "vp" else (-jnp.ones_like(alpha), jnp.ones_like(alpha))
-    return Level(time, alpha, sigma, *rates)
+    return NoiseLevel(time, alpha, sigma, *rates)
 
 
 def linear_schedule(steps: int = 1000, *, prediction: Prediction = "eps") -> Schedule:
@@ -124,7 +124,7 @@ def from_levels(
     )
 
 
-def spaced(schedule: Schedule, steps: int, spacing: Spacing = "time") -> Schedule:
+def sampling_grid(schedule: Schedule, steps: int, spacing: Spacing = "time") -> Schedule:
     """`steps` levels between those of a schedule of even times, at times that need not be whole.
 
     `time`: steps equally long, the last one to the data (the "trailing" ones of Lin et al. 2024, not rounded).

@@ -12,8 +12,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ditx.nn import fp8
-from ditx.nn.product import product as plain_product
+from ditx.kernels import fp8
+from ditx.kernels.matmul import product as plain_product
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Compute:
     """what computes norms, gates and GELUs: XLA (plain), or, on GPUs, kernels of ditx that need fewer passes (fused)"""
     attention: Literal["auto", "xla", "cudnn", "fused"] = "auto"
     """what computes attention: XLA, cuDNN, or, on GPUs, kernels of ditx (fused); auto is cuDNN where it can be"""
-    products: Literal["plain", "fp8"] = "plain"
+    matmul_dtype: Literal["plain", "fp8"] = "plain"
     """what the products with a block's weights are of: numbers of the network's type (plain), or of 8 bits, which GPUs
     from Ada and Hopper on multiply twice as fast, and with which it learns otherwise (fp8)"""
 
@@ -57,7 +57,7 @@ class Linear(eqx.Module):
 
 def product(x: Float[Array, "... i"], weight: Float[Array, "i *o"], compute: Compute = PLAIN) -> Float[Array, "..."]:
     """`x @ weight`, over the last axis of the one and the first of the other."""
-    return fp8.product(x, weight) if compute.products == "fp8" else plain_product(x, weight)
+    return fp8.product(x, weight) if compute.matmul_dtype == "fp8" else plain_product(x, weight)
 
 
 # Of a few operations on each token, the backward pass computes anew what it needs: reading more would take longer.
@@ -136,7 +136,9 @@ def bias_gelu(x: Float[Array, "n d"], bias: Float[Array, " d"], compute: Compute
 
 
 def _kernels() -> Any:
-    from ditx.nn import kernels  # for those alone who use them, since Pallas takes a while to import
+    from ditx.kernels import (
+        elementwise as kernels,  # for those alone who use them, since Pallas takes a while to import
+    )
 
     return kernels
 
@@ -212,7 +214,7 @@ def attend(
         # and the backward pass would keep what any of them needs.
         choice = "cudnn" if jax.default_backend() == "gpu" and cudnn_takes(q.dtype, width) else "xla"
     if choice == "fused":
-        from ditx.nn import attention_kernel  # as _kernels does
+        from ditx.kernels import attention as attention_kernel  # as _kernels does
 
         return attention_kernel.attend(q, k, v, num_heads)
     if choice == "cudnn":

@@ -106,7 +106,7 @@ class ResBlock(eqx.Module):
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
-class Level(eqx.Module):
+class NoiseLevel(eqx.Module):
     """Residual blocks at one resolution; then a convolution to half, or from nearest neighbours to twice, the sides."""
 
     blocks: tuple[ResBlock, ...]
@@ -154,7 +154,7 @@ class Encoder(eqx.Module):
     """From an image to the mean and log variance of its latent, side by side in the channels."""
 
     conv_in: Conv
-    levels: tuple[Level, ...]
+    levels: tuple[NoiseLevel, ...]
     middle: Middle
     norm: GroupNorm
     conv_out: Conv
@@ -164,7 +164,7 @@ class Encoder(eqx.Module):
         in_key, middle_key, out_key, *keys = jax.random.split(key, 3 + len(widths))
         self.conv_in = Conv(config.in_channels, widths[0], key=in_key)
         self.levels = tuple(
-            Level(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, i + 1 < len(widths), key=k)
+            NoiseLevel(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, i + 1 < len(widths), key=k)
             for i, k in enumerate(keys)
         )
         self.middle, self.norm = Middle(widths[-1], groups, key=middle_key), GroupNorm(widths[-1], groups)
@@ -182,7 +182,7 @@ class Decoder(eqx.Module):
 
     conv_in: Conv
     middle: Middle
-    levels: tuple[Level, ...]
+    levels: tuple[NoiseLevel, ...]
     norm: GroupNorm
     conv_out: Conv
 
@@ -192,7 +192,9 @@ class Decoder(eqx.Module):
         self.conv_in = Conv(config.latent_channels, widths[0], key=in_key)
         self.middle = Middle(widths[0], groups, key=middle_key)
         self.levels = tuple(
-            Level(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, i + 1 < len(widths), key=k)
+            NoiseLevel(
+                widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, i + 1 < len(widths), key=k
+            )
             for i, k in enumerate(keys)
         )
         self.norm = GroupNorm(widths[-1], groups)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import ditx
-from ditx import flops
+from ditx import costs
 from ditx.commands import bench, bench_evaluation, bench_reading, bench_sweep, bench_torch, bench_work
-from ditx.latents import LatentSource
+from ditx.data.latents import LatentSource
+from ditx.diffusion.objective import ObjectiveConfig
 from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
-from ditx.objectives import ObjectiveConfig
 
 SMALL = ("--input-size", 4, "--in-channels", 4, "--hidden-size", 8, "--depth", 1, "--num-heads", 2)
 
@@ -39,8 +39,8 @@ def test_a_training_step_on_any_mesh(run):
     told = json.loads(said)
     model = ditx.DiTConfig(**told["config"]["model"])
     assert told["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1} and model.hidden_size == 8 and len(told["times"]) == 2
-    assert told["parameters"] == flops.parameters(model)
-    check_figures(told, 6 * 16 * flops.macs(model))
+    assert told["parameters"] == costs.parameters(model)
+    check_figures(told, 6 * 16 * costs.macs(model))
 
 
 def test_a_draw_with_guidance_is_two_forward_passes_a_step(run):
@@ -48,7 +48,7 @@ def test_a_draw_with_guidance_is_two_forward_passes_a_step(run):
     code, said = run.ditx("bench", "sample", "tiny", *SMALL, *flags, "--repeats", 1, "--json")
     assert code == 0, said
     told = json.loads(said)
-    macs = flops.macs(ditx.DiTConfig(**told["config"]["model"]))
+    macs = costs.macs(ditx.DiTConfig(**told["config"]["model"]))
     check_figures(told, 2 * 8 * ((2 * 3 - 1) * 2) * macs)
     sampling = bench_work.SamplingConfig(steps=3)
     assert bench_work.evaluations(sampling, ObjectiveConfig()) == 3

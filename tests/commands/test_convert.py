@@ -10,11 +10,11 @@ from references import load, weights
 from strategies import random_dit
 
 import ditx
-from ditx import pretrained
-from ditx.objectives import ObjectiveConfig
-from ditx.pretrained import Description
+from ditx.diffusion.objective import ObjectiveConfig
 from ditx.sampling import SamplingConfig
-from ditx.weights import read, write_safetensors, write_torch
+from ditx.weights import pretrained
+from ditx.weights.files import read, write_safetensors, write_torch
+from ditx.weights.pretrained import Description
 
 TINY = weights(load("dit_tiny.npz"))
 DIFFUSERS = weights(load("diffusers_dit_tiny.npz"))

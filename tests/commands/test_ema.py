@@ -5,8 +5,10 @@ import shutil
 import jax
 import numpy as np
 
-from ditx import checkpoint, pretrained, runs
 from ditx.nn.dit import DiT
+from ditx.training import checkpoint
+from ditx.training import run as runs
+from ditx.weights import pretrained
 
 FLAGS = (
     "digits --model.hidden-size 16 --model.depth 1 --model.num-heads 2 --model.patch-size 14 --batch-size 8 --warmup 0"

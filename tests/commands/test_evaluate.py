@@ -9,16 +9,18 @@ import PIL.Image
 import pytest
 import scripts
 
-from ditx import metrics, pictures, pretrained
-from ditx.classifier import train_classifier
-from ditx.data import digits
-from ditx.features import FeatureNetwork, Gathered
+from ditx import pictures
+from ditx.data.sources import digits
+from ditx.diffusion.objective import ObjectiveConfig
+from ditx.evaluation import metrics
+from ditx.evaluation.features import FeatureNetwork, FeatureStore
+from ditx.evaluation.reference import read_reference
+from ditx.evaluation.train_classifier import train_classifier
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.nn.inception import Inception
-from ditx.objectives import ObjectiveConfig
-from ditx.reference import read_reference
+from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.sampling import SamplingConfig
-from ditx.sharding import MeshConfig, make_mesh
+from ditx.weights import pretrained
 
 IMAGES = digits().images[::10, 2:26:3, 2:26:3]  # 500, of 8 x 8
 LABELS = digits().labels[::10].astype(int)
@@ -99,7 +101,7 @@ def test_stopped_and_started_again_it_finds_what_it_would_have(reference, place,
     expected = found(run, *flags, "--out", tmp_path / "whole")
     assert expected["samples"]["guidance_scale"] == 1.0 and expected["samples"]["steps"] == 2
 
-    add, told = Gathered.add, []
+    add, told = FeatureStore.add, []
     with monkeypatch.context() as patch:
 
         def stop(self, rows):
@@ -108,21 +110,21 @@ def test_stopped_and_started_again_it_finds_what_it_would_have(reference, place,
             told.append(self.count)
             add(self, rows)
 
-        patch.setattr(Gathered, "add", stop)
+        patch.setattr(FeatureStore, "add", stop)
         assert run.ditx("evaluate", *flags, "--out", tmp_path / "parts")[0] == 130
     (partial,) = (tmp_path / "parts").iterdir()
     # Other seeds and samplers begin anew, beside it.
     other = found(run, *flags, "--out", tmp_path / "parts", "--seed", 1)
     assert partial.exists() and other["metrics"] != expected["metrics"]
     with monkeypatch.context() as patch:
-        patch.setattr(Gathered, "add", lambda self, rows: (told.append(self.count), add(self, rows)))
+        patch.setattr(FeatureStore, "add", lambda self, rows: (told.append(self.count), add(self, rows)))
         assert found(run, *flags, "--out", tmp_path / "parts") == expected
     assert told == [0, 8, 16, 24, 32] and [file.name for file in (tmp_path / "parts").iterdir()] == [
         "evaluations.jsonl"
     ]
 
     # What was found is not computed again.
-    monkeypatch.setattr(Gathered, "add", None)
+    monkeypatch.setattr(FeatureStore, "add", None)
     assert found(run, *flags, "--out", tmp_path / "parts") == expected
     lines = [json.loads(line) for line in (tmp_path / "parts" / "evaluations.jsonl").read_text().splitlines()]
     assert lines == [other, expected]
@@ -156,8 +158,8 @@ def test_inception_and_a_reference_of_the_adm_suite(run, tmp_path, monkeypatch):
     np.savez(tmp_path / "grey.npz", arr_0=grey)
     statistics = {"mu": rng.random(2048), "sigma": np.eye(2048), "mu_s": rng.random(2023), "sigma_s": np.eye(2023)}
     np.savez(tmp_path / "adm.npz", arr_0=images, **statistics)
-    add, rows, mesh = Gathered.add, [], make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(Gathered, "add", lambda self, each: (rows.append(each), add(self, each)))
+    add, rows, mesh = FeatureStore.add, [], make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(FeatureStore, "add", lambda self, each: (rows.append(each), add(self, each)))
     monkeypatch.setattr("ditx.commands.evaluate.make_mesh", lambda config: mesh)  # compiled for one device, and soon
     monkeypatch.setattr("ditx.commands.evaluate.load_inception", lambda path: (network, f"{path} (CRC-32 00000000)"))
     code, said = run.ditx("evaluate", tmp_path / "grey.npz", tmp_path / "adm.npz", "--json", "--feature-batch", 5)

@@ -12,12 +12,13 @@ import PIL.Image
 import pytest
 from scripts import finish, start
 
-from ditx import convert, imagefiles
 from ditx.commands import extract
-from ditx.data import to_unit
-from ditx.latents import LatentSource
+from ditx.data import image_files
+from ditx.data.latents import LatentSource
+from ditx.data.sources import to_unit
 from ditx.nn.vae import AutoencoderKL, VAEConfig
-from ditx.weights import write_safetensors
+from ditx.weights import convert
+from ditx.weights.files import write_safetensors
 
 FLAGS = ("--size", 16, "--batch-size", 8, "--shard-size", 7)
 
@@ -68,7 +69,7 @@ def files(folder):
 
 def expected(file):
     """What `Corners` makes of a file, by hand."""
-    image = to_unit(imagefiles.read(str(file), 16))
+    image = to_unit(image_files.read(str(file), 16))
     means = np.stack([image[::8, ::8], image[:, ::-1][::8, ::8]])
     return np.stack([means, means > 0], 1).astype(np.float16)
 
@@ -154,7 +155,7 @@ def test_an_autoencoder_gives_the_mean_and_deviation_of_its_posterior(undisturbe
     source = LatentSource(undisturbed[0])
     assert source.image_shape == (2, 2, 4) and str(vae[1]) in source.metadata["vae"]
     example = source[5]
-    image = to_unit(imagefiles.read(str(photos / example["name"]), 16))
+    image = to_unit(image_files.read(str(photos / example["name"]), 16))
     for half, pixels in zip(example["latents"], (image, image[:, ::-1]), strict=True):
         mean, log_variance = vae[0].encode(jnp.asarray(pixels))
         np.testing.assert_allclose(half[0], mean, rtol=1e-3, atol=1e-4)  # half precision

@@ -4,7 +4,7 @@ import pytest
 from references import load
 
 import ditx
-from ditx import flops
+from ditx import costs
 from ditx.commands.info import TABLE_4
 from ditx.memory import step_memory
 
@@ -44,7 +44,7 @@ def test_flags_change_single_fields(run):
     assert code == 0
     config = ditx.DiTConfig(**json.loads(said)["config"])
     assert (config.block, config.input_size, config.hidden_size) == ("in-context", 64, 768)
-    assert json.loads(said)["multiply_adds"] == flops.macs(config)
+    assert json.loads(said)["multiply_adds"] == costs.macs(config)
 
 
 def test_bytes_of_one_device_of_a_mesh_that_is_not_at_hand(run):

@@ -6,12 +6,12 @@ import pytest
 from strategies import random_dit
 
 import ditx
-from ditx import pretrained
-from ditx.data import to_unit
+from ditx.data.sources import to_unit
 from ditx.diffusion import likelihood
-from ditx.objectives import ObjectiveConfig
-from ditx.pretrained import Description
+from ditx.diffusion.objective import ObjectiveConfig
 from ditx.sampling import SamplingConfig, sample_keys
+from ditx.weights import pretrained
+from ditx.weights.pretrained import Description
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ import PIL.Image
 import pytest
 import scripts
 
-from ditx import checkpoint, plots
+from ditx import plots
 from ditx.commands import study
-from ditx.data import digits
+from ditx.data.sources import digits
+from ditx.training import checkpoint
 
 TINY = dataclasses.replace(
     study.GRIDS["digits"],

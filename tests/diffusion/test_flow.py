@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import images, x64
 
 from ditx import flow
-from ditx.diffusion.predictions import compose, noised
+from ditx.diffusion.parameterization import add_noise, to_target
 from ditx.diffusion.schedule import level
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
@@ -19,9 +19,9 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 @x64
 def test_path_is_straight_from_data_to_noise(x0, noise, s):
     here = flow.level(jnp.asarray(s))
-    close(noised(here, jnp.asarray(x0), jnp.asarray(noise)), x0 + s * (noise - x0))
+    close(add_noise(here, jnp.asarray(x0), jnp.asarray(noise)), x0 + s * (noise - x0))
     close(here.time, 1000 * s)
-    close(compose("velocity", jnp.asarray(x0), jnp.asarray(noise), here), noise - x0)
+    close(to_target("velocity", jnp.asarray(x0), jnp.asarray(noise), here), noise - x0)
 
 
 @given(images(), images(), images(), st.floats(0, 1))

@@ -29,7 +29,7 @@ def test_density_of_gaussian_data_is_reached_with_order_2(base):
     probes = jnp.ones((1, *x.shape))  # Exact, where the network sees each pixel alone.
     errors = []
     for count in (64, 128):
-        grid = ditx.spaced(base, count, "log-snr")
+        grid = ditx.sampling_grid(base, count, "log-snr")
         found = jax.jit(functools.partial(ode_log_density, grid, oracle(grid)))(x, probes)
         # The flow is affine: it keeps distances from the mean in deviations.
         (mean0, variance0), (mean1, variance1) = marginal(grid, 0), marginal(grid)
@@ -80,7 +80,7 @@ def test_both_bounds_are_the_entropy_of_gaussian_data():
     # Standard errors below 0.01: of the draw of x_t, over 4000 pixels.
     assert float(variational["total"]) == pytest.approx(exact, abs=0.04)
     assert variational["terms"].shape == (1000,)
-    grid = ditx.spaced(FULL, 60, "log-snr")
+    grid = ditx.sampling_grid(FULL, 60, "log-snr")
     ode = jax.jit(lambda x0: ode_bpd(grid, first_variance(grid), x0, key=jax.random.key(1)))(x0)
     assert float(ode) == pytest.approx(exact, abs=0.04)
 

@@ -13,7 +13,7 @@ from strategies import FULL, images, step_of, steps, x64
 
 import ditx
 from ditx import flow
-from ditx.diffusion.predictions import compose
+from ditx.diffusion.parameterization import to_target
 from ditx.diffusion.samplers import (
     ddim_step,
     ddpm_step,
@@ -84,7 +84,7 @@ def test_samplers_reach_the_datas_mean_and_converge_to_its_variance_with_their_o
     step, order = ALL[name]
     errors = []
     for count in (64, 128):
-        grid = ditx.spaced(BASES[base], count, "log-snr")
+        grid = ditx.sampling_grid(BASES[base], count, "log-snr")
         mean, variance = outcome(step, oracle(grid), grid, *marginal(grid))
         close(mean, MU)
         # The first level is the same in all grids; the last step is the best guess from there, which varies less.
@@ -122,7 +122,7 @@ def test_every_sampler_draws_the_same_from_every_prediction(base, kinds):
         def predict(x, t):
             here = level(schedule, jnp.argmin(jnp.abs(jnp.asarray(schedule.time) - t)))
             x0 = jnp.tanh(2 * x + here.sigma)
-            prediction = compose(schedule.prediction, x0, (x - here.alpha * x0) / here.sigma, here)
+            prediction = to_target(schedule.prediction, x0, (x - here.alpha * x0) / here.sigma, here)
             return jnp.concatenate([prediction, jnp.cos(x)], -1)
 
         return predict
@@ -251,10 +251,10 @@ def test_a_batch_of_draws_equals_each_alone():
     def draw(x, key):
         return sample(ddpm_step, toy, schedule, x, key=key)[0]
 
-    together = jax.jit(jax.vmap(draw))(x, keys)
+    sync_errors = jax.jit(jax.vmap(draw))(x, keys)
     for i in range(3):
-        np.testing.assert_allclose(together[i], draw(x[i], keys[i]), rtol=1e-6, atol=1e-6)
-    assert np.abs(together[0] - together[1]).max() > 0.1
+        np.testing.assert_allclose(sync_errors[i], draw(x[i], keys[i]), rtol=1e-6, atol=1e-6)
+    assert np.abs(sync_errors[0] - sync_errors[1]).max() > 0.1
 
 
 def test_fresh_noise_is_the_keys_by_index_of_step():

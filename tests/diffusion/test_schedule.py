@@ -159,32 +159,36 @@ def test_cosine_schedule_is_the_squared_cosine_but_for_the_last_step():
 
 @pytest.mark.parametrize("name", BASES)
 def test_as_many_even_steps_are_the_schedule_itself(name):
-    spaced = ditx.spaced(BASES[name], 1000)
-    assert (spaced.path, spaced.prediction) == (BASES[name].path, BASES[name].prediction)
+    sampling_grid = ditx.sampling_grid(BASES[name], 1000)
+    assert (sampling_grid.path, sampling_grid.prediction) == (BASES[name].path, BASES[name].prediction)
     for table in ("time", "alpha", "sigma", "beta"):
-        np.testing.assert_allclose(getattr(spaced, table), getattr(BASES[name], table), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(getattr(sampling_grid, table), getattr(BASES[name], table), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", BASES)
 @given(st.integers(2, 60))
 def test_levels_are_spaced_as_asked_from_the_noisiest_to_the_cleanest(name, steps):
     base = BASES[name]
-    even, log_snr, karras = (ditx.spaced(base, steps, spacing) for spacing in ("time", "log-snr", "karras"))
+    even, log_snr, karras = (ditx.sampling_grid(base, steps, spacing) for spacing in ("time", "log-snr", "karras"))
     data = 2 * base.time[0] - base.time[1]
     np.testing.assert_allclose(np.diff(even.time, prepend=data), (base.time[-1] - data) / steps, rtol=1e-9)
     finite = base.log_snr[np.isfinite(base.log_snr)][[0, -1]]
     np.testing.assert_allclose(log_snr.log_snr, np.linspace(*finite, steps), rtol=1e-9, atol=1e-9)
     roots = (karras.sigma / karras.alpha) ** (1 / 7)
     np.testing.assert_allclose(roots, np.linspace(*np.exp(-finite / 14), steps), rtol=1e-9)
-    for spaced in (even, log_snr, karras):
-        assert len(spaced) == steps
-        total = spaced.alpha**2 + spaced.sigma**2 if base.path == "vp" else spaced.alpha + spaced.sigma
+    for sampling_grid in (even, log_snr, karras):
+        assert len(sampling_grid) == steps
+        total = (
+            sampling_grid.alpha**2 + sampling_grid.sigma**2
+            if base.path == "vp"
+            else sampling_grid.alpha + sampling_grid.sigma
+        )
         np.testing.assert_allclose(total, 1, rtol=1e-12)
         # At whole times of training, and between them by log alpha (or alpha), the levels are those of training.
         kind = np.log if base.path == "vp" else np.asarray
-        between = np.interp(spaced.time, base.time, kind(base.alpha))
-        inside = (spaced.time >= base.time.min()) & (spaced.time <= base.time.max())
-        np.testing.assert_allclose(kind(spaced.alpha)[inside], between[inside], rtol=1e-8, atol=1e-12)
+        between = np.interp(sampling_grid.time, base.time, kind(base.alpha))
+        inside = (sampling_grid.time >= base.time.min()) & (sampling_grid.time <= base.time.max())
+        np.testing.assert_allclose(kind(sampling_grid.alpha)[inside], between[inside], rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -196,10 +200,10 @@ def test_time_of_a_ratio_of_noise_is_that_of_its_level(name, i):
 
 def test_one_step_starts_at_the_noisiest_level():
     for spacing in ("time", "log-snr", "karras"):
-        assert ditx.spaced(FULL, 1, spacing).time[0] == pytest.approx(999)
+        assert ditx.sampling_grid(FULL, 1, spacing).time[0] == pytest.approx(999)
 
 
 @pytest.mark.parametrize(("kept", "steps"), [(10, 0), (10, -2), (1, 5)])
 def test_spacing_refuses_what_has_no_levels(kept, steps):
     with pytest.raises(ValueError, match=f"cannot take {steps} of {kept} levels; give at least 1 step"):
-        ditx.spaced(ditx.respace(FULL, kept), steps)
+        ditx.sampling_grid(ditx.respace(FULL, kept), steps)

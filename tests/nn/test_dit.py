@@ -40,7 +40,7 @@ def test_output_equals_the_reference(highest_precision):
 def test_output_of_a_published_size_equals_the_reference(highest_precision):
     golden, name = load("dit_s8_formula.npz"), "DiT-S/8"
     weights = {k: formula(k, shape) for k, shape in load("dit_state_dict_shapes.json")[name].items()}
-    model = ditx.convert.dit_from_torch(weights, ditx.DIT_CONFIGS[name])
+    model = ditx.weights.convert.dit_from_torch(weights, ditx.DIT_CONFIGS[name])
     output = jax.jit(jax.vmap(model))(hwc(golden["x"]), golden["t"], golden["y"])
     assert_close(chw(output), golden["output"], 1e-4)
 
@@ -78,7 +78,7 @@ def test_loss_and_gradients_equal_the_reference(highest_precision):
     gradient, losses = jax.jit(jax.grad(mean_loss, has_aux=True))(model, *batch)
     for name in ("mse", "vb", "loss"):
         assert_close(losses[name], golden[name], 1e-4)
-    tensors = ditx.convert.dit_to_torch(gradient)
+    tensors = ditx.weights.convert.dit_to_torch(gradient)
     names = [name for name in golden if name.startswith("grad/")]
     assert len(names) > 20
     for name in names:
@@ -106,7 +106,7 @@ def test_new_block_is_the_identity():
 
 
 def test_initial_weights_have_their_distributions():
-    tensors = ditx.convert.dit_to_torch(new())
+    tensors = ditx.weights.convert.dit_to_torch(new())
     tensors.pop("pos_embed")  # fixed
     for name, value in tensors.items():
         if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
@@ -163,7 +163,7 @@ def test_unrolling_and_rematerialising_change_nothing(block):
         np.testing.assert_allclose(a, b, rtol=0, atol=max(1e-5 * np.abs(b).max(), 1e-7 * largest))
 
 
-def products(jaxpr):
+def matmul_dtype(jaxpr):
     """How many products, of one example or of a batch, a traced program has; a loop has those of one turn."""
     return sum(equation.primitive.name in ("product", "dot_general") for equation, _ in equations(jaxpr))
 
@@ -186,7 +186,7 @@ def test_dots_recomputes_no_product_with_a_weight(block):
 
     for gradient in (jax.grad(batch_loss), of_one, of_each):
         counts = {
-            remat: products(jax.make_jaxpr(functools.partial(gradient, remat=remat))(model, *inputs).jaxpr)
+            remat: matmul_dtype(jax.make_jaxpr(functools.partial(gradient, remat=remat))(model, *inputs).jaxpr)
             for remat in ("none", "dots", "full")
         }
         # Of attention, logits and their products with values are recomputed: two a block, which the trace has once.

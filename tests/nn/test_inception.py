@@ -21,7 +21,7 @@ def golden():
         made = np.random.RandomState(seed).randint(0, 256, (2, side, side, 3)).astype(np.uint8)
         np.testing.assert_array_equal(made[:, ::every, ::every], file[f"images{side}"])
         file[f"images{side}"] = made
-    return ditx.convert.inception_from_torch(inception_weights()), file
+    return ditx.weights.convert.inception_from_torch(inception_weights()), file
 
 
 @functools.partial(jax.jit, static_argnames="resize")

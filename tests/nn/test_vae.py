@@ -17,7 +17,9 @@ vae_tiny = functools.cache(tiny_vae)
 @functools.cache
 def full_size():
     shapes = load("vae_sd_state_dict_shapes.json")
-    return ditx.convert.vae_from_torch({name: formula(name, shape) for name, shape in shapes.items()}, ditx.VAEConfig())
+    return ditx.weights.convert.vae_from_torch(
+        {name: formula(name, shape) for name, shape in shapes.items()}, ditx.VAEConfig()
+    )
 
 
 @jax.jit
@@ -79,7 +81,7 @@ def test_posterior_samples_have_its_mean_and_variance(mean, log_variance, seed):
 def test_scale_is_a_factor_of_every_latent():
     model, golden = vae_tiny()
     config = ditx.VAEConfig(block_channels=(16, 32), layers_per_block=1, norm_groups=8, scale=0.5)
-    scaled = ditx.convert.vae_from_torch(ditx.convert.vae_to_torch(model), config)
+    scaled = ditx.weights.convert.vae_from_torch(ditx.weights.convert.vae_to_torch(model), config)
     image, noise = hwc(golden["x"])[0], jnp.ones((8, 8, 4))
     latents = [sample_posterior(*encode(one, image), noise) for one in (model, scaled)]
     assert_close(latents[1], 0.5 * latents[0], 1e-6)

@@ -1,0 +1,1 @@
+"""Faster functions of the same blocks: only scripts and commands import this room."""

@@ -1,0 +1,1 @@
+"""Meshes, FSDP, processes and compilation."""

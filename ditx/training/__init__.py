@@ -1,0 +1,1 @@
+"""One training step, and the files that a run keeps."""

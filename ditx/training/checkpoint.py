@@ -1,0 +1,181 @@
+"""Checkpoints of a run: written in the background, sealed by checksums, read back from the newest sound one."""
+
+import json
+import logging
+import math
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from ditx.parallel.distributed import broadcast_from_main, is_main_process, sync_errors
+
+MANIFEST = "manifest.json"
+_SLICE = 1 << 20  # bytes
+
+
+class Checkpoints:
+    """The checkpoints in one folder, a subfolder for each step.
+
+    Kept are the newest `keep`, those of every step that `keep_every` divides, and the `keep_best` in which the metric
+    `best` is lowest. What is stored is a dictionary of named trees of arrays; each can be read alone, on any devices.
+    The manifest of each holds its step, what is `described`, and the checksums of its files. Several processes share
+    the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 3,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        best: str = "loss",
+        described: dict[str, Any] | None = None,
+    ):
+        # Orbax reports every failed read, which we do too, in one sentence, and much else.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.folder, self._described = folder.absolute(), described or {}
+        policies: Any = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep)]
+        kept += [policies.EveryNSteps(keep_every)] if keep_every else []
+        # Unless told otherwise, Orbax takes the highest for the best, and keeps all of unknown quality.
+        ranked = {
+            "get_metric_fn": lambda metrics: metrics.get(best, math.inf),
+            "reverse": True,
+            "keep_checkpoints_without_metrics": False,
+        }
+        kept += [policies.BestN(n=keep_best, **ranked)] if keep_best else []
+        self._manager = ocp.training.Checkpointer(
+            str(self.folder),
+            context=ocp.Context(
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+                # Slicing a copied array, for each device to write a part of it, is a program to compile.
+                array_options=ocp.options.ArrayOptions(
+                    saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=_SLICE)
+                ),
+            ),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(self, step: int, trees: dict[str, Any], *, metrics: Mapping[str, float | None] | None = None) -> None:
+        """Start to write `trees` as step `step`; waits only for the save before it. Raises OSError if that failed."""
+        with self._failing():
+            # Asked first, since a write that fails half-way has Orbax's threads print their tracebacks.
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+            with sync_errors():
+                free = shutil.disk_usage(self.folder).free
+                if free < size:
+                    raise OSError(f"it takes {size:,} bytes, and the disk has {free:,} left")
+            known: Any = {name: value for name, value in (metrics or {}).items() if value is not None}
+            self._manager.save_checkpointables_async(step, trees, force=True, metrics=known or None)
+
+    def close(self) -> None:
+        """Wait until everything is on disk. Raises OSError if it could not be written."""
+        with self._failing():
+            self._manager.close()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
+            kept = ", ".join(map(str, steps(self.folder))) or "none"
+            raise OSError(
+                f"no checkpoint could be written to {self.folder} ({_line(error)}); there are: {kept}"
+            ) from error
+
+    def _seal(self) -> None:
+        # Orbax calls this in the first process when all have written their parts, just before it renames the folder:
+        # the seal is part of the commit.
+        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            step = int(unfinished.name.split(".")[0])
+            manifest = {"step": step, **self._described, "files": _checksums(unfinished)}
+            (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints in a folder, oldest first."""
+    return sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()) if folder.is_dir() else []
+
+
+def load(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Read the trees named in `abstract` (of `jax.ShapeDtypeStruct`, with shardings) from one checkpoint.
+
+    Raises ValueError if it is damaged, or does not hold such trees.
+    """
+    with sync_errors():
+        if is_main_process():
+            _verify(folder, step)
+    return _read(folder, step, abstract)
+
+
+def load_newest(folder: Path, abstract: dict[str, Any]) -> tuple[int, dict[str, Any], list[tuple[int, str]]] | None:
+    """The newest sound checkpoint: its step, its trees, and the step of, and a sentence on, each damaged newer one.
+
+    Returns None where there is no checkpoint. Raises ValueError where there are some and none is sound.
+    """
+    damaged, sound = [], -1
+    with sync_errors():
+        for step in reversed(steps(folder)) if is_main_process() else []:
+            try:
+                _verify(folder, step)
+                sound = step
+                break
+            except ValueError as error:
+                damaged.append((step, str(error)))
+        if damaged and sound < 0:
+            raise ValueError(
+                f"no checkpoint in {folder} can be read: " + "; ".join(sentence for _, sentence in damaged)
+            )
+    sound = broadcast_from_main(sound)
+    return None if sound < 0 else (sound, _read(folder, sound, abstract), damaged)
+
+
+def quarantine(folder: Path, step: int) -> Path:
+    """Rename a damaged checkpoint, so that a run can write this step anew and nothing is deleted."""
+    path = folder / str(step)
+    target = next(candidate for n in range(10_000) if not (candidate := folder / f"damaged-{step}-{n}").exists())
+    return path.rename(target)
+
+
+def _verify(folder: Path, step: int) -> None:
+    path = folder.absolute() / str(step)
+    try:
+        expected, actual = json.loads((path / MANIFEST).read_text())["files"], _checksums(path)
+        changed = [name for name in expected if actual.get(name) != expected[name]]
+        if changed:
+            raise ValueError(f"{changed[0]} is missing, truncated or altered")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {_line(error)}") from error
+
+
+def _read(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    path = folder.absolute() / str(step)
+    try:
+        return ocp.load_checkpointables(str(path), abstract)
+    except Exception as error:  # Orbax raises many kinds for damage.
+        raise ValueError(f"checkpoint {path} cannot be read: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _checksums(path: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file of every tree of a checkpoint; Orbax's own checks let altered arrays pass."""
+    sums = {}
+    for file in sorted(path.glob("*/**/*")):
+        if file.is_file():
+            crc, size = 0, 0
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 24):
+                    crc, size = zlib.crc32(block, crc), size + len(block)
+            sums[str(file.relative_to(path))] = [size, crc]
+    return sums

@@ -1,0 +1,101 @@
+"""Scripts and commands as a user runs them, in this process or in one of their own."""
+
+import gc
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+import ditx.__main__
+import sample
+import train
+from ditx.evaluation.classifier import Classifier
+from ditx.evaluation.features import FeatureNetwork, FeatureStore, make_feature_extractor
+from ditx.evaluation.reference import Reference
+from ditx.parallel.mesh import MeshConfig, make_mesh
+
+ROOT = Path(train.__file__).parent
+
+
+def call(module, monkeypatch, capsys, *arguments):
+    """A script's main in this process: its exit code and what it said, with single spaces."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    # Python 3.11 can fail in `ast.parse`, which tyro calls, when JAX's garbage is collected within it.
+    gc.disable()
+    try:
+        code = module.main()
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        gc.enable()
+    captured = capsys.readouterr()
+    return code, " ".join((captured.out + captured.err).split())
+
+
+class Runner:
+    """`call` for one test: `run.train("digits", ...)`, `run.sample(...)`, `run.ditx("info", ...)`."""
+
+    def __init__(self, monkeypatch, capsys):
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def train(self, *arguments):
+        return call(train, self.monkeypatch, self.capsys, *arguments)
+
+    def sample(self, *arguments):
+        return call(sample, self.monkeypatch, self.capsys, *arguments)
+
+    def ditx(self, *arguments):
+        # The cache of compiled programs is the user's, not the tests'.
+        self.monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        self.monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        return call(ditx.__main__, self.monkeypatch, self.capsys, *arguments)
+
+
+def start(*arguments, devices=1, **environment):
+    """A script in a process of its own, with so many devices."""
+    command, output = [sys.executable, *map(str, arguments)], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment
+    return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **output)
+
+
+def start_together(*arguments, devices=4, launcher=""):
+    """A script as two processes on this machine, with so many devices each, told by flags, or as srun or mpirun do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    told = {
+        "": lambda n: (["--distributed.coordinator", place, "--distributed.count", 2, "--distributed.index", n], {}),
+        "srun": lambda n: ([], slurm(n)),
+        "mpirun": lambda n: (["--distributed.coordinator", place], open_mpi(n)),
+    }
+    started = []
+    for n in range(2):
+        flags, environment = told[launcher](n)
+        started.append(start(*arguments, *flags, devices=devices, **environment))
+    return started
+
+
+def slurm(n):
+    job = str(os.getpid())  # of which JAX makes the number of a port
+    names = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    return names | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}
+
+
+def open_mpi(n):
+    return {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(n), "OMPI_COMM_WORLD_LOCAL_RANK": str(n)}
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def write_reference(path, images):
+    """Statistics of some images, in batches of 5, by a classifier that was never trained; told as of the digits."""
+    features, gathered = FeatureNetwork(Classifier(images.shape[-1], 10, key=jax.random.key(0))), FeatureStore()
+    gathered.add(make_feature_extractor(features, make_mesh(MeshConfig()), 5)(images))
+    Reference.of(gathered, features, "digits", images.shape[1:]).write(path)
+    return path

@@ -1,0 +1,204 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from references import assert_close, chw, formula, hwc, load, tiny_diffusers_config, tiny_dit, tiny_vae, weights
+from strategies import NETWORKS, configs, example, forward, random_dit
+
+import ditx
+from ditx.weights.convert import (
+    dit_from_diffusers,
+    dit_from_torch,
+    dit_to_diffusers,
+    dit_to_torch,
+    inception_from_torch,
+    vae_from_torch,
+    vae_to_torch,
+)
+
+
+def diffusers():
+    golden = load("diffusers_dit_tiny.npz")
+    return weights(golden), golden
+
+
+def assert_same(written, expected):
+    assert written.keys() == expected.keys()
+    for name, value in written.items():
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_reference_weights_come_back_bit_for_bit():
+    model, golden = tiny_dit()
+    assert_same(dit_to_torch(model), weights(golden))
+
+
+def test_diffusers_weights_come_back_bit_for_bit():
+    state, _ = diffusers()
+    assert_same(dit_to_diffusers(dit_from_diffusers(state, tiny_diffusers_config())), state)
+
+
+def test_autoencoder_weights_come_back_bit_for_bit():
+    model, golden = tiny_vae()
+    assert_same(vae_to_torch(model), weights(golden))
+
+
+def test_output_of_diffusers_weights_is_theirs(highest_precision):
+    state, golden = diffusers()
+    model = dit_from_diffusers(state, tiny_diffusers_config())
+    assert model.config.frequency_shift == 1
+    output = jax.jit(jax.vmap(model))(hwc(golden["x"]), golden["t"], golden["y"])
+    assert_close(chw(output), golden["output"], 1e-4)
+    # Spaced as by the authors, the frequencies are others, and time 0 alone is the same.
+    other = dit_from_diffusers(state, tiny_diffusers_config(), frequency_shift=0)
+    errors = np.abs(chw(jax.vmap(other)(hwc(golden["x"]), golden["t"], golden["y"])) - golden["output"]).max((1, 2, 3))
+    assert golden["t"][0] == 0 and errors[0] < 1e-4 and (errors[1:] > 0.1).all()
+
+
+def test_network_of_sit_is_drawn_from_as_sit_does(highest_precision):
+    """Ma et al. 2024: fed t from 0 (noise) to 1 (data), velocity data - noise, its doubled channels dropped."""
+    model, golden = tiny_dit()  # the same names and shapes
+    x = expected = jnp.asarray(hwc(golden["x"])[0])
+    for step in range(5):
+        expected = expected + forward(model, expected, jnp.asarray(step / 5), 3)[..., : x.shape[-1]] / 5
+    predict = ditx.flow.from_sit(lambda x, t: model(x, t, 3))
+    grid = ditx.flow.uniform_grid(5)
+    drawn, _ = ditx.samplers.sample(ditx.samplers.euler_step, predict, grid, x, key=jax.random.key(0))
+    assert_close(drawn, expected, 1e-5)
+
+
+def test_embedders_that_differ_between_blocks_are_named():
+    state, _ = diffusers()
+    name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"
+    with pytest.raises(ValueError, match=rf"not repeated in every block \['{name}'\]"):
+        dit_from_diffusers(state | {name: state[name] + 1}, tiny_diffusers_config())
+
+
+@NETWORKS
+@given(configs(blocks=["adaln-zero"]))
+def test_any_network_comes_back_bit_for_bit(config):
+    model = random_dit(config)
+    for back in (
+        dit_from_torch(dit_to_torch(model), config),
+        dit_from_diffusers(dit_to_diffusers(model), config, frequency_shift=0),
+    ):
+        assert jax.tree.structure(back) == jax.tree.structure(model)
+        jax.tree.map(np.testing.assert_array_equal, back, model)
+
+
+@pytest.mark.parametrize("block", ["adaln", "cross-attention", "in-context"])
+def test_blocks_that_other_programs_lack_are_refused(block):
+    config = dataclasses.replace(tiny_diffusers_config(), block=block)
+    model = random_dit(config)
+    for convert in (dit_to_torch, dit_to_diffusers):
+        with pytest.raises(ValueError, match=f"block is '{block}'; other programs have 'adaln-zero' alone"):
+            convert(model)
+    with pytest.raises(ValueError, match=f"block is '{block}'"):
+        dit_from_torch({}, config)
+
+
+def empty(shapes):
+    """Weights of any size, in four bytes."""
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+
+
+def test_every_name_of_the_stable_diffusion_autoencoder_is_read():
+    shapes = load("vae_sd_state_dict_shapes.json")
+    model = vae_from_torch(empty(shapes), ditx.VAEConfig())
+    assert {name: list(value.shape) for name, value in vae_to_torch(model).items()} == shapes
+
+
+def test_old_names_of_the_autoencoders_attention_are_read():
+    model, golden = tiny_vae()
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = weights(golden)
+    for name in list(old):
+        for now, before in names.items():
+            if f".{now}." in name:
+                old[name.replace(now, before)] = old.pop(name)
+    jax.tree.map(np.testing.assert_array_equal, vae_from_torch(old, model.config), model)
+
+
+def test_every_tensor_of_the_inception_file_lies_where_its_name_says():
+    shapes = load("inception_state_dict_shapes.json")
+    state = empty(shapes) | {"Mixed_7b.branch3x3dbl_3b.bn.num_batches_tracked": np.int64(1)}
+    units = ["Conv2d_3b_1x1", "Mixed_6c.branch7x7dbl_2", "Mixed_7b.branch3x3dbl_3b", "Mixed_5d.branch_pool"]
+    kinds = ["conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"]
+    state |= {name: formula(name, shapes[name]) for unit in units for name in [f"{unit}.{kind}" for kind in kinds]}
+    model = inception_from_torch(state)
+    ours = [
+        model.stem[3],
+        model.blocks[5][2].steps[1][0],
+        model.blocks[9][2].steps[2][1],
+        model.blocks[2][3].steps[0][0],
+    ]
+    for name, unit in zip(units, ours, strict=True):
+        arrays = [np.moveaxis(unit.weight, (3, 2), (0, 1)), unit.scale, unit.bias, unit.mean, unit.variance]
+        for kind, array in zip(kinds, arrays, strict=True):
+            np.testing.assert_array_equal(array, state[f"{name}.{kind}"])
+    # The bias of the logits is not read, all else is.
+    assert sum(leaf.size for leaf in jax.tree.leaves(model)) == sum(map(np.prod, shapes.values())) - 1008
+
+
+def test_inception_files_may_lack_scales_and_logits():
+    state = empty(load("inception_state_dict_shapes.json"))
+    without = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    model = inception_from_torch({k: v.astype(np.float16) for k, v in without.items() if not k.endswith("bn.weight")})
+    assert model.logits is None and {leaf.dtype for leaf in jax.tree.leaves(model)} == {np.dtype("float32")}
+    assert (model.stem[0].scale == 1).all() and (model.blocks[0][0].steps[0][0].scale == 1).all()
+    # But not some of them; and torchvision's network, of 1000 classes, is another.
+    del without["Conv2d_1a_3x3.bn.weight"], without["Mixed_5b.branch1x1.conv.weight"]
+    without |= {"fc.weight": np.zeros((1000, 2048)), "AuxLogits.fc.bias": np.zeros(1000)}
+    with pytest.raises(ValueError, match="do not fit") as error:
+        inception_from_torch(without)
+    for fault in [
+        "missing ['Conv2d_1a_3x3.bn.weight', 'Mixed_5b.branch1x1.conv.weight']",
+        "surplus ['AuxLogits.fc.bias']",
+        "wrong shapes ['fc.weight is (1000, 2048), not (1008, 2048)']",
+    ]:
+        assert fault in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["DiT-S/8", "DiT-XL/2"])
+def test_names_and_shapes_are_those_of_released_checkpoints(name):
+    state = empty(load("dit_state_dict_shapes.json")[name])
+    with pytest.raises(ValueError, match=r"missing none; surplus \['extra'\]; wrong shapes none"):
+        dit_from_torch(state | {"extra": np.zeros(1)}, ditx.DIT_CONFIGS[name])
+
+
+def test_all_faults_are_listed_at_once():
+    model, _ = tiny_dit()
+    state = dit_to_torch(model)
+    del state["blocks.1.attn.qkv.bias"], state["final_layer.linear.weight"]
+    state |= {"stray": np.zeros(2), "blocks.2.mlp.fc1.bias": np.zeros(192)}
+    state["x_embedder.proj.bias"] = np.zeros(47)
+    state["y_embedder.embedding_table.weight"] = np.zeros((10, 48))
+    with pytest.raises(ValueError, match="the weights do not fit the configuration") as error:
+        dit_from_torch(state, model.config)
+    for fault in [
+        "missing ['blocks.1.attn.qkv.bias', 'final_layer.linear.weight']",
+        "surplus ['stray', 'blocks.2.mlp.fc1.bias']",
+        "x_embedder.proj.bias is (47,), not (48,)",
+        "y_embedder.embedding_table.weight is (10, 48), not (11, 48)",
+    ]:
+        assert fault in str(error.value)
+
+
+def test_weights_of_another_configuration_are_refused():
+    model, _ = tiny_dit()
+    without_null = dataclasses.replace(model.config, label_dropout=0.0)
+    with pytest.raises(ValueError, match=r"embedding_table.weight is \(11, 48\), not \(10, 48\)"):
+        dit_from_torch(dit_to_torch(model), without_null)
+
+
+def test_half_precision_weights_become_float32():
+    model, _ = tiny_dit()
+    half = {name: value.astype(np.float16) for name, value in dit_to_torch(model).items()}
+    back = dit_from_torch(half, model.config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {np.dtype("float32")}
+    arguments = example(model.config)
+    assert_close(forward(back, *arguments), forward(model, *arguments), 0.01)  # eleven bits of weights

@@ -1,0 +1,125 @@
+"""Released weights: described from their shapes, drawn from as the authors do."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from references import GOLDEN, load, write_tiny_vae
+from strategies import random_dit
+
+import ditx
+from ditx.data import imagenet
+from ditx.diffusion.objective import ObjectiveConfig
+from ditx.sampling import SamplingConfig
+from ditx.weights import pretrained
+from ditx.weights.files import write_torch
+
+# A network of a published width, but small, on 64-pixel images by an autoencoder that halves the sides twice.
+RELEASED = ditx.DiTConfig(input_size=16, patch_size=8, hidden_size=384, depth=1, num_heads=6)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    path = tmp_path_factory.mktemp("released") / "DiT-small-16x16.pt"
+    write_torch(path, ditx.weights.convert.dit_to_torch(random_dit(RELEASED, scale=0.05)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return write_tiny_vae(tmp_path_factory.mktemp("vae") / "stable")
+
+
+def test_released_weights_are_described_by_their_shapes(released):
+    described = pretrained.describe(released)
+    assert described.model == RELEASED and described.objective == ObjectiveConfig()
+    assert described.sampling == SamplingConfig("ddpm", 250, guidance_scale=4.0, guidance_channels=3)
+    assert len(described.class_names) == 1000
+
+
+def test_runs_of_before_there_was_a_choice_are_described():
+    told = json.loads("""{"objective": "flow", "flow_time": [0.5, 1.0], "class_names": ["a"], "model": {
+        "input_size": 8, "num_classes": 1, "learn_sigma": false}, "steps": 3, "sampling": {"sampler": "euler",
+        "steps": 25, "eta": 0.0, "guidance_scale": 2.5, "guidance_channels": 0}}""")
+    described = pretrained.Description.of(told, "run")
+    assert described.objective == ObjectiveConfig("flow", flow_time=(0.5, 1.0))
+    assert described.sampling == SamplingConfig("euler", 25, guidance_scale=2.5)
+    for wrong in ({"objective": "noise"}, {"sampling": {"sampler": "euler", "colour": "red"}}):
+        with pytest.raises(ValueError, match="run was written by another version of ditx, or is damaged"):
+            pretrained.Description.of(told | wrong, "run")
+
+
+@pytest.mark.parametrize("name", ["DiT-S/8", "DiT-XL/2"])
+def test_published_networks_are_recognised(tmp_path, name):
+    # Of all tensors, one stored number, so that the file is small.
+    config = ditx.DIT_CONFIGS[name]
+    shapes = load("dit_state_dict_shapes.json")[name]
+    empty = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+    inferred = pretrained._infer(tmp_path, "authors", empty, {}, {})
+    assert inferred == config
+
+
+def test_sampling_from_released_weights(run, released, vae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw = [released, "--vae", vae, "--steps", 2, "--num", 4, "--npz", "--separate"]
+    code, said = run.sample(*draw, "--labels", "golden retriever", "360")
+    assert code == 0 and "by ddpm in 2 steps, guidance 4.0 on 3 of 4 channels, computing in float32" in said, said
+    folder = tmp_path / "samples" / "DiT-small-16x16"
+    with np.load(folder / "drawn-000.npz") as drawn:
+        images = drawn["arr_0"]
+        assert images.shape == (4, 32, 32, 3) and drawn["labels"].tolist() == [207, 360, 207, 360]
+    with PIL.Image.open(folder / "drawn-000" / "000001-otter.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), images[1])
+    code, said = run.sample(*draw, "--labels", "Lutra lutra", "--dtype", "bfloat16")
+    assert code == 2 and "there is no class 'Lutra lutra'" in said
+    code, said = run.sample(*draw, "--labels", "207", "OTTER", "--dtype", "bfloat16", "--decode-batch", 1)
+    assert code == 0 and "computing in bfloat16" in said
+    with np.load(folder / "drawn-001.npz") as drawn:
+        difference = np.abs(drawn["arr_0"].astype(int) - images).mean()
+        assert 0 < difference < 10  # eight bits of mantissa, guided four times as far
+
+
+def test_mistakes_are_one_sentence_and_write_nothing(run, released, vae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, sentence in [
+        ([released], "the network makes latents of 4 channels; decode them with --vae ft-ema, or a path"),
+        ([released, "--vae", "ft-eme"], "there is no autoencoder 'ft-eme'; give original, ft-ema, ft-mse, or the path"),
+        ([released, "--vae", vae, "--labels", "crane"], "'crane' is the name of several classes; give one of 134, 517"),
+        ([released, "--vae", vae, "--labels", "1000"], "there is no class '1000'; there are 0 to 999: tench, goldfish"),
+        ([released, "--vae", vae, "--decode-batch", 0], "decode_batch is 0"),
+        ([released, "--vae", released], "the weights do not fit the configuration: missing ["),
+        ([released, "--vae", vae, "--steps", 1001], "steps is 1001; objective eps samples in 1 to 1000 steps"),
+        ([tmp_path / "missing.pt", "--vae", vae], "there is no such file"),
+        ([tmp_path, "--vae", vae], "is neither a run nor a folder with diffusion_pytorch_model"),
+    ]:
+        code, said = run.sample(*arguments)
+        assert code == 2 and sentence in said and "Traceback" not in said, said
+        assert not list(tmp_path.iterdir())
+
+
+def test_imagenet_has_its_classes():
+    assert len(imagenet.classes()) == 1000
+    names = list(imagenet.classes().values())
+    for label, name in {0: "tench", 1: "goldfish", 207: "golden retriever", 360: "otter", 999: "toilet tissue"}.items():
+        assert names[label][0] == name
+    assert imagenet.names_of("cat") == ("cat",)
+
+
+@given(st.integers(0, 999))
+def test_every_class_is_found_by_identifier_and_number(label):
+    import sample
+
+    class_names = tuple(imagenet.classes())
+    assert sample.read_labels((class_names[label], str(label)), class_names) == [label, label]
+
+
+def test_golden_files_are_small_and_all_read():
+    read = {"dit_tiny.npz", "dit_s8_formula.npz", "diffusion.npz", "diffusers_dit_tiny.npz"}
+    read |= {"vae_tiny.npz", "vae_sd_formula.npz", "inception_formula.npz", "metrics.npz"}
+    read |= {"dit_state_dict_shapes.json", "vae_sd_state_dict_shapes.json", "inception_state_dict_shapes.json"}
+    read |= {"paper_tables.json"}
+    assert {path.name for path in GOLDEN.iterdir()} == read
+    assert sum(path.stat().st_size for path in GOLDEN.iterdir()) < 3_000_000
