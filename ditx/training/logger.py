@@ -79,8 +79,8 @@ class MetricsLogger:
         what = f"loss {terms['loss']}, norm of the gradients {terms['grad_norm']}"
         if self.consecutive_skips >= self._max_skipped:
             raise ValueError(
-                f"{self.consecutive_skips} updates in a row were skipped, up to step {step:,} ({what};"
-                f" seed {self._seed}); weights and checkpoints are those from before; try a lower --learning-rate or --dtype float32 in"
+                f"{self.consecutive_skips} updates in a row were skipped, up to step {step:,}"
+                f" ({what}; seed {self._seed}); weights and checkpoints are those from before; try a lower --learning-rate or --dtype float32 in"
                 " another --run"
             )
         _say(f"step {step:,} is not finite ({what}; seed {self._seed}); its update is skipped")
