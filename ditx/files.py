@@ -1,0 +1,64 @@
+"""Files on disk: written whole or not at all, checksums, `.npz` archives, and errors as one line."""
+
+import os
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+
+@contextmanager
+def write_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces `path` at the end of the block, or is removed if the block raises.
+
+    A killed process can leave `NAME.PID.partial` behind, but never half of `path`. Raises OSError with the path.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # NAME.partial could be a user's own file.
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({first_line(error)}); make room or give another path") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """CRC-32 of a file's contents, as eight hexadecimal digits."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def checksum_arrays(arrays: Iterable[Any]) -> str:
+    """CRC-32 of the bytes of some arrays (`jax.tree.leaves(model)`), in their order, as eight hexadecimal digits."""
+    crc = 0
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, crc)
+    return f"{crc:08x}"
+
+
+def read_npz(path: str | os.PathLike[str], names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz`, all or those of `names` that it has; pickled objects are refused, not loaded.
+
+    Raises ValueError with the path if the file is damaged or is not an `.npz` of plain arrays.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays if names is None or name in names}
+    except Exception as error:  # NumPy and zipfile raise many types for a damaged archive.
+        raise ValueError(
+            f"cannot read {os.fspath(path)} as an .npz of plain arrays ({first_line(error)}); make or fetch it again"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters, or the error's type if it has no message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
