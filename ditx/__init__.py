@@ -1,4 +1,8 @@
-"""ditx: diffusion transformers in JAX and Equinox."""
+"""Diffusion Transformers in JAX and Equinox (Peebles and Xie 2022, arXiv 2212.09748).
+
+The public names. Every module and formula takes one example; `jax.vmap` makes the batch. Importing ditx imports
+neither the data loader nor the optimizer nor the checkpoint library.
+"""
 
 from ditx import costs
 from ditx.diffusion import flow, gaussian, guidance, likelihood, loss_weights, parameterization, samplers
@@ -9,6 +13,8 @@ from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.training import ema
 from ditx.weights import convert
+
+__version__ = "0.2.0"
 
 __all__ = [
     "DIT_CONFIGS",
