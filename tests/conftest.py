@@ -1,5 +1,7 @@
 """Runs before any test module is imported: every array shape in ditx is checked from here on."""
 
+import shutil
+
 import jax
 import pytest
 from hypothesis import settings
@@ -28,3 +30,23 @@ def run(monkeypatch, capsys):
     from scripts import Runner  # not before the hook
 
     return Runner(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """An undisturbed training run of 40 steps, and its output."""
+    import scripts
+
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    code, output = scripts.finish(scripts.start(scripts.ROOT / "train.py", *scripts.TINY, "--steps", 40, "--run", run))
+    assert code == 0, output
+    return run, output
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run without its last checkpoint."""
+    run = tmp_path / "copy"
+    shutil.copytree(finished[0], run)
+    shutil.rmtree(run / "checkpoints" / "40")
+    return run

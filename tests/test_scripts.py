@@ -1,4 +1,4 @@
-"""Both scripts as a user runs them: on a small network, mistaken, interrupted, killed."""
+"""train.py as a user runs it: on a small network, mistaken, interrupted, killed."""
 
 import json
 import random
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +17,13 @@ import PIL.Image
 import pytest
 import scripts
 from orbax.checkpoint import v1 as ocp
-from scripts import ROOT, call, finish
+from scripts import ROOT, TINY, call, finish
 from strategies import BLOCKS
 
-import sample
 import train
-from ditx.diffusion.objective import ObjectiveConfig
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.training import checkpoint
 from ditx.training import run as runs
-from ditx.weights import pretrained
-
-# A network that compiles in seconds, on the embedded digits; pictures in few steps.
-TINY = (
-    "digits --model.hidden-size 16 --model.depth 1 --model.num-heads 2 --model.patch-size 14 --batch-size 8"
-    " --sampling.steps 2 --sampling.sampler euler --log-every 4 --checkpoint-every 5 --sample-every 20"
-).split()
 
 
 def start(*arguments):
@@ -58,24 +48,6 @@ def assert_same_run(run, other, step=40):
     one, two = ([{k: line[k] for k in line.keys() - timed} for line in runs.read_metrics(r)] for r in (run, other))
     assert one == two
     assert all(sum(line["count_by_time"]) == 4 * 8 for line in one)
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """An undisturbed run of 40 steps, and what it said."""
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, output = finish(start(*TINY, "--steps", 40, "--run", run))
-    assert code == 0, output
-    return run, output
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A run to disturb: the finished one, its last checkpoints gone."""
-    run = tmp_path / "copy"
-    shutil.copytree(finished[0], run)
-    shutil.rmtree(run / "checkpoints" / "40")
-    return run
 
 
 def test_a_run_is_a_folder_of_plain_files(finished):
@@ -248,38 +220,6 @@ def ema_of(run):
     return {"ema": create.eval_shape(jax.random.key(0))}
 
 
-def test_a_network_without_labels_trains_and_guides_another(finished, tmp_path, monkeypatch, capsys):
-    flags = [*TINY, "--model.num-classes", 0, "--sampling.guidance-scale", 1, "--steps", 1, "--sample-every", 1]
-    code, said = call(train, monkeypatch, capsys, *flags, "--run", tmp_path / "free")
-    assert code == 0 and "5,000 images of 28x28x1, 0 classes" in said, said
-    assert runs.read_config(tmp_path / "free")["class_names"] == []
-    code, said = call(sample, monkeypatch, capsys, tmp_path / "free", "--separate", "--num", 2)
-    assert code == 0 and (tmp_path / "free" / "drawn-000" / "000001-any.png").exists(), said
-    code, said = call(sample, monkeypatch, capsys, tmp_path / "free", "--guidance-scale", 2)
-    assert code == 2 and "the network has no labels; use 1" in said
-
-    # Guided by itself, nothing changes; guided by another one, it does.
-    grids = {}
-    for name, guide in {"alone": "", "same": finished[0], "free": tmp_path / "free"}.items():
-        scale, grid = (["--guidance-scale", 1 if name == "alone" else 3], tmp_path / f"{name}.png")
-        generate_samples(finished[0], monkeypatch, capsys, "--num", 8, "--npz", "--guide", guide, *scale, "--out", grid)
-        with np.load(grid.with_suffix(".npz")) as file:
-            grids[name] = file["arr_0"].astype(int)
-    assert np.abs(grids["same"] - grids["alone"]).max() <= 1 < np.abs(grids["free"] - grids["alone"]).max()
-
-
-def test_a_guide_must_be_of_the_same_kind(finished):
-    described = pretrained.describe(finished[0])
-    sample.check_guide(replace(described, class_names=(), model=replace(described.model, num_classes=0)), described)
-    for other, sentence in [
-        (replace(described, objective=ObjectiveConfig("v")), "objective of --guide is v, and of the network flow"),
-        (replace(described, model=replace(described.model, in_channels=3)), "in_channels of --guide is 3, and of"),
-        (replace(described, class_names=tuple("abcdefghij")), "the classes of --guide are not those of the network"),
-    ]:
-        with pytest.raises(ValueError, match=sentence):
-            sample.check_guide(other, described)
-
-
 def test_a_profile_and_the_checkpoints_asked_for_are_there(tmp_path):
     run = tmp_path / "run"
     flags = [*TINY, "--steps", 20, "--run", run, "--sample-every", 0, "--keep", 1, "--profile-steps", 30]
@@ -427,103 +367,6 @@ def test_a_folder_of_images_trains(tmp_path, monkeypatch, capsys):
         "class-1",
         "class-2",
     ]
-
-
-def generate_samples(copy, monkeypatch, capsys, *flags):
-    code, said = call(sample, monkeypatch, capsys, copy, *flags)
-    assert code == 0, said
-    return said
-
-
-def test_samples_are_written_in_every_form_and_never_over_others(finished, tmp_path, monkeypatch, capsys):
-    run, out = finished[0], tmp_path / "grid.png"
-    generate_samples(
-        run, monkeypatch, capsys, "--num", 12, "--out", out, "--npz", "--separate", "--animate", "--steps", 4
-    )
-    with np.load(tmp_path / "grid.npz") as file:
-        assert file["arr_0"].shape == (12, 28, 28, 1) and file["arr_0"].dtype == np.uint8
-        assert file["labels"].tolist() == [*range(10), 0, 1]
-        images = file["arr_0"]
-    files = sorted((tmp_path / "grid").iterdir())
-    assert [file.name for file in files][:2] == ["000000-0.png", "000001-1.png"] and len(files) == 12
-    for file, image in zip(files, images, strict=True):
-        with PIL.Image.open(file) as single:
-            np.testing.assert_array_equal(np.asarray(single), image[..., 0])
-    with PIL.Image.open(tmp_path / "grid.gif") as moving, PIL.Image.open(out) as grid:
-        assert moving.n_frames > 2 and grid.size == ((10 * 30 - 2) * 2, (2 * 30 - 2) * 2)
-    code, said = call(sample, monkeypatch, capsys, run, "--out", out)
-    assert code == 2 and "exists already" in said
-
-
-def test_sample_k_depends_on_seed_and_k_alone(finished, tmp_path, monkeypatch, capsys):
-    results = {}
-    for name, flags in {"a": ["--batch", 8], "b": ["--batch", 24], "c": ["--seed", 1]}.items():
-        generate_samples(
-            finished[0], monkeypatch, capsys, "--num", 20, "--npz", "--out", tmp_path / f"{name}.png", *flags
-        )
-        with np.load(tmp_path / f"{name}.npz") as file:
-            results[name] = file["arr_0"].astype(int)
-    # Rounding may move a pixel that lies next to a boundary by one.
-    assert np.abs(results["a"] - results["b"]).max() <= 1
-    assert np.abs(results["a"] - results["c"]).max() > 50
-    assert np.abs(results["a"][0] - results["a"][10]).max() > 50
-
-
-def test_newest_run_is_the_default_and_classes_have_names(finished, tmp_path, monkeypatch, capsys):
-    shutil.copytree(finished[0], tmp_path / "runs" / "newer")
-    shutil.copytree(finished[0], tmp_path / "runs" / "older")
-    config = json.loads((tmp_path / "runs" / "newer" / "config.json").read_text())
-    config["class_names"] = [f"digit {name}" for name in config["class_names"]]
-    time.sleep(0.01)
-    (tmp_path / "runs" / "newer" / "config.json").write_text(json.dumps(config))
-    time.sleep(0.01)
-    (tmp_path / "runs" / "older" / "drawn-000.png").touch()  # drawn from since, but not trained
-    monkeypatch.chdir(tmp_path)
-    code, said = call(sample, monkeypatch, capsys, "--labels", "digit 7", 3, "--num", 4, "--npz")
-    assert code == 0 and "runs/newer at step 40" in said and "4 samples" in said, said
-    with np.load(tmp_path / "runs" / "newer" / "drawn-000.npz") as file:
-        assert file["labels"].tolist() == [7, 3, 7, 3]
-    call(sample, monkeypatch, capsys, "--num", 1)
-    assert (tmp_path / "runs" / "newer" / "drawn-001.png").exists()
-
-
-SAMPLE_MISTAKES = {
-    "guidance_scale is nan": ["--guidance-scale", "nan"],
-    "seed is 4294967296; it goes from 0": ["--seed", 2**32],
-    "there is no class 'cat'; there are 0 to 9: 0, 1": ["--labels", "cat"],
-    "there is no class '10'": ["--labels", 10],
-    "guidance_interval is 800.0 to 200.0; give two times": ["--guidance-interval", 800, 200],
-    "steps is 0": ["--steps", 0],
-    "guidance_channels is 3; the network has 1": ["--guidance-channels", 3],
-    "num is -1": ["--num", -1],
-    "give a name that ends in .png": ["--out", "grid.jpg"],
-    "kernels is fused, which is for GPUs": ["--kernels", "fused"],
-    "attention is cudnn, which is for GPUs": ["--attention", "cudnn"],
-}
-
-
-@pytest.mark.parametrize("sentence", SAMPLE_MISTAKES)
-def test_a_mistake_in_sampling_gets_one_sentence(sentence, finished, monkeypatch, capsys):
-    before = set(finished[0].iterdir())
-    code, said = call(sample, monkeypatch, capsys, finished[0], *SAMPLE_MISTAKES[sentence])
-    assert code == 2 and sentence in said and "Traceback" not in said, said
-    assert set(finished[0].iterdir()) == before
-
-
-def test_a_run_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    code, said = call(sample, monkeypatch, capsys)
-    assert code == 2 and "there is no run under runs/" in said
-    code, said = call(sample, monkeypatch, capsys, "nowhere")
-    assert code == 2 and "nowhere: there is no such file or folder" in said
-
-
-def test_guidance_needs_a_null_label(copy, monkeypatch, capsys):
-    config = json.loads((copy / "config.json").read_text())
-    config["model"]["label_dropout"] = 0.0
-    (copy / "config.json").write_text(json.dumps(config))
-    code, said = call(sample, monkeypatch, capsys, copy, "--guidance-scale", 2)
-    assert code == 2 and "no null label" in said
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -19,6 +19,12 @@ from ditx.parallel.mesh import MeshConfig, make_mesh
 
 ROOT = Path(train.__file__).parent
 
+# A network that compiles in seconds, on the embedded digits; pictures in few steps.
+TINY = (
+    "digits --model.hidden-size 16 --model.depth 1 --model.num-heads 2 --model.patch-size 14 --batch-size 8"
+    " --sampling.steps 2 --sampling.sampler euler --log-every 4 --checkpoint-every 5 --sample-every 20"
+).split()
+
 
 def call(module, monkeypatch, capsys, *arguments):
     """A script's main in this process: its exit code and what it said, with single spaces."""
