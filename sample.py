@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
     from ditx import pictures
-    from ditx.data import imagenet, sources
+    from ditx.data import imagenet
+    from ditx.data.image_files import to_uint8
     from ditx.diffusion.objective import ObjectiveConfig
     from ditx.nn.dit import DiT
     from ditx.nn.layers import Compute
@@ -218,7 +219,7 @@ def draw_all(
             raise ValueError(
                 "samples are not finite numbers; try --dtype float32, a lower --guidance-scale, or more steps"
             )
-        return sources.to_uint8(samples)
+        return to_uint8(samples)
 
     compiled = jax.jit(run_batch, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh, config))
     images, frames, under_way = [], [], []

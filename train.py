@@ -1,6 +1,6 @@
 """Train a class-conditional diffusion transformer: `train.py [preset] [--field value ...]`.
 
-Top to bottom: command line, a glance at the data, the step compiled from shapes, data, run folder, state, loop. A run
+Top to bottom: command line, data, the step compiled from shapes, run folder, state, loop. A run
 is a folder; started again, it goes on from its newest checkpoint exactly as if it had never stopped.
 """
 
@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
     from ditx import costs, pictures
-    from ditx.data import datasets, sources
+    from ditx.data import loader, sources
+    from ditx.data.image_files import to_uint8
     from ditx.diffusion.objective import make_objective
     from ditx.evaluation.evaluate import make_fid, make_images
     from ditx.evaluation.features import FeatureNetwork
@@ -90,7 +91,7 @@ def parse(argv: list[str]) -> tuple[str, Config]:
     return preset, replace(config, run=config.run or f"runs/{preset}")
 
 
-def fitted(config: Config, preset: str, seen: datasets.Glance) -> DiTConfig:
+def fitted(config: Config, preset: str, seen: sources.Source) -> DiTConfig:
     """The model, with the data's number of classes and channels wherever no flag has set these."""
     size, (height, width, channels) = config.model.input_size, seen.image_shape
     if (height, width) != (size, size):
@@ -115,7 +116,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return adamw(rate, beta2=config.beta2, weight_decay=config.weight_decay)
 
 
-def read_decoder(config: Config, seen: datasets.Glance, mesh: Mesh) -> Decode | None:
+def read_decoder(config: Config, seen: sources.Source, mesh: Mesh) -> Decode | None:
     """What decodes latents, where the data are latents."""
     if seen.latents is None:
         return None
@@ -123,7 +124,7 @@ def read_decoder(config: Config, seen: datasets.Glance, mesh: Mesh) -> Decode | 
     return make_decode(vae, mesh)
 
 
-def open_reference(config: Config, seen: datasets.Glance) -> tuple[Reference, FeatureNetwork] | None:
+def open_reference(config: Config, seen: sources.Source) -> tuple[Reference, FeatureNetwork] | None:
     """What FIDs compare with, if any are to be computed. Raises ValueError if it does not fit the data."""
     if not config.eval_every:
         return None
@@ -139,7 +140,7 @@ def open_reference(config: Config, seen: datasets.Glance) -> tuple[Reference, Fe
     return reference, features
 
 
-def make_picture(config: Config, seen: datasets.Glance, mesh: Mesh) -> Callable[[DiT, Path], None] | None:
+def make_picture(config: Config, seen: sources.Source, mesh: Mesh) -> Callable[[DiT, Path], None] | None:
     """The function that writes samples of averaged weights: the same noise and up to ten classes every time."""
     if not config.sample_every or (seen.latents and not config.vae):
         return None
@@ -157,7 +158,7 @@ def make_picture(config: Config, seen: datasets.Glance, mesh: Mesh) -> Callable[
 
     def picture(ema, path):
         samples = np.asarray(generate_samples(ema, labels, np.uint32(config.seed), params))
-        images = sources.to_uint8(np.asarray(decode(samples) if decode else samples))[: 4 * columns]
+        images = to_uint8(np.asarray(decode(samples) if decode else samples))[: 4 * columns]
         if is_main_process():
             path.parent.mkdir(exist_ok=True)
             pictures.grid(images, columns).save(path)
@@ -224,12 +225,12 @@ def make_step(config: Config, latent: bool, mesh: Mesh) -> Step:
 def train(preset: str, config: Config) -> int:
     """Check everything that a user can get wrong, then run to the last step, or to a signal; returns the exit code.
 
-    First what is told in no time, then the step, compiled from shapes, then the data, which may take long to open.
+    First the data is opened, then the step is compiled.
     """
     initialize(config.distributed)
     with sync_errors():
         check(config)
-        seen = datasets.glance(config.dataset, config.data_path, config.model.input_size)
+        source = seen = sources.open_dataset(config.dataset, config.data_path, config.model.input_size)
         config = replace(config, model=fitted(config, preset, seen))
         check(config)
         tune_malloc()
@@ -272,7 +273,6 @@ def train(preset: str, config: Config) -> int:
     program = None if broadcast_from_main(done) else step.compiled(mesh, config)
 
     with sync_errors():
-        source = datasets.open_data(config.dataset, config.data_path, config.model.input_size, seen)
         described["data_checksum"] = source.checksum
     assert_same_everywhere(described["data_checksum"])
     with ExitStack() as stack:
@@ -300,7 +300,7 @@ def train(preset: str, config: Config) -> int:
 
 def fit(
     config: Config,
-    seen: datasets.Glance,
+    seen: sources.Source,
     source: sources.Source,
     mesh: Mesh,
     built: Step,
@@ -391,7 +391,7 @@ def fit(
             for file in (loss_picture, time_picture, *run.glob("averages/*.partial")):
                 file.unlink(missing_ok=True)
             runs.trim_metrics(run, start)
-    batches = sources.batches(
+    batches = loader.batches(
         source,
         batch_size=config.batch_size,
         seed=config.seed,

@@ -16,8 +16,8 @@ import tyro
 
 from ditx.commands.bench_work import Timing, intervals, memory_checked
 from ditx.commands.extract import encode
-from ditx.data import latents, sources
-from ditx.data.image_files import listing
+from ditx.data import latents, loader, sources
+from ditx.data.image_files import find_classes
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.parallel.compile import Dtype, compile_checked, resolve_dtype
 from ditx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated, shard_host_array
@@ -90,11 +90,11 @@ def extract(config: Extract) -> Timing:
 
 def decode(config: Extract) -> Timing:
     """Time the decoding of the images of a folder, as ditx extract has it done, over and over."""
-    files, _, _ = listing(config.images)
+    files, _, _ = find_classes(config.images)
     # More than there are, so that reading never comes to its end meanwhile.
     needed = (config.repeats + 3) * _group(config.workers) * config.batch_size
     files = files * (1 + (needed + _ahead(config.workers) * config.batch_size) // len(files))
-    stream = sources.decoded(files, config.size, batch_size=config.batch_size, workers=config.workers)
+    stream = loader.decode(files, config.size, batch_size=config.batch_size, workers=config.workers)
     with closing(stream) as batches:
         return Timing(read_times(batches, config.repeats, config.workers), config.batch_size)
 
@@ -113,7 +113,7 @@ def read(config: Data) -> dict[str, Timing]:
 
 def read_source(source: sources.Source, config: Data) -> Timing:
     """Time the reading of batches from a source."""
-    stream = sources.batches(source, batch_size=config.batch_size, seed=0, flip=True, workers=config.workers)
+    stream = loader.batches(source, batch_size=config.batch_size, seed=0, flip=True, workers=config.workers)
     with closing(stream) as batches:
         return Timing(read_times(batches, config.repeats, config.workers), config.batch_size)
 
@@ -141,6 +141,7 @@ def make(folder: Path, kind: str, count: int, size: int) -> None:
                 writer.write(np.abs(values[k % 16]).astype(np.float16), k % 10, f"{k}.png")
             shard = writer.finish(0)
         told = {"format": latents.FORMAT, "shape": [size, size, 4], "class_names": classes, "vae": "none", "scale": 1.0}
+        told |= {"image_size": 8 * size}
         runs.write(folder / latents.METADATA, json.dumps(told | {"shards": [asdict(shard)]}))
         return
     for name in classes[:count]:

@@ -16,7 +16,8 @@ import tyro
 from jax.sharding import Mesh
 
 from ditx.commands.extract import Progress
-from ditx.data.imagesets import image_batches, open_images, read_npz, with_channels
+from ditx.data.loader import images_in_order
+from ditx.data.sources import open_images, read_npz, with_channels
 from ditx.evaluation.evaluate import METRICS, Metric, compute_metrics
 from ditx.evaluation.features import FeatureName, FeatureNetwork, FeatureStore, make_feature_extractor
 from ditx.evaluation.generate import DrawingConfig, Samples, generate_samples
@@ -150,7 +151,7 @@ def make_statistics(config: Config) -> None:
     kept = np.zeros(len(source), bool)
     kept[np.linspace(0, len(source) - 1, min(len(source), POOL_ROWS)).astype(int)] = True
     gathered = FeatureStore(kept=kept)
-    gather(image_batches(source, 0, config.drawing.batch), gathered, features, config, mesh, len(source))
+    gather(images_in_order(source, 0, config.drawing.batch), gathered, features, config, mesh, len(source))
     reference = Reference.of(gathered, features, config.source, source.image_shape)
     with sync_errors():
         if is_main_process():
@@ -274,7 +275,7 @@ def of_images(config: Config) -> Samples:
     about = {"checksum": f"{source.checksum:08x}", "size": config.size}
 
     def batches(start):
-        return image_batches(source, start, config.drawing.batch)
+        return images_in_order(source, start, config.drawing.batch)
 
     return Samples(about, len(source), source.image_shape, batches)
 

@@ -20,8 +20,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float16, UInt8
 from tqdm import tqdm
 
-from ditx.data import latents, sources
-from ditx.data.image_files import Images
+from ditx.data import latents, loader
+from ditx.data.latents import ShardedImages as Images
 from ditx.nn.vae import AutoencoderKL
 from ditx.parallel.distributed import launched
 from ditx.training import run as runs
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
     missing = [shard for shard in mine if not is_done(out, images, shard, strict=config.strict)]
     if missing:  # What describes the shards holds no longer, should one be made anew.
         (out / latents.METADATA).unlink(missing_ok=True)
-    left, total = (sum(len(images.numbers(shard)) for shard in shards) for shards in (missing, mine))
+    left, total = (sum(len(images.indices(shard)) for shard in shards) for shards in (missing, mine))
     print(
         f"images   {len(images.files):,} of {len(images.class_names):,} classes, cut to {config.size}x{config.size}\n"
         f"encoder  {vae_name}, computing in {config.dtype}\n"
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
         with stop_signals():
             extract(config, images, vae, missing, total)
     except KeyboardInterrupt as stopped:
-        kept = total - sum(len(images.numbers(shard)) for shard in missing)
+        kept = total - sum(len(images.indices(shard)) for shard in missing)
         print(f"stopped with {kept:,} of {total:,} images in finished shards; the same command goes on from there")
         return 128 + int(stopped.args[0])
     finish(out, images, plan, vae)
@@ -156,12 +156,12 @@ def is_done(out: Path, images: Images, shard: int, *, strict: bool = False) -> b
 
 def extract(config: Config, images: Images, vae: AutoencoderKL, missing: list[int], total: int) -> None:
     """Encode the images of the shards `missing`, of `total` images; those that are finished leave the list."""
-    files = [images.files[n] for shard in missing for n in images.numbers(shard)]
+    files = [images.files[n] for shard in missing for n in images.indices(shard)]
     with closing(encoded(config, vae, files, total)) as results:
         while missing:
             path = latents.shard_path(Path(config.out), missing[0], len(images.shards))
             with closing(latents.ShardWriter(path)) as writer:
-                for n in images.numbers(missing[0]):
+                for n in images.indices(missing[0]):
                     values, wrong = next(results)
                     if values is not None:
                         writer.write(values, int(images.labels[n]), images.names[n])
@@ -201,7 +201,7 @@ def encoded(
         for reason, array in zip(wrong, arrays, strict=True):
             yield (None, reason) if reason else (array, "")
 
-    stream = sources.decoded(files, config.size, batch_size=config.batch_size, workers=config.workers)
+    stream = loader.decode(files, config.size, batch_size=config.batch_size, workers=config.workers)
     with closing(stream) as batches, closing(progress):
         for pixels, wrong in batches:
             pixels = np.concatenate([pixels, np.zeros((shape[0] - len(pixels), *shape[1:]), np.uint8)])

@@ -1,4 +1,4 @@
-"""Latents on disk: the record of one image, shards of records in ArrayRecord files, and the source that reads them."""
+"""Latents on disk: records, shards of records in ArrayRecord files, and the `Source` that reads them."""
 
 import json
 import os
@@ -17,26 +17,28 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Bool, Float16, Int, Int32
 
+from ditx.data.image_files import find_classes
 from ditx.training import run as runs
 
 FORMAT, METADATA, PLAN = 1, "metadata.json", "plan.json"
-# A record is a chunk, so that it is read alone; the digits of half precision hardly compress.
+MAX_SHARDS = 500  # A reader holds all of them open, and a process may often open no more than 1,024 files.
+# One record a chunk, so that a read fetches no other record; half precision hardly compresses.
 WRITER_OPTIONS = "group_size:1,uncompressed"
-# Nothing is read that was not asked for: records are wanted in random order.
+# No reading ahead, since records are read in random order.
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 def pack(latent: Float16[np.ndarray, "2 h w c"], label: int, name: str) -> bytes:
     """One record: [mean | standard deviation] in float16, the label in 4 bytes, the name of the image's file.
 
-    Numbers are little-endian; the name, behind them to the end, is UTF-8. An image's record is followed by that of its
-    mirror image. They are two, since only one of them is wanted at a time.
+    Numbers are little-endian; the name, up to the end of the record, is UTF-8. The record of an image is followed by
+    the record of its mirror image. They are two because a batch needs only one of them.
     """
     return latent.astype("<f2").tobytes() + label.to_bytes(4, "little") + os.fsencode(name)
 
 
 def unpack(record: bytes, shape: tuple[int, int, int]) -> tuple[Float16[np.ndarray, "2 h w c"], int, str]:
-    """What `pack` was given, for latents of `shape`. Raises ValueError for a record that is too short."""
+    """The arguments of `pack`, for latents of `shape`. Raises ValueError for a record that is too short."""
     count = 2 * int(np.prod(shape))
     latent = np.frombuffer(record, "<f2", count).reshape(2, *shape).astype(np.float16)
     label = int(np.frombuffer(record, "<i4", 1, 2 * count)[0])
@@ -44,28 +46,68 @@ def unpack(record: bytes, shape: tuple[int, int, int]) -> tuple[Float16[np.ndarr
 
 
 @dataclass(frozen=True)
+class ShardedImages:
+    """The images of a folder, sorted by class and path and split into shards of `shard_size` images."""
+
+    files: list[str]
+    names: list[str]
+    """the files' paths relative to the folder"""
+    labels: Int32[np.ndarray, "n"]
+    class_names: tuple[str, ...]
+    shard_size: int
+
+    @classmethod
+    def find(cls, folder: str, shard_size: int) -> "ShardedImages":
+        """List a folder; a `shard_size` of 0 makes up to 200 shards, of 64 images or more. Raises ValueError."""
+        root = Path(folder).absolute()
+        files, labels, class_names = find_classes(root)
+        size = shard_size or max(64, -(-len(files) // 200))
+        if len(files) > MAX_SHARDS * size:
+            least = -(-len(files) // MAX_SHARDS)
+            raise ValueError(f"shard_size {size} makes more than {MAX_SHARDS} shards; give {least} or more")
+        return cls(files, [file[len(str(root)) + 1 :] for file in files], labels, class_names, size)
+
+    @property
+    def shards(self) -> range:
+        """The numbers of all shards."""
+        return range(-(-len(self.files) // self.shard_size))
+
+    def indices(self, shard: int) -> range:
+        """The indices of a shard's images."""
+        return range(len(self.files))[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def path(self, out: Path, shard: int) -> Path:
+        """The file of a shard in the folder `out`."""
+        return shard_path(out, shard, len(self.shards))
+
+    def checksum(self, shard: int) -> int:
+        """CRC-32 of the names and sizes of a shard's image files."""
+        return zlib.crc32(json.dumps([(self.names[n], _size(self.files[n])) for n in self.indices(shard)]).encode())
+
+
+@dataclass(frozen=True)
 class Shard:
-    """A finished shard, as the JSON file beside it has it."""
+    """A finished shard, as the JSON file beside it describes it."""
 
     count: int
-    """images in it, of which each has two records"""
+    """images, each with two records"""
     size: int
-    """bytes of its file"""
+    """bytes of the file"""
     checksum: int
-    """CRC-32 of its records"""
+    """CRC-32 of the records"""
     files_checksum: int
-    """CRC-32 of the names and sizes of the files it was made from"""
+    """CRC-32 of the names and sizes of the image files"""
     skipped: dict[str, str]
-    """files that it lacks, with the reason"""
+    """image files left out, with the reason"""
 
 
 def shard_path(folder: Path, index: int, total: int) -> Path:
-    """Where shard number `index` of `total` lies."""
+    """Path of shard number `index` of `total`."""
     return folder / "shards" / f"{index:05d}-of-{total:05d}.array_record"
 
 
 def read_shard(path: Path) -> Shard | None:
-    """The description of a shard, or None where it has not been finished, or is not as it was finished."""
+    """The description of a shard, or None if the shard is unfinished or its size has changed since."""
     try:
         shard = Shard(**json.loads(path.with_suffix(".json").read_text()))
         return shard if path.stat().st_size == shard.size else None
@@ -74,10 +116,10 @@ def read_shard(path: Path) -> Shard | None:
 
 
 class ShardWriter:
-    """A shard in the making: locked, and under another name until `finish`, whose description makes it count.
+    """Writes a shard: locked, and under a temporary name until `finish`, whose description makes the shard count.
 
-    So a kill leaves nothing that could be taken for a shard. Raises ValueError if another process is writing it, and
-    OSError if it cannot be written. Close it in any case.
+    A kill therefore leaves nothing that could be taken for a shard. Raises ValueError if another process is writing
+    the shard, and OSError if it cannot be written. Close the writer in any case.
     """
 
     def __init__(self, path: Path):
@@ -88,7 +130,7 @@ class ShardWriter:
         self._writer = ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
 
     def write(self, latents: Float16[np.ndarray, "2 2 h w c"], label: int, name: str) -> None:
-        """Append [image | mirror image] as `pack` takes each."""
+        """Append the records of [image | mirror image]."""
         self._count += 1
         for latent in latents:
             record = pack(latent, label, name)
@@ -99,16 +141,16 @@ class ShardWriter:
                 raise OSError(f"cannot write {self._partial}: {error}") from error
 
     def skip(self, name: str, reason: str) -> None:
-        """Leave out a file."""
+        """Note an image file that is left out."""
         self._skipped[name] = reason
 
     def finish(self, files_checksum: int) -> Shard:
-        """Give the shard its name, and then its description."""
+        """Rename the shard to its final name, then write its description."""
         try:
             self._writer.close()
         except RuntimeError as error:
             raise OSError(f"cannot write {self._partial}: {error}") from error
-        os.fsync(self._lock.fileno())  # not only in memory, where it counts as made
+        os.fsync(self._lock.fileno())  # The description must not reach the disk before the records.
         size = self._partial.stat().st_size
         shard = Shard(self._count, size, self._checksum, files_checksum, self._skipped)
         self._partial.replace(self.path)
@@ -116,7 +158,7 @@ class ShardWriter:
         return shard
 
     def close(self) -> None:
-        """End the lock, and the shard unless it is finished."""
+        """Release the lock; delete the shard if it is unfinished."""
         if self._writer.is_open():
             with suppress(RuntimeError):
                 self._writer.close()
@@ -134,9 +176,9 @@ class LatentBatch(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class LatentSource:
-    """The latents of labelled images, and of their mirror images, that `ditx extract` wrote to a folder.
+    """Latents of labelled images and of their mirror images, from a folder that `ditx extract` wrote.
 
-    Missing, truncated and miscounted shards raise a `ValueError` here, other damage when it is read.
+    Missing, truncated and miscounted shards raise a `ValueError` here, other damage when a record is read.
     """
 
     path: str | os.PathLike
@@ -144,24 +186,24 @@ class LatentSource:
     """height, width and channels of every latent"""
     class_names: tuple[str, ...] = field(init=False, repr=False)
     checksum: int = field(init=False)
-    """what tells this data from other data: CRC-32 of the checksums of the shards and the class names"""
+    """CRC-32 of the class names and the shards' checksums"""
     metadata: dict[str, Any] = field(init=False, repr=False)
-    """all that is known of them: `vae`, `scale`, `image_size`, `skipped`, ..."""
+    """contents of metadata.json: `vae`, `scale`, `image_size`, `skipped`, ..."""
     _starts: list[int] = field(init=False, repr=False)
-    """number of the first record of each shard, and of all records"""
+    """number of the first image of each shard, and the number of all images"""
 
     def __post_init__(self):
         metadata = read_metadata(Path(self.path))
         shards = metadata["shards"]
-        told = (metadata["class_names"], [shard["checksum"] for shard in shards])
-        found = {
+        identity = (metadata["class_names"], [shard["checksum"] for shard in shards])
+        values = {
             "metadata": metadata,
             "image_shape": tuple(metadata["shape"]),
             "class_names": tuple(metadata["class_names"]),
-            "checksum": zlib.crc32(json.dumps(told).encode()),
+            "checksum": zlib.crc32(json.dumps(identity).encode()),
             "_starts": list(accumulate((shard["count"] for shard in shards), initial=0)),
         }
-        for name, value in found.items():
+        for name, value in values.items():
             object.__setattr__(self, name, value)
         for index, shard in enumerate(shards):
             try:
@@ -177,11 +219,16 @@ class LatentSource:
 
     @cached_property
     def _readers(self) -> list[Any]:
-        # Each holds the index of its records; every process opens its own.
+        # A reader holds the index of its shard, and every process opens its own readers.
         return [ArrayRecordReader(str(self._file(k)), READER_OPTIONS) for k in range(len(self.metadata["shards"]))]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_readers"}
+
+    @property
+    def latents(self) -> dict[str, Any]:
+        """The autoencoder `vae`, its `scale`, and the side `image_size` of the images, in pixels."""
+        return {name: self.metadata[name] for name in ("vae", "scale", "image_size")}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -193,27 +240,27 @@ class LatentSource:
         return {"latents": np.stack([latent for latent, _, _ in pair]), "label": pair[0][1], "name": pair[0][2]}
 
     def take(self, indices: Int[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]) -> LatentBatch:
-        """The latents at `indices`, those of the mirror images where so said."""
+        """The latents at `indices`, those marked in `mirrored` of the mirror images."""
         x, y = np.empty((2, len(indices), *self.image_shape), np.float16), np.empty(len(indices), np.int32)
         size = x[:, 0].nbytes
 
         def fill(rows):
-            wanted = zip(indices[rows].tolist(), mirrored[rows].tolist(), strict=True)
-            for row, record in zip(rows.tolist(), self._records(wanted), strict=True):
+            keys = zip(indices[rows].tolist(), mirrored[rows].tolist(), strict=True)
+            for row, record in zip(rows.tolist(), self._records(keys), strict=True):
                 x[:, row] = np.ndarray((2, *self.image_shape), "<f2", record)
                 y[row] = int.from_bytes(record[size : size + 4], "little")
 
-        # More threads than these take longer over what lies in memory, and little less over a disk.
+        # More threads are slower from memory and hardly faster from a disk.
         threads = min(8, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, np.array_split(np.arange(len(indices)), threads)))
         return {"x": x[0], "std": x[1], "y": y}
 
-    def _records(self, wanted: Iterable[tuple[int, bool]]) -> Iterator[bytes]:
-        for index, mirrored in wanted:
+    def _records(self, keys: Iterable[tuple[int, bool]]) -> Iterator[bytes]:
+        for index, mirrored in keys:
             shard = bisect_right(self._starts, index) - 1
             try:
-                # Not many at a time: for them, ArrayRecord wakes threads of its own, at twice the cost of reading.
+                # One a call: for several, ArrayRecord wakes threads of its own, at twice the cost of reading.
                 yield self._readers[shard].read([2 * (index - self._starts[shard]) + mirrored])[0]
             except RuntimeError as error:
                 raise self._damaged(shard, str(error)) from error
@@ -221,18 +268,26 @@ class LatentSource:
     def _file(self, shard: int) -> Path:
         return shard_path(Path(self.path), shard, len(self.metadata["shards"]))
 
-    def _damaged(self, shard: int, what: str) -> ValueError:
-        remedy = "without it, the same `ditx extract` makes it again"
-        return ValueError(f"shard {self._file(shard)} cannot be used ({what}); {remedy}")
+    def _damaged(self, shard: int, reason: str) -> ValueError:
+        remedy = "delete it and run the same `ditx extract` again, which replaces it"
+        return ValueError(f"shard {self._file(shard)} cannot be used ({reason}); {remedy}")
+
+
+def _size(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """The description of a finished extraction. Raises ValueError if there is none."""
+    """The metadata.json of a finished extraction. Raises ValueError if it is absent or damaged."""
     try:
         metadata = json.loads((folder / METADATA).read_text())
         if metadata["format"] != FORMAT:
             raise ValueError(f"its format is {metadata['format']}, and this ditx reads {FORMAT}")
-        for name, kind in {"shape": list, "class_names": list, "shards": list, "vae": str, "scale": float}.items():
+        kinds = {"shape": list, "class_names": list, "shards": list, "vae": str, "scale": float, "image_size": int}
+        for name, kind in kinds.items():
             if not isinstance(metadata[name], kind):
                 raise ValueError(f"its {name} is {metadata[name]!r}")
         for shard in metadata["shards"]:
@@ -240,8 +295,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"it describes a shard as {shard}")
     except FileNotFoundError as error:
         if (folder / PLAN).exists():
-            raise ValueError(f"{folder} is unfinished; run the same `ditx extract` again, which goes on") from error
-        raise ValueError(f"{folder} holds no latents; give the folder that `ditx extract` wrote") from error
+            raise ValueError(f"{folder} is unfinished; run the same `ditx extract` again to complete it") from error
+        raise ValueError(f"{folder} contains no latents; give a folder that `ditx extract` wrote") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cannot read {folder / METADATA}: {error!r}; run `ditx extract` again") from error
     return metadata

@@ -1,31 +1,23 @@
-"""Image sources and the grain pipeline that turns one into training batches."""
+"""Data sets: digits, CIFAR-10, folders of images, and latents, each a `Source` of labelled examples."""
 
-import multiprocessing
 import os
 import pickle
-import signal
-import threading
 import zlib
-from collections.abc import Generator
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
-import grain
 import numpy as np
-from absl import flags
-from jaxtyping import Bool, Float, Float32, Int, Int32, Integer, UInt8
+from jaxtyping import Bool, Float32, Int, Int32, Integer, UInt8
 
-from ditx.data import image_files
+from ditx.data.image_files import find_classes, find_images, open_image, read, to_unit
 from ditx.data.latents import LatentBatch, LatentSource
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-# Decoding takes about 10 s for so many bytes on one core, and reading a header about 0.2 ms: up to here, a damaged
-# image is found within seconds of opening the folder, whole or by its header.
+# One core decodes this many bytes in about 10 s and reads a header in about 0.2 ms. Up to these limits, a folder is
+# checked within seconds when it is opened: every image whole, or every header.
 MAX_BYTES_DECODED, MAX_HEADERS_READ = 100_000_000, 20_000
 
 
@@ -41,12 +33,13 @@ Batch: TypeAlias = ImageBatch | LatentBatch
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Labelled images held in memory, in [0, 255]."""
+    """Labelled images in memory, in [0, 255]. Raises ValueError for arrays of other types, shapes or labels."""
 
-    # Plain arrays: their shapes and types come from a user's file, and are answered for below.
+    # Unchecked annotations, since a user's file decides on shapes and types; they are checked below.
     images: np.ndarray = field(repr=False)
     labels: np.ndarray = field(repr=False)
     class_names: tuple[str, ...]
+    latents = None
 
     def __post_init__(self):
         images, labels, num_classes = self.images, self.labels, len(self.class_names)
@@ -69,7 +62,7 @@ class ArraySource:
 
     @property
     def checksum(self) -> int:
-        """What tells this data from other data: CRC-32 of images and labels."""
+        """CRC-32 of images and labels."""
         return zlib.crc32(self.labels.tobytes(), zlib.crc32(self.images.tobytes()))
 
     def __len__(self) -> int:
@@ -79,7 +72,7 @@ class ArraySource:
         return {"image": self.images[index], "label": int(self.labels[index])}
 
     def take(self, indices: Int[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]) -> ImageBatch:
-        """The images at `indices`, by one indexing of the arrays, mirrored left to right where so said."""
+        """The images at `indices`, those marked in `mirrored` flipped left to right."""
         return _batch(self.images[indices], self.labels[indices], mirrored)
 
 
@@ -87,13 +80,14 @@ class ArraySource:
 class FolderSource:
     """Labelled image files, decoded to RGB and centre-cropped to `size` when read.
 
-    An image that cannot be decoded raises a `ValueError` that names its file.
+    Reading an image that cannot be decoded raises a `ValueError` with its path.
     """
 
     files: list[str] = field(repr=False)
     labels: Integer[np.ndarray, "n"] = field(repr=False)
     class_names: tuple[str, ...]
     size: int
+    latents = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -102,7 +96,7 @@ class FolderSource:
 
     @property
     def checksum(self) -> int:
-        """What tells this data from other data: CRC-32 of the files' names, sizes and labels."""
+        """CRC-32 of the files' names, sizes and labels."""
         files = [(Path(file).name, os.path.getsize(file)) for file in self.files]
         return zlib.crc32(repr((files, self.labels.tolist())).encode())
 
@@ -110,17 +104,33 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, UInt8[np.ndarray, "h w c"] | int]:
-        return {"image": image_files.read(self.files[index], self.size), "label": int(self.labels[index])}
+        return {"image": read(self.files[index], self.size), "label": int(self.labels[index])}
 
     def take(self, indices: Int[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]) -> ImageBatch:
-        """The images at `indices`, decoded in parallel threads, mirrored left to right where so said."""
-        # Threads inside a batch rather than across batches: only the batches in the prefetch buffer are ever in memory.
+        """The images at `indices`, decoded in parallel threads, those marked in `mirrored` flipped left to right."""
+        # Threads within a batch, not across batches: only the batches in the prefetch buffer are ever in memory.
         with ThreadPoolExecutor(min(len(indices), os.cpu_count() or 1)) as pool:
-            images = list(pool.map(lambda index: image_files.read(self.files[index], self.size), indices))
+            images = list(pool.map(lambda index: read(self.files[index], self.size), indices))
         return _batch(np.stack(images), self.labels[indices], mirrored)
 
 
-Source = ArraySource | FolderSource | LatentSource
+# Training and `loader.batches` use `image_shape`, `class_names`, `checksum`, `latents`, `len` and `take`.
+Source: TypeAlias = ArraySource | FolderSource | LatentSource
+
+
+def open_dataset(name: str, path: str, size: int) -> Source:
+    """The data set of a run: `digits`, or the `cifar10`, `images` or `latents` at `path`.
+
+    Images of a folder are centre-cropped to `size`. Raises ValueError if the data is absent, damaged or empty.
+    """
+    if name == "digits":
+        return digits()
+    if not path:
+        raise ValueError(f"dataset {name} needs --data-path, the folder or file of the {name}")
+    source = cifar10(path) if name == "cifar10" else LatentSource(path) if name == "latents" else images(path, size)
+    if len(source) == 0:
+        raise ValueError(f"{path} has 0 images; give at least 1")
+    return source
 
 
 def digits() -> ArraySource:
@@ -130,58 +140,103 @@ def digits() -> ArraySource:
 
 
 def cifar10(path: str | os.PathLike) -> ArraySource | FolderSource:
-    """The CIFAR-10 training images (Krizhevsky 2009) in any of the forms in which people keep them.
+    """The CIFAR-10 training images (Krizhevsky 2009) in any of their usual forms.
 
-    `path` is the folder of the official Python batches or the one above it; or an `.npz` of `images` (uint8, n h w c),
+    `path` is the folder of the official Python batches or its parent; or an `.npz` of `images` (uint8, n h w c),
     `labels` (n) and, optionally, `classes` (names); or a folder with one subfolder of images a class. The official
-    batches are pickles: they are read without running anything that they name.
+    batches are pickles: they are read without running any code that they name.
     """
-    form, path = image_files.cifar10_form(Path(path))
-    if form == "batches":
-        parts = [_read_cifar_batch(path / f"data_batch_{number}") for number in range(1, 6)]
-        pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give the folder of CIFAR-10 or an .npz of images and labels")
+    if batches := _cifar10_batches(path):
+        pixels, labels = (np.concatenate(arrays) for arrays in zip(*map(_read_cifar_batch, batches), strict=True))
         return ArraySource(pixels, labels, CIFAR10_CLASSES)
-    if form == "images":
+    if path.is_dir():
         return images(path, 32)
+    if path.suffix != ".npz":
+        raise ValueError(f"{path} is neither a folder nor an .npz; extract an archive first and give its folder")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else CIFAR10_CLASSES
-            return ArraySource(arrays["images"], arrays["labels"], names)
-    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged archive.
+        arrays = read_npz(path, ("images", "labels", "classes"))
+        names = tuple(map(str, arrays["classes"])) if "classes" in arrays else CIFAR10_CLASSES
+        return ArraySource(arrays["images"], arrays["labels"], names)
+    except (ValueError, KeyError) as error:
         raise ValueError(f"cannot read {path} as arrays `images` and `labels`: {error}") from error
 
 
 def images(path: str | os.PathLike, size: int) -> FolderSource:
-    """The images that `imagefiles.listing` finds, of which damaged ones are not passed over.
+    """Images in a folder with one subfolder a class.
 
-    They are found here in up to 100 MB of files, and by their headers in up to 20,000; others when read.
+    Raises ValueError for damaged images: of up to 100 MB of files here, of up to 20,000 files here by their headers,
+    of more when they are read.
     """
     if size < 1:
         raise ValueError(f"image size is {size}; give a side of at least 1 pixel")
-    files, labels, class_names = image_files.listing(path)
-    small = sum(map(os.path.getsize, files)) <= MAX_BYTES_DECODED
-    if small or len(files) <= MAX_HEADERS_READ:
+    files, labels, class_names = find_classes(path)
+    whole = sum(map(os.path.getsize, files)) <= MAX_BYTES_DECODED
+
+    def check(file):
+        with open_image(file) as image:
+            if whole:
+                image.load()
+
+    if whole or len(files) <= MAX_HEADERS_READ:
         with ThreadPoolExecutor() as pool:
-            list(pool.map(partial(image_files.check, whole=small), files))
+            list(pool.map(check, files))
     return FolderSource(files, labels, class_names, size)
 
 
-def to_unit(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-    """Pixels 0..255 as float32 in [-1, 1]."""
-    return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+def open_images(path: str, size: int = 0) -> ArraySource | FolderSource:
+    """Images to evaluate, or to make a reference of, in their order.
+
+    `path` is `digits`; CIFAR-10 in any form; an .npz of `arr_0`, as sample.py and the ADM suite write it; or a folder.
+    A folder's subfolders are its classes, unless images also stand outside of them. Its images must be squares of one
+    size, or are centre-cropped to `size`. Raises ValueError, with the path, if the images cannot be read.
+    """
+    place = Path(path)
+    if path == "digits" and not place.exists():
+        return digits()
+    if not place.exists():
+        raise ValueError(f"{path}: no such file or folder; give a folder of images, an .npz, or digits")
+    if _cifar10_batches(place):
+        return cifar10(place)
+    if place.is_dir():
+        return _open_folder(place, size)
+    arrays = read_npz(place, ("arr_0", "images", "labels"))
+    if "arr_0" not in arrays:
+        if "images" in arrays:
+            return cifar10(place)
+        raise ValueError(f"{path} has no array arr_0 or images; give an .npz that sample.py --npz wrote")
+    # Files of sample.py have labels but no class names; files of the ADM suite have neither.
+    pixels = arrays["arr_0"]
+    labels = arrays.get("labels", np.zeros(len(pixels), np.int32))
+    try:
+        source = ArraySource(pixels, labels, tuple(map(str, range(int(labels.max(initial=0)) + 1))))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be evaluated: {error}") from error
+    if source.image_shape[-1] not in (1, 3):
+        raise ValueError(f"{path} has images of {source.image_shape[-1]} channels; give 1 (grey) or 3 (RGB)")
+    return source
 
 
-def to_uint8(x: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Pixels 0..255 of values in [-1, 1] by truncation, as the ADM evaluation has it; undoes `to_unit` exactly."""
-    return np.clip(127.5 * x.astype(np.float32) + 128, 0, 255).astype(np.uint8)
+def with_channels(images: UInt8[np.ndarray, "n h w c"], channels: int) -> UInt8[np.ndarray, "n h w d"]:
+    """Grey images of 1 or 3 channels with `channels` of them, and colour images as they are if they have as many."""
+    if images.shape[-1] == 1 or images.shape[-1] == channels:
+        return np.repeat(images, channels // images.shape[-1], axis=-1)
+    if (images != images[..., :1]).any():
+        raise ValueError("the images are in colour but those of the reference are grey; give both of one kind")
+    return images[..., :1]
 
 
-def _follow(worker: int, count: int) -> None:
-    """End with the process that reads, however it ends; and leave Ctrl-C, which reaches every process, to that one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that a file has. Raises ValueError, with the path, if it cannot be read."""
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return {name: file[name] for name in names if name in file}
+    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged archive.
+        raise ValueError(
+            f"{path} cannot be read as an .npz ({type(error).__name__}: {error}); write it anew"
+        ) from error
 
 
 def _batch(
@@ -192,105 +247,39 @@ def _batch(
     return {"x": to_unit(images), "y": labels.astype(np.int32)}
 
 
-@lru_cache(maxsize=2)  # A batch may lie across two epochs.
-def _order(count: int, seed: int, epoch: int) -> Int[np.ndarray, "count"]:
-    return np.random.default_rng((seed, epoch)).permutation(count)
+def _open_folder(folder: Path, size: int) -> FolderSource:
+    files = find_images(folder)  # By name, which is the order in which sample.py drew them.
+
+    def shape(file):
+        with open_image(file) as image:
+            return image.size
+
+    with ThreadPoolExecutor() as pool:
+        shapes = list(pool.map(shape, files))
+    if not size:
+        counts = Counter(shapes).most_common()
+        (width, height), count = counts[0]
+        if len(counts) > 1:
+            other = next(file for file, shape in zip(files, shapes, strict=True) if shape != (width, height))
+            raise ValueError(
+                f"{folder} has images of {len(counts)} sizes: {count:,} of {width}x{height}, but not {other};"
+                " give images of one size or, for a reference, --size to crop them"
+            )
+        if width != height:
+            raise ValueError(f"the images of {folder} are {width}x{height}, not square; crop them")
+    parts = [Path(file).relative_to(folder).parts for file in files]
+    classes = sorted({part[0] for part in parts}) if all(len(part) > 1 for part in parts) else ["images"]
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = np.array([numbers.get(part[0], 0) for part in parts], np.int32)
+    return FolderSource(files, labels, tuple(classes), size or shapes[0][0])
 
 
-def _read(step: int, *, source: Source, batch_size: int, seed: int, flip: bool, rows: Int[np.ndarray, "rows"]) -> Batch:
-    epochs, places = np.divmod(step * batch_size + rows, len(source))
-    indices = np.empty_like(rows)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = _order(len(source), seed, int(epoch))[places[here]]
-    # Flips are drawn for the global batch, so that they do not depend on how many processes share it.
-    mirrored = np.random.default_rng((seed, step, 1)).random(batch_size) < 0.5
-    return source.take(indices, mirrored[rows] & flip)
-
-
-def batches(
-    source: Source,
-    *,
-    batch_size: int,
-    seed: int,
-    flip: bool,
-    start: int = 0,
-    rows: Int[np.ndarray, "rows"] | None = None,
-    workers: int = 0,
-) -> grain.DatasetIterator[Batch]:
-    """Endless training batches, shuffled anew each epoch, batch number s depending on the arguments and s alone.
-
-    So `start=s` goes on as an uninterrupted run would, and the data position is the training step. `batch_size` is that
-    of all processes together, and may exceed the data set; a process is given `rows` of each batch, or all. `flip`
-    mirrors images left to right with probability one half. One thread reads ahead; `workers` > 0 reads in that many
-    processes instead, for which a script needs the usual `if __name__ == "__main__"`. Close the iterator to end them.
-    """
-    if len(source) == 0:
-        raise ValueError("the data set has 0 images; give one with at least 1")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    rows = np.arange(batch_size) if rows is None else rows
-    if len(rows) == 0 or not 0 <= rows.min() <= rows.max() < batch_size:
-        raise ValueError(f"rows are {rows.tolist()}; give at least one, from 0 to {batch_size - 1}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; give 0 to {2**32 - 1}")
-    if start < 0 or workers < 0:
-        raise ValueError(f"start is {start} and workers {workers}; give neither below 0")
-    # Not a function within this one: worker processes are sent it.
-    read = partial(_read, source=source, batch_size=batch_size, seed=seed, flip=flip, rows=rows)
-    # Grain is given the numbers of batches, not of images, which it would shuffle one by one.
-    dataset = grain.MapDataset.range(start, 2**62).map(read)
-    reading = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    return iter(_in_processes(reading, workers))
-
-
-def decoded(
-    files: list[str], size: int, *, batch_size: int, workers: int = 0
-) -> Generator[tuple[UInt8[np.ndarray, "b h w 3"], list[str]], None, None]:
-    """All images of `files` in their order, batch by batch, each with what is wrong with it, or nothing.
-
-    Those with which something is wrong are black. Raises OSError where not the image is at fault, but the disk or the
-    machine. Threads decode or, if there are any, `workers` processes; close the generator to end them.
-    """
-    # Two batches at a time, so that no core waits for the last image of one.
-    threads = 1 if workers else os.cpu_count() or 1
-    read = partial(_decode, files=files, size=size, threads=threads)
-    dataset = grain.MapDataset.range(len(files)).batch(batch_size, batch_fn=np.asarray).map(read)
-    # Endless, and left at its end: when grain's processes come to one, they leave shared memory behind.
-    reading = dataset.repeat().to_iter_dataset(
-        grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=4)
-    )
-    with closing(iter(_in_processes(reading, workers))) as batches:
-        yield from islice(batches, len(dataset))
-
-
-def _in_processes(reading: grain.IterDataset, workers: int) -> grain.IterDataset:
-    if not workers:
-        return reading
-    flags.FLAGS.mark_as_parsed()  # Grain's worker processes read a flag of absl, which nobody parses here.
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return reading.mp_prefetch(options, worker_init_fn=_follow)
-
-
-def _decode(
-    indices: Int[np.ndarray, "b"], *, files: list[str], size: int, threads: int
-) -> tuple[UInt8[np.ndarray, "b h w 3"], list[str]]:
-    images, wrong = np.zeros((len(indices), size, size, 3), np.uint8), [""] * len(indices)
-
-    def decode(row):
-        file = files[indices[row]]
-        try:
-            images[row] = image_files.read(file, size)
-        except ValueError as error:
-            reason = error.__cause__
-            absent = isinstance(reason, PermissionError) or os.path.islink(file)
-            if isinstance(reason, MemoryError) or (getattr(reason, "errno", None) and not absent):
-                raise OSError(f"{error}") from error
-            wrong[row] = " ".join(str(reason or error).split()) or repr(reason)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(decode, range(len(indices))))
-    return images, wrong
+def _cifar10_batches(path: Path) -> list[Path]:
+    """The official Python batches in a folder or its subfolder, if they are there."""
+    for folder in (path, path / "cifar-10-batches-py"):
+        if (folder / "data_batch_1").exists():
+            return [folder / f"data_batch_{number}" for number in range(1, 6)]
+    return []
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32, UInt8
 
-from ditx.data import sources
-from ditx.data.imagesets import with_channels
+from ditx.data.image_files import to_uint8
+from ditx.data.sources import with_channels
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.evaluation import metrics
 from ditx.evaluation.features import FeatureNetwork, FeatureStore, make_feature_extractor
@@ -70,7 +70,7 @@ def make_images(
             raise ValueError(
                 "samples are not finite numbers; try --dtype float32, a lower --guidance-scale, or more steps"
             )
-        return sources.to_uint8(samples)
+        return to_uint8(samples)
 
     return images
 

@@ -13,9 +13,8 @@ import pytest
 from scripts import finish, start
 
 from ditx.commands import extract
-from ditx.data import image_files
+from ditx.data.image_files import read, to_unit
 from ditx.data.latents import LatentSource
-from ditx.data.sources import to_unit
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.weights import convert
 from ditx.weights.files import write_safetensors
@@ -69,7 +68,7 @@ def files(folder):
 
 def expected(file):
     """What `Corners` makes of a file, by hand."""
-    image = to_unit(image_files.read(str(file), 16))
+    image = to_unit(read(str(file), 16))
     means = np.stack([image[::8, ::8], image[:, ::-1][::8, ::8]])
     return np.stack([means, means > 0], 1).astype(np.float16)
 
@@ -155,7 +154,7 @@ def test_an_autoencoder_gives_the_mean_and_deviation_of_its_posterior(undisturbe
     source = LatentSource(undisturbed[0])
     assert source.image_shape == (2, 2, 4) and str(vae[1]) in source.metadata["vae"]
     example = source[5]
-    image = to_unit(image_files.read(str(photos / example["name"]), 16))
+    image = to_unit(read(str(photos / example["name"]), 16))
     for half, pixels in zip(example["latents"], (image, image[:, ::-1]), strict=True):
         mean, log_variance = vae[0].encode(jnp.asarray(pixels))
         np.testing.assert_allclose(half[0], mean, rtol=1e-3, atol=1e-4)  # half precision
@@ -324,7 +323,7 @@ MISTAKES = {
     "photos/latents lies in the folder of images": ["photos", "photos/latents"],
     "taken exists and is not of `ditx extract`": ["photos", "taken"],
     "file exists and is not of `ditx extract`": ["photos", "file"],
-    "class folder photos/empty holds no images": ["photos", "out"],
+    "folder photos/empty contains no images": ["photos", "out"],
     "--dtype": ["photos", "out", "--dtype", "float16"],
     "there is no autoencoder 'nowhere'": ["photos", "out", "--vae", "nowhere"],
 }
@@ -382,6 +381,6 @@ def test_the_same_weights_elsewhere_are_the_same(encoded, run, photos, monkeypat
 
 
 def test_more_shards_than_can_be_held_open_are_refused(corners, run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(imagefiles, "MAX_SHARDS", 4)
+    monkeypatch.setattr(extract.latents, "MAX_SHARDS", 4)
     code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS[:-1], 5)
     assert code == 2 and "shard_size 5 makes more than 4 shards; give 6 or more" in said

@@ -6,7 +6,7 @@ import pytest
 from strategies import random_dit
 
 import ditx
-from ditx.data.sources import to_unit
+from ditx.data.image_files import to_unit
 from ditx.diffusion import likelihood
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.sampling import SamplingConfig, sample_keys

@@ -42,3 +42,16 @@ def test_centre_crop_halves_by_box_means():
 def test_centre_crop_takes_the_centre_unresized_when_the_short_side_fits():
     array = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
     np.testing.assert_array_equal(np.asarray(image_files.centre_crop(PIL.Image.fromarray(array), 9)), array[:, 3:12])
+
+
+def test_every_pixel_value_survives_the_round_trip():
+    u = np.arange(256, dtype=np.uint8)
+    x = image_files.to_unit(u)
+    assert x.dtype == np.float32 and x[0] == -1 and x[-1] == 1
+    np.testing.assert_allclose(x, np.arange(256) / 127.5 - 1, atol=1e-7)
+    np.testing.assert_array_equal(image_files.to_uint8(x), u)
+
+
+def test_to_uint8_truncates_and_clamps():
+    x = np.array([-5, -1, 0, 0.0039, 0.0079, 1, 5], np.float32)
+    np.testing.assert_array_equal(image_files.to_uint8(x), [0, 0, 128, 128, 129, 255, 255])

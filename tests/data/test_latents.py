@@ -5,12 +5,12 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from batches import assert_same, take
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from test_data import assert_same, take
 
-from ditx.data import sources
+from ditx.data import loader
 from ditx.data.latents import LatentSource, ShardWriter, pack, read_shard, shard_path, unpack
 
 SHAPE = (2, 3, 4)
@@ -34,7 +34,7 @@ def write(folder, counts, **changes):
             shard = writer.finish(0)
         shards.append({name: getattr(shard, name) for name in ("count", "size", "checksum")})
     metadata = {"format": 1, "shape": SHAPE, "class_names": list("0123456789"), "shards": shards}
-    (folder / "metadata.json").write_text(json.dumps(metadata | {"vae": "a", "scale": 0.5} | changes))
+    (folder / "metadata.json").write_text(json.dumps(metadata | {"vae": "a", "scale": 0.5, "image_size": 16} | changes))
     return folder
 
 
@@ -150,8 +150,8 @@ def test_checksum_tells_other_latents_and_other_classes(source, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_resumable_and_depend_on_nothing_else(source, workers):
-    found = take(sources.batches(source, **OPTIONS), 9)
-    assert_same(take(sources.batches(source, start=4, workers=workers, **OPTIONS), 5), found[4:])
+    found = take(loader.batches(source, **OPTIONS), 9)
+    assert_same(take(loader.batches(source, start=4, workers=workers, **OPTIONS), 5), found[4:])
     for batch in found:
         number = np.floor(batch["x"][:, 0, 0, 0]).astype(int)
         np.testing.assert_array_equal(batch["y"], number % 10)
@@ -159,21 +159,21 @@ def test_batches_are_resumable_and_depend_on_nothing_else(source, workers):
 
 
 def test_batches_see_every_latent_once_an_epoch_and_half_of_them_mirrored(source):
-    found = take(sources.batches(source, batch_size=50, seed=0, flip=True), 40)
+    found = take(loader.batches(source, batch_size=50, seed=0, flip=True), 40)
     values = np.stack([batch["x"][:, 0, 0, 0] for batch in found])
     for epoch in np.floor(values):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(50))
     # 2,000 fair coins: standard deviation 0.011.
     assert abs(np.mean(values % 1 == 0.5) - 0.5) < 0.05
-    plain = take(sources.batches(source, batch_size=50, seed=0, flip=False), 3)
+    plain = take(loader.batches(source, batch_size=50, seed=0, flip=False), 3)
     assert all(not (batch["x"] % 1).any() for batch in plain)
 
 
 def test_processes_together_see_the_batch_of_one(source):
     rows = np.split(np.arange(OPTIONS["batch_size"]), 2)
-    parts = [take(sources.batches(source, rows=part, **OPTIONS), 4) for part in rows]
+    parts = [take(loader.batches(source, rows=part, **OPTIONS), 4) for part in rows]
     joined = [{n: np.concatenate([part[n] for part in step]) for n in step[0]} for step in zip(*parts, strict=True)]
-    assert_same(joined, take(sources.batches(source, **OPTIONS), 4))
+    assert_same(joined, take(loader.batches(source, **OPTIONS), 4))
 
 
 # Damage
@@ -187,7 +187,7 @@ def folder(tmp_path):
 def test_a_missing_shard_is_named(folder):
     shard_path(folder, 1, 2).unlink()
     with pytest.raises(
-        ValueError, match=r"00001-of-00002.* is missing\); without it, the same `ditx extract` makes it"
+        ValueError, match=r"00001-of-00002.* is missing\); delete it and run the same `ditx extract` again"
     ):
         LatentSource(folder)
 
@@ -218,7 +218,7 @@ def test_an_altered_shard_is_named_when_read(folder):
     with pytest.raises(ValueError, match=r"00001-of-00002.*Corrupted"):
         source[30]
     with (
-        closing(sources.batches(source, batch_size=40, seed=0, flip=False)) as iterator,
+        closing(loader.batches(source, batch_size=40, seed=0, flip=False)) as iterator,
         pytest.raises(ValueError, match="00001-of-00002"),
     ):
         next(iterator)
@@ -227,7 +227,7 @@ def test_an_altered_shard_is_named_when_read(folder):
 @pytest.mark.parametrize(
     ("contents", "says"),
     [
-        (None, "holds no latents; give the folder that `ditx extract` wrote"),
+        (None, "contains no latents; give a folder that `ditx extract` wrote"),
         ("{", "cannot read"),
         ("[]", "cannot read"),
         ('{"format": 2}', "its format is 2, and this ditx reads 1"),
@@ -243,7 +243,7 @@ def test_a_folder_without_sound_metadata_is_refused(folder, contents, says):
 def test_an_unfinished_extraction_is_refused(folder):
     (folder / "metadata.json").unlink()
     (folder / "plan.json").write_text("{}")
-    with pytest.raises(ValueError, match="unfinished; run the same `ditx extract` again"):
+    with pytest.raises(ValueError, match="unfinished; run the same `ditx extract` again to complete it"):
         LatentSource(folder)
 
 

@@ -1,68 +1,14 @@
-import errno
 import io
-import itertools
 import os
 import pickle
-import signal
-import subprocess
-import sys
 from typing import ClassVar
 
 import numpy as np
 import PIL.Image
 import pytest
+from batches import save
 
-from ditx.data import image_files, sources
-
-
-def numbered(count, side=2):
-    """Images whose every pixel tells their index, apart from a column gradient that shows a flip."""
-    pixels = np.arange(count, dtype=np.uint8)[:, None, None, None] + np.zeros((1, side, side, 1), np.uint8)
-    pixels[:, :, -1] += 100
-    return sources.ArraySource(pixels, np.arange(count) % 10, tuple("0123456789"))
-
-
-def take(iterator, count):
-    found = list(itertools.islice(iterator, count))
-    iterator.close()
-    return found
-
-
-def indices(found):
-    """Which images of `numbered` a batch holds, mirrored or not."""
-    return sources.to_uint8(found["x"])[:, 0, :, 0].min(axis=1)
-
-
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
-
-
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.fromarray(array).save(path)
-
-
-# Pixels
-
-
-def test_every_pixel_value_survives_the_round_trip():
-    u = np.arange(256, dtype=np.uint8)
-    x = sources.to_unit(u)
-    assert x.dtype == np.float32 and x[0] == -1 and x[-1] == 1
-    np.testing.assert_allclose(x, np.arange(256) / 127.5 - 1, atol=1e-7)
-    np.testing.assert_array_equal(sources.to_uint8(x), u)
-
-
-def test_to_uint8_truncates_and_clamps():
-    x = np.array([-5, -1, 0, 0.0039, 0.0079, 1, 5], np.float32)
-    np.testing.assert_array_equal(sources.to_uint8(x), [0, 0, 128, 128, 129, 255, 255])
-
-
-# Sources
+from ditx.data import image_files, loader, sources
 
 
 def test_digits():
@@ -232,7 +178,7 @@ def test_images(tmp_path):
     for array, got in zip(
         [expected[0], expected[1][:, ::-1], expected[2], expected[3][:, ::-1]], read["x"], strict=True
     ):
-        np.testing.assert_array_equal(got, sources.to_unit(array))
+        np.testing.assert_array_equal(got, image_files.to_unit(array))
     example = source[2]
     assert example["label"] == 1
     np.testing.assert_array_equal(example["image"], cropped(pixels[1]))
@@ -246,7 +192,7 @@ def test_images_refuses_a_bad_folder(tmp_path):
         sources.images(tmp_path, 8)
     save(tmp_path / "cat" / "a.png", np.zeros((9, 9, 3), np.uint8))
     (tmp_path / "dog").mkdir()
-    with pytest.raises(ValueError, match=r"dog holds no images"):
+    with pytest.raises(ValueError, match=r"dog contains no images"):
         sources.images(tmp_path, 8)
     with pytest.raises(ValueError, match="size is 0"):
         sources.images(tmp_path, 0)
@@ -271,171 +217,7 @@ def test_images_names_a_truncated_file_when_read(tmp_path, workers):
     (tmp_path / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"cannot read image .*cut\.png"):
         sources.images(tmp_path, 8)
-    iterator = sources.batches(source, batch_size=2, seed=0, flip=False, workers=workers)
+    iterator = loader.batches(source, batch_size=2, seed=0, flip=False, workers=workers)
     with pytest.raises(ValueError, match=r"cannot read image .*cut\.png"):
         next(iterator)
     iterator.close()
-
-
-# batches
-
-
-def test_a_batch_is_what_the_network_takes():
-    source = sources.digits()
-    (batch,) = take(sources.batches(source, batch_size=7, seed=0, flip=True), 1)
-    assert batch["x"].shape == (7, 28, 28, 1) and batch["x"].dtype == np.float32
-    assert batch["y"].shape == (7,) and batch["y"].dtype == np.int32
-    assert batch["x"].min() == -1 and batch["x"].max() <= 1
-
-
-def test_images_keep_their_labels():
-    for batch in take(sources.batches(numbered(30), batch_size=8, seed=0, flip=True), 8):
-        np.testing.assert_array_equal(batch["y"], indices(batch) % 10)
-
-
-@pytest.mark.parametrize("batch_size", [1, 5, 10, 23, 60])
-def test_each_epoch_sees_each_image_once_in_a_new_order(batch_size):
-    found = take(sources.batches(numbered(30), batch_size=batch_size, seed=3, flip=False), -(-120 // batch_size))
-    epochs = np.concatenate([indices(batch) for batch in found])[:120].reshape(4, 30)
-    for epoch in epochs:
-        np.testing.assert_array_equal(np.sort(epoch), np.arange(30))
-    for a, b in itertools.combinations([*epochs, np.arange(30)], 2):
-        assert np.mean(a == b) < 0.3  # Two random orders of 30 agree in 1 place on average.
-
-
-def test_a_data_set_of_one_image():
-    (batch,) = take(sources.batches(numbered(1), batch_size=3, seed=0, flip=False), 1)
-    np.testing.assert_array_equal(indices(batch), [0, 0, 0])
-
-
-def test_seeds_differ_and_one_seed_repeats():
-    first, again, other = (take(sources.batches(numbered(30), batch_size=30, seed=s, flip=True), 2) for s in (0, 0, 1))
-    assert_same(first, again)
-    assert np.mean(indices(first[0]) == indices(other[0])) < 0.3
-    # Grain's epoch e + 1 of a seed must not be epoch e of the next seed.
-    assert np.mean(indices(first[1]) == indices(other[0])) < 0.3
-
-
-def test_half_of_the_images_are_mirrored():
-    source = numbered(100)
-    found = take(sources.batches(source, batch_size=50, seed=0, flip=True), 40)
-    plain = take(sources.batches(source, batch_size=50, seed=0, flip=False), 40)
-    flips = []
-    for a, b in zip(found, plain, strict=True):
-        flipped = np.all(a["x"] == b["x"][:, :, ::-1], axis=(1, 2, 3))
-        kept = np.all(a["x"] == b["x"], axis=(1, 2, 3))
-        assert np.all(flipped ^ kept)
-        flips.append(flipped)
-    # 2,000 fair coins: standard deviation 0.011. Neither a place in the batch nor an image may always flip.
-    assert abs(np.mean(flips) - 0.5) < 0.05
-    assert np.all(np.abs(np.mean(flips, axis=0) - 0.5) < 0.4)
-    assert len(np.unique(flips, axis=0)) == 40
-
-
-@pytest.mark.parametrize("start", [0, 1, 7, 50])
-def test_resuming_equals_skipping(start):
-    options = {"batch_size": 12, "seed": 5, "flip": True}
-    assert_same(
-        take(sources.batches(numbered(50), start=start, **options), 6),
-        take(sources.batches(numbered(50), **options), start + 6)[start:],
-    )
-
-
-def test_a_far_start_costs_nothing():
-    far = 10**12
-    first, second = take(sources.batches(numbered(50), batch_size=12, seed=5, flip=True, start=far), 2)
-    assert_same([second], take(sources.batches(numbered(50), batch_size=12, seed=5, flip=True, start=far + 1), 1))
-    assert not np.array_equal(first["x"], second["x"])
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_together_see_the_batch_of_one(count):
-    options = {"batch_size": 12, "seed": 5, "flip": True, "start": 3}
-    rows = np.split(np.arange(12), count)
-    parts = [take(sources.batches(numbered(50), rows=part, **options), 6) for part in rows]
-    joined = [
-        {name: np.concatenate([part[name] for part in step]) for name in "xy"} for step in zip(*parts, strict=True)
-    ]
-    assert_same(joined, take(sources.batches(numbered(50), **options), 6))
-
-
-def test_worker_processes_give_the_same_batches():
-    options = {"batch_size": 12, "seed": 5, "flip": True, "start": 3}
-    assert_same(
-        take(sources.batches(numbered(50), workers=2, **options), 7), take(sources.batches(numbered(50), **options), 7)
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"rows": np.array([3, 8])}, r"rows are \[3, 8\]; give at least one, from 0 to 3"),
-        ({"rows": np.array([], int)}, r"rows are \[\]; give at least one"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**32}, "seed is 4294967296"),
-        ({"start": -1}, "start is -1"),
-        ({"workers": -1}, "workers -1"),
-    ],
-)
-def test_batches_refuses_bad_arguments(options, says):
-    with pytest.raises(ValueError, match=says):
-        sources.batches(numbered(10), **({"batch_size": 4, "seed": 0, "flip": False} | options))
-
-
-def test_batches_refuses_an_empty_source():
-    with pytest.raises(ValueError, match="0 images"):
-        sources.batches(numbered(0), batch_size=4, seed=0, flip=False)
-
-
-def test_worker_processes_end_with_the_one_that_reads():
-    code = (
-        "import os, signal\n"
-        "from ditx import data\n"
-        "if __name__ == '__main__':\n"
-        "    iterator = data.batches(data.digits(), batch_size=4, seed=0, flip=False, workers=1)\n"
-        "    next(iterator)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    # It waits for all who hold the pipes, and so for the workers.
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
-    assert done.returncode == -signal.SIGKILL
-
-
-# decoded
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Nine images, of which number 4 is damaged and number 7 a link to nowhere."""
-    rng = np.random.default_rng(0)
-    for number in range(9):
-        save(tmp_path / "cat" / f"{number}.png", rng.integers(0, 256, (9 + number, 12, 3), dtype=np.uint8))
-    (tmp_path / "cat" / "4.png").write_bytes(b"no image")
-    (tmp_path / "cat" / "7.png").unlink()
-    (tmp_path / "cat" / "7.png").symlink_to(tmp_path / "nowhere")
-    return image_files.listing(tmp_path)[0]
-
-
-@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 0), (20, 0), (4, 2)])
-def test_images_are_decoded_in_order_and_damaged_ones_told(folder, batch_size, workers):
-    found = list(sources.decoded(folder, 8, batch_size=batch_size, workers=workers))
-    assert all(len(pixels) == len(wrong) == batch_size for pixels, wrong in found[:-1])
-    pixels, wrong = np.concatenate([p for p, _ in found]), [reason for _, w in found for reason in w]
-    assert [bool(reason) for reason in wrong] == [number in (4, 7) for number in range(9)]
-    assert "cannot identify image file" in wrong[4] and "No such file" in wrong[7]
-    for number, file in enumerate(folder):
-        expected = np.zeros((8, 8, 3)) if wrong[number] else image_files.read(file, 8)
-        np.testing.assert_array_equal(pixels[number], expected)
-
-
-@pytest.mark.parametrize(
-    "cause", [OSError(errno.EIO, "Input/output error"), MemoryError(), FileNotFoundError(2, "gone")]
-)
-def test_a_failing_disk_does_not_count_as_a_damaged_image(folder, cause, monkeypatch):
-    def fail(path, mode="rb"):
-        raise cause
-
-    monkeypatch.setattr(PIL.Image, "open", fail)
-    with pytest.raises(OSError, match=r"cannot read image .*0\.png"):
-        list(sources.decoded(folder[:1], 8, batch_size=4))

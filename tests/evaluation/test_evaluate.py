@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scripts
 
-from ditx.data import sources
+from ditx.data.image_files import to_uint8
 from ditx.data.sources import digits
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.evaluation import metrics
@@ -106,7 +106,7 @@ def test_samples_are_those_of_the_sampler_on_any_devices():
     model = DiTConfig(8, 4, 1, 16, 1, 2, num_classes=10, learn_sigma=False)
     network, sampling = DiT(model, key=jax.random.key(0)), SamplingConfig(steps=2, sampler="euler")
     labels, keys = draw_labels(10, 16, 3)[5:], sample_keys(3, 5, 11)
-    expected = sources.to_uint8(
+    expected = to_uint8(
         np.asarray(jax.jit(make_draw(sampling, model, ObjectiveConfig("flow")))(network, labels, keys)[0])
     )
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))

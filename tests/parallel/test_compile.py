@@ -17,7 +17,7 @@ from scripts import ROOT, finish
 
 import sample
 import train
-from ditx.data import datasets, sources
+from ditx.data import image_files
 from ditx.parallel import compile
 from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.sampling import SamplingConfig
@@ -79,17 +79,12 @@ print(min(later - earlier for earlier, later in zip(before[1:], before[2:])))  #
 """
 
 
-def test_a_step_too_large_is_refused_before_the_data_is_opened(run, photos, tmp_path, monkeypatch):
+def test_a_step_too_large_is_refused_in_one_sentence(run, photos, tmp_path, monkeypatch):
     flags = ["images", *NETWORK, "--model.input-size", 8, "--data-path", photos, "--run", tmp_path / "run"]
-    opened, looked_at = [], datasets.open_data
-    monkeypatch.setattr(datasets, "open_data", lambda *given: opened.append(given) or looked_at(*given))
     with monkeypatch.context() as patch:
         patch.setattr(programs, "device_memory", lambda: 2**10)
         code, said = run.train(*flags)
     assert code == 2 and "the program takes 0.0" in said and "which has 0.00; try --remat full" in said, said
-    assert not opened and not (tmp_path / "run").exists()
-    code, said = run.train(*flags)
-    assert code == 2 and "compiled in" in said and "1.png" in said and len(opened) == 1, said
     assert not (tmp_path / "run").exists()
 
 
@@ -97,10 +92,9 @@ def test_what_does_not_fit_is_said_before_anything_is_compiled(run, photos, tmp_
     monkeypatch.setattr(train, "compiled", lambda *_, **__: pytest.fail("compiled"))
     latents, npz = tmp_path / "latents", tmp_path / "data.npz"
     latents.mkdir()
-    shards = [{"count": 1, "size": 1, "checksum": 1}]  # none of which is there
-    metadata = {"format": 1, "shape": [16, 16, 4], "class_names": ["a"], "shards": shards, "vae": "", "scale": 1.0}
+    metadata = {"format": 1, "shape": [16, 16, 4], "class_names": ["a"], "shards": [], "vae": "", "scale": 1.0}
     (latents / "metadata.json").write_text(json.dumps(metadata | {"image_size": 128}))
-    np.savez(npz, images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.full(4, 99))  # of which 99 is no class
+    np.savez(npz, images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.zeros(4, int))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").touch()
     for sentence, flags in {
@@ -108,37 +102,10 @@ def test_what_does_not_fit_is_said_before_anything_is_compiled(run, photos, tmp_
         "the images are 8x8, model.input_size is 32": ["cifar10", "--data-path", npz],
         "model.num_classes is 7, but the data has 3": ["images", "--data-path", photos, "--model.num-classes", 7],
         "exists and is not a run": ["images", "--data-path", photos, "--run", tmp_path / "run"],
-        "nowhere holds no latents": ["imagenet256-s8", "--data-path", tmp_path / "nowhere"],
+        "nowhere contains no latents": ["imagenet256-s8", "--data-path", tmp_path / "nowhere"],
     }.items():
         code, said = run.train(*flags, *NETWORK)
         assert code == 2 and sentence in said and "Traceback" not in said, said
-
-
-def test_a_glance_tells_what_the_open_data_has(tmp_path):
-    assert datasets.glance("digits", "", 28) == datasets.Glance((28, 28, 1), tuple("0123456789"))
-    for name in ("a", "b"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        PIL.Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / name / "0.png")
-    images = {"images": np.zeros((4, 8, 6, 1), np.uint8), "labels": np.zeros(4, int)}
-    np.savez(tmp_path / "few.npz", **images, classes=["one", "two"])
-    np.savez_compressed(tmp_path / "ten.npz", **images)
-    for name, path in [("images", "photos"), ("cifar10", "photos"), ("cifar10", "few.npz"), ("cifar10", "ten.npz")]:
-        seen = datasets.glance(name, str(tmp_path / path), 32)
-        assert datasets.Glance.of(datasets.open_data(name, str(tmp_path / path), 32, seen)) == seen
-    assert seen == datasets.Glance((8, 6, 1), sources.CIFAR10_CLASSES)
-    (tmp_path / "photos" / "c").mkdir()
-    PIL.Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / "c" / "0.png")
-    before = datasets.Glance((32, 32, 3), ("a", "b"))
-    with pytest.raises(ValueError, match="has changed while this was starting"):
-        datasets.open_data("images", str(tmp_path / "photos"), 32, before)
-    (tmp_path / "bad.npz").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"cannot read .*bad.npz as arrays"):
-        datasets.glance("cifar10", str(tmp_path / "bad.npz"), 32)
-    wrong = {"images are uint8 of shape": images["images"][..., 0], "images are float64": images["images"] * 1.0}
-    for sentence, pixels in (wrong | {"holds 0 images": images["images"][:0]}).items():
-        np.savez(tmp_path / "wrong.npz", images=pixels, labels=images["labels"][: len(pixels)])
-        with pytest.raises(ValueError, match=sentence):
-            datasets.glance("cifar10", str(tmp_path / "wrong.npz"), 32)
 
 
 def test_a_finished_run_compiles_nothing_unless_its_last_checkpoint_is_gone(run, tmp_path, monkeypatch):
@@ -189,7 +156,7 @@ def test_a_batch_is_drawn_and_decoded_while_the_one_before_is_fetched(monkeypatc
 
     jit = jax.jit
     monkeypatch.setattr(sample.jax, "jit", lambda function, **options: note("draw", jit(function, **options)))
-    monkeypatch.setattr(sample.data, "to_uint8", note("fetch", sources.to_uint8))
+    monkeypatch.setattr(sample.data, "to_uint8", note("fetch", image_files.to_uint8))
     settings = sample.Config(sampling=SamplingConfig("euler", 2), batch=8)
     labels, mesh = np.zeros(24, np.int32), make_mesh(MeshConfig())
     objective = train.PRESETS["digits"]
