@@ -89,7 +89,7 @@ def test_a_step_too_large_is_refused_in_one_sentence(run, photos, tmp_path, monk
 
 
 def test_what_does_not_fit_is_said_before_anything_is_compiled(run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "compiled", lambda *_, **__: pytest.fail("compiled"))
+    monkeypatch.setattr(train, "compile_checked", lambda *_, **__: pytest.fail("compiled"))
     latents, npz = tmp_path / "latents", tmp_path / "data.npz"
     latents.mkdir()
     metadata = {"format": 1, "shape": [16, 16, 4], "class_names": ["a"], "shards": [], "vae": "", "scale": 1.0}
