@@ -50,8 +50,8 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.sampling import Decode, SamplingConfig, batch_size, make_decode, make_draw, on_mesh, sample_keys
     from ditx.training import run as runs
     from ditx.weights import pretrained
+    from ditx.weights.frozen import load_decoder
     from ditx.weights.pretrained import Description
-    from ditx.weights.vae_weights import load_decoder
 
 
 @dataclass(frozen=True)

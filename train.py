@@ -73,9 +73,8 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.training.logger import MetricsLogger, Profiler
     from ditx.training.step import TrainState, adamw, train_step
     from ditx.weights import pretrained
-    from ditx.weights.inception_weights import load_inception
+    from ditx.weights.frozen import load_decoder, load_inception
     from ditx.weights.pretrained import describe_initial
-    from ditx.weights.vae_weights import load_decoder
 
 # Of too little memory.
 REMEDY = "--remat full, a higher --accumulate, --mesh.fsdp, or a smaller --batch-size"

@@ -22,7 +22,7 @@ from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.parallel.compile import Dtype, compile_checked, resolve_dtype
 from ditx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated, shard_host_array
 from ditx.training import run as runs
-from ditx.weights.vae_weights import load_vae
+from ditx.weights.frozen import load_vae
 
 
 @dataclass(frozen=True)

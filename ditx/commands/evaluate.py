@@ -35,7 +35,7 @@ from ditx.parallel.distributed import (
 from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.training import run as runs
 from ditx.weights import pretrained
-from ditx.weights.inception_weights import load_inception
+from ditx.weights.frozen import load_inception
 from ditx.weights.pretrained import Description
 
 RESULTS = "evaluations.jsonl"

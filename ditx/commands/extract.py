@@ -25,7 +25,7 @@ from ditx.data.latents import ShardedImages as Images
 from ditx.nn.vae import AutoencoderKL
 from ditx.parallel.distributed import launched
 from ditx.training import run as runs
-from ditx.weights.vae_weights import load_vae
+from ditx.weights.frozen import load_vae
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from ditx.parallel.mesh import check_fit, with_shardings
 from ditx.sampling import SamplingConfig, make_decode
 from ditx.training import checkpoint
 from ditx.weights import pretrained
+from ditx.weights.frozen import load_decoder
 from ditx.weights.pretrained import Description
-from ditx.weights.vae_weights import load_decoder
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Files of weights, of safetensors and torch: read and written tensor by tensor, and nothing in them is run."""
+"""Files of weights, safetensors and torch, read and written one tensor at a time. Nothing in a file is executed."""
 
 import io
 import json
@@ -11,30 +11,31 @@ from collections import UserDict, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
+from ditx.files import first_line, write_atomically
+from ditx.pickles import MAX_BYTES, Names, Unpickler
+
 PathLike = str | os.PathLike[str]
 Tensors = Mapping[str, np.ndarray]
 Load = Callable[[], np.ndarray]
-Locate = Callable[[str], tuple[int, int]]  # where a storage begins in its file, and its size, in bytes
+Locate = Callable[[str], tuple[int, int]]  # from the key of a storage to its first byte in the file and its size
 
-# Names of dtypes: NumPy's, which are torch's; safetensors'; and of torch's storages, which uint16 and larger lack.
+# Names of the dtypes in NumPy and torch, in safetensors, and of torch's storages (none for uint16 and larger).
 _ROWS = """float64 F64 Double, float32 F32 Float, float16 F16 Half, bfloat16 BF16 BFloat16, bool BOOL Bool,
     int64 I64 Long, int32 I32 Int, int16 I16 Short, int8 I8 Char, uint8 U8 Byte, uint64 U64, uint32 U32, uint16 U16"""
 _CODES = [row.split() for row in _ROWS.split(",")]
 _DTYPES = {name: np.dtype(jnp.bfloat16 if name == "bfloat16" else name) for name, *_ in _CODES}
 _SAFETENSORS = {name: code for name, code, *_ in _CODES}
 _STORAGES = {name: f"{storage[0]}Storage" for name, _, *storage in _CODES if storage}
-_LARGEST_PICKLE = 1 << 25  # Room for 200,000 tensors; what a hostile one can fill is some 64 times as much memory.
 
 
 class WeightFile(NamedTuple):
-    """What a file of weights holds; `note` says, fit for printing, which part of it that is ("" for all, as it is)."""
+    """Tensors and metadata of a file; `note` says which part of the file the tensors are, "" for the whole file."""
 
     tensors: Tensors
     metadata: dict[str, str]
@@ -42,23 +43,23 @@ class WeightFile(NamedTuple):
 
 
 def read(path: PathLike) -> WeightFile:
-    """Open a file of safetensors or of `torch.save`, known by its content; each look-up in `tensors` reads one anew.
+    """Open a file of safetensors or of `torch.save`, recognised by its content. Each look-up reads one tensor.
 
-    Of a training checkpoint, the weights under "ema", else "model", else "state_dict" are taken. Raises ValueError, as
-    look-ups do, where the file is damaged, holds no weights, or holds a pickle of more than tensors and plain values.
+    Of a training checkpoint, reads the weights under "ema", else "model", else "state_dict". Raises ValueError, as
+    look-ups do, if the file is damaged, has no weights, or has a pickle of more than tensors and plain values.
     """
-    with _explained(path):
+    with _explain_errors(path):
         loaders, metadata, note = _open(path)
-        if loaders and all(name.startswith("module.") for name in loaders):  # as torch's DataParallel has it
+        if loaders and all(name.startswith("module.") for name in loaders):  # the prefix of torch's DataParallel
             loaders = {name.removeprefix("module."): loader for name, loader in loaders.items()}
-            note = f"{note or 'its weights'}, less 'module.' before each name"
+            note = f"{note or 'its weights'}, without the prefix 'module.'"
         return WeightFile(_Tensors(path, loaders), metadata, note)
 
 
 def write_safetensors(path: PathLike, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """Write a new file of safetensors. Raises ValueError where the path is taken, OSError where the disk is full."""
-    # The library's own writer would need all tensors contiguous, and so in memory, at once.
-    specs = sorted(_specs(tensors, _SAFETENSORS), key=lambda spec: -spec[1].itemsize)  # so that each is aligned
+    """Write a new file of safetensors. Raises ValueError if the file exists, OSError if the disk is full."""
+    # The library's writer needs contiguous copies of all tensors in memory at once; this one copies one at a time.
+    specs = sorted(_specs(tensors, _SAFETENSORS), key=lambda spec: -spec[1].itemsize)  # This order aligns each.
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, dtype, shape in specs:
@@ -79,7 +80,7 @@ def write_torch(path: PathLike, tensors: Tensors) -> None:
 
         def add(name: str, data: bytes | memoryview) -> None:
             entry, large = zipfile.ZipInfo(f"archive/{name}"), len(data) >= 1 << 31
-            # Torch maps files into memory, and has an unused field of the header put data at multiples of 64 bytes.
+            # Torch maps files into memory: an extra field of the header places the data at a multiple of 64 bytes.
             start = file.tell() + 30 + len(entry.filename) + 4 + 20 * large
             entry.extra = struct.pack("<2sH", b"FB", -start % 64) + bytes(-start % 64)
             with archive.open(entry, "w", force_zip64=large) as stream:
@@ -92,22 +93,8 @@ def write_torch(path: PathLike, tensors: Tensors) -> None:
         add("version", b"3\n")
 
 
-def fetch(repository: str, file: str) -> Path:
-    """Download one file of a repository of the Hugging Face hub, unless it is in the hub's cache."""
-    what = f"{file} of {repository} cannot be fetched from the Hugging Face hub"
-    try:
-        from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
-
-        return Path(hf_hub_download(repository, file))
-    except ImportError as error:
-        remedy = "`uv run --extra hub ...` or `pip install huggingface-hub` brings it, or give the path of a file"
-        raise ValueError(f"{what} without the package huggingface_hub; {remedy}") from error
-    except Exception as error:  # Hub, network and disk raise many kinds.
-        raise ValueError(f"{what} ({_line(error)}); check both names and the network, or give a path") from error
-
-
 class _Tensors(UserDict[str, Any]):
-    """Tensors by name, each loaded anew when it is looked up."""
+    """Tensors by name. Each look-up reads the file again."""
 
     def __init__(self, path: PathLike, loaders: dict[str, Load]):
         super().__init__(loaders)
@@ -115,103 +102,68 @@ class _Tensors(UserDict[str, Any]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         load = self.data[name]
-        with _explained(self.path):
+        with _explain_errors(self.path):
             return load()
 
 
-def _line(error: Exception) -> str:
-    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-    return f"{kind}{' '.join(str(error).split())}".rstrip(": ")[:300]
-
-
 @contextmanager
-def _explained(path: PathLike) -> Iterator[None]:
+def _explain_errors(path: PathLike) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # A damaged or hostile file raises nearly anything.
-        cause = _line(error) if type(error) is ValueError else f"it is damaged or unreadable ({_line(error)})"
-        remedy = "fetch it again, or save its weights alone, best as safetensors"
+    except Exception as error:  # A damaged or hostile file raises nearly any type.
+        cause = first_line(error)
+        if type(error) is not ValueError:
+            cause = f"it is damaged or unreadable ({type(error).__name__}: {cause})"
+        remedy = "fetch it again, or save only its weights, best as safetensors"
         raise ValueError(f"cannot read weights from {os.fspath(path)}: {cause}; {remedy}") from error
 
 
 def _open(path: PathLike) -> tuple[dict[str, Load], dict[str, str], str]:
     if not os.path.isfile(path):
-        raise ValueError("it is no file" if os.path.exists(path) else "there is no such file")
+        raise ValueError("it is not a file" if os.path.exists(path) else "there is no such file")
     with open(path, "rb") as stream:
         head = stream.read(16)
         stream.seek(0)
         if head[8:9] == b"{":
-            file = safe_open(path, framework="np", backend="pread")  # A mapped file would stay in memory once read.
+            file = safe_open(path, framework="np", backend="pread")  # A mapped file stays in memory once read.
             for name in file.offset_keys():
                 if (code := file.get_slice(name).get_dtype()) not in _SAFETENSORS.values():
-                    raise ValueError(f"{name!r} is of dtype {code}, and only {', '.join(_DTYPES)} can be read")
+                    raise ValueError(f"{name!r} has dtype {code}, and only {', '.join(_DTYPES)} can be read")
             return {name: partial(file.get_tensor, name) for name in file.offset_keys()}, file.metadata() or {}, ""
         if not head.startswith((b"PK\3\4", pickle.PROTO)):
-            raise ValueError(f"it begins with {head!r}, as neither safetensors nor torch's files do")
+            raise ValueError(f"it begins with {head!r}, unlike files of safetensors and torch")
         top, locate = _unpickle_zip(stream) if head.startswith(b"PK") else _unpickle_legacy(stream)
         state, note = _pick(top)
         return {name: _loader(path, name, state[name], locate) for name in state}, {}, note
 
 
-class _Names(dict):
-    """What strings name in a pickle; stands for other holders of plain values too."""
-
-    def __init__(self, *args: object):
-        super().__init__()  # The arguments are dropped, since one list, given to many calls, could fill the memory.
-
-    def __setitem__(self, key: object, value: object) -> None:
-        if isinstance(key, str):  # The hash of a tuple nested deeply crashes the interpreter.
-            super().__setitem__(key, value)
-
-
 _Storage = namedtuple("_Storage", "dtype key size")
-# What torch rebuilds a tensor from, not yet checked.
+# The arguments with which torch rebuilds a tensor, unchecked.
 _Tensor = namedtuple("_Tensor", "storage offset shape strides grad hooks metadata dtype", defaults=[None] * 4)
-_HOLDERS = """collections.OrderedDict argparse.Namespace pathlib.PosixPath pathlib._local.PosixPath _codecs.encode
-    torch.Size torch.device numpy.dtype numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar
-    numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct"""
-_KNOWN: dict[str, Any] = {
-    **dict.fromkeys(_HOLDERS.split(), _Names),
-    "torch._utils._rebuild_tensor_v2": _Tensor,
-    "torch._utils._rebuild_tensor_v3": lambda *args: _Tensor(*args[:6], *args[7:], dtype=args[6]),
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "torch.storage.UntypedStorage": _DTYPES["uint8"],
-    **{f"torch.{storage}": _DTYPES[name] for name, storage in _STORAGES.items()},
-    **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
-}
-_OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING BINBYTES
-    SHORT_BINSTRING SHORT_BINBYTES BINUNICODE SHORT_BINUNICODE EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2
-    TUPLE3 SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BINPERSID"""
 
 
-class _Unpickler(pickle._Unpickler):
-    """Rebuilds plain values and unread tensors; what a pickle names is looked up in `_KNOWN`, never imported.
+class _TorchUnpickler(Unpickler):
+    """Also rebuilds torch's tensors, as descriptions of where their data lies in the file."""
 
-    The unpickler in Python, since that in C cannot be held to some opcodes, and fills the memory where one asks it to.
-    """
+    known: ClassVar[dict[str, Any]] = {
+        **Unpickler.known,
+        "torch._utils._rebuild_tensor_v2": _Tensor,
+        "torch._utils._rebuild_tensor_v3": lambda *args: _Tensor(*args[:6], *args[7:], dtype=args[6]),
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        "torch.storage.UntypedStorage": _DTYPES["uint8"],
+        **{f"torch.{storage}": _DTYPES[name] for name, storage in _STORAGES.items()},
+        **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
+    }
 
-    def __init__(self, file: io.BytesIO):
-        super().__init__(file, encoding="utf-8")
+    def __init__(self, data: bytes | io.BytesIO):
+        super().__init__(data, encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (name := f"{module}.{name}") not in _KNOWN:
-            raise ValueError(f"it names {name[:100]!r}, which is not read here, and nothing that a pickle names is run")
-        return _KNOWN[name]
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
             case ("storage", np.dtype() as dtype, str(key), _, size, *view) if view in ([], [None]):
                 return self.storages.setdefault(key, _Storage(dtype, key, size))
-        raise ValueError("it refers to what is no storage of a tensor")
-
-    def _refuse(self) -> None:
-        raise ValueError("its pickle does what no pickle of weights does")
-
-    dispatch: Any = dict.fromkeys(range(256), _refuse)
-    dispatch |= {code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, op)[0] for op in _OPCODES.split())}
-    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Names())
-    dispatch[pickle.BUILD[0]] = lambda self: self.stack.pop()  # drops the state, of which tensors and names have none
+        raise ValueError("it refers to an object that is not the storage of a tensor")
 
 
 def _unpickle_zip(file: BinaryIO) -> tuple[Any, Locate]:
@@ -232,21 +184,22 @@ def _unpickle_zip(file: BinaryIO) -> tuple[Any, Locate]:
     def content(entry: str) -> bytes:
         start, size = locate(entry)
         file.seek(start)
-        return file.read(min(size, _LARGEST_PICKLE))
+        return file.read(min(size, MAX_BYTES))
 
     if f"{roots[0]}byteorder" in archive.NameToInfo and content("byteorder") != b"little":
         raise ValueError("its numbers are not little-endian")
-    return _Unpickler(io.BytesIO(content("data.pkl"))).load(), lambda key: locate(f"data/{key}")
+    return _TorchUnpickler(content("data.pkl")).load(), lambda key: locate(f"data/{key}")
 
 
 def _unpickle_legacy(file: BinaryIO) -> tuple[Any, Locate]:
-    head = io.BytesIO(file.read(_LARGEST_PICKLE))
-    if _Unpickler(head).load() != 0x1950A86A20F9469CFC6C:
+    """The format of torch before 1.6: five pickles, then each storage with its size before it."""
+    head = io.BytesIO(file.read(MAX_BYTES))
+    if _TorchUnpickler(head).load() != 0x1950A86A20F9469CFC6C:
         raise ValueError("it is a pickle that torch.save did not write")
-    version, system, unpickler = _Unpickler(head).load(), _Unpickler(head).load(), _Unpickler(head)
+    version, system, unpickler = _TorchUnpickler(head).load(), _TorchUnpickler(head).load(), _TorchUnpickler(head)
     if version != 1001 or system["little_endian"] is not True:
         raise ValueError("its numbers are not little-endian, or its version is not 1001")
-    top, keys, end, places = unpickler.load(), _Unpickler(head).load(), head.tell(), {}
+    top, keys, end, places = unpickler.load(), _TorchUnpickler(head).load(), head.tell(), {}
     for key in keys:
         file.seek(end)
         (count,) = struct.unpack("<Q", file.read(8))
@@ -255,37 +208,38 @@ def _unpickle_legacy(file: BinaryIO) -> tuple[Any, Locate]:
         places[key] = end + 8, count * unpickler.storages[key].dtype.itemsize
         end = sum(places[key])
     if end > os.fstat(file.fileno()).st_size:
-        raise ValueError("it ends too early")
+        raise ValueError("it is truncated")
     return top, places.__getitem__
 
 
 def _pick(top: Any) -> tuple[dict[str, _Tensor], str]:
-    names = top if isinstance(top, _Names) else {}
+    """The weights in a pickle's outermost value, and a note on where they were."""
+    names = top if isinstance(top, Names) else {}
     parts = [(names[key], f"its {key!r} weights") for key in ("ema", "model", "state_dict") if key in names]
     for state, note in [(names, ""), *parts]:
-        if isinstance(state, _Names) and state and all(isinstance(value, _Tensor) for value in state.values()):
+        if isinstance(state, Names) and state and all(isinstance(value, _Tensor) for value in state.values()):
             return state, note
     keys = ", ".join(repr(key[:40]) for key in list(names)[:20]) or "nothing"
-    raise ValueError(f"neither it nor its 'ema', 'model' or 'state_dict' is tensors by name; it names {keys}")
+    raise ValueError(f"neither it nor its 'ema', 'model' or 'state_dict' maps names to tensors; it has {keys}")
 
 
 def _loader(path: PathLike, name: str, tensor: _Tensor, locate: Locate) -> Load:
-    """Check that a tensor keeps within its storage, and give what reads it."""
+    """Check that a tensor is within its storage, and return the function that reads it."""
     storage, offset, shape, strides, _, _, metadata, dtype = tensor
     sound = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple) and not metadata
     numbers = (offset, *shape, *strides) if sound and len(shape) == len(strides) <= 64 else (None,)
     dtype = dtype or (sound and storage.dtype)
     if not isinstance(dtype, np.dtype) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise ValueError(f"{name!r} is unlike the tensors that torch.save writes")
-    place, size = locate(storage.key)
+    start, size = locate(storage.key)
     extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if all(shape) else 0
     if max(offset + extent, math.prod(shape)) * dtype.itemsize > size:
         raise ValueError(f"{name!r} takes more than the {size:,} bytes of its storage")
 
     def load() -> np.ndarray:
-        flat = np.fromfile(path, dtype, extent, offset=place + offset * dtype.itemsize)
-        if flat.size != extent:  # as `ndarray` checks all buffers but empty ones
-            raise ValueError("it ends too early")
+        flat = np.fromfile(path, dtype, extent, offset=start + offset * dtype.itemsize)
+        if flat.size != extent:  # `np.ndarray` checks all buffers but empty ones.
+            raise ValueError("it is truncated")
         return np.asarray(np.ndarray(shape, dtype, flat, strides=[n * dtype.itemsize for n in strides]), order="C")
 
     return load
@@ -294,7 +248,7 @@ def _loader(path: PathLike, name: str, tensor: _Tensor, locate: Locate) -> Load:
 def _specs(tensors: Tensors, codes: dict[str, str]) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
     for name, array in tensors.items():
         if array.dtype.name not in codes:
-            raise ValueError(f"{name!r} is of dtype {array.dtype}, and only {', '.join(codes)} can be written")
+            raise ValueError(f"{name!r} has dtype {array.dtype}, and only {', '.join(codes)} can be written")
     return [(name, _DTYPES[array.dtype.name], array.shape) for name, array in tensors.items()]
 
 
@@ -303,10 +257,10 @@ def _bytes(array: np.ndarray, dtype: np.dtype) -> memoryview:
 
 
 def _pickled(key: str, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """An item of a dictionary in a pickle of protocol 2: a name and, as torch writes it, a tensor."""
+    """An item of a dictionary in a pickle of protocol 2: a name and a tensor, as torch writes it."""
 
     def plain(*values: object) -> bytes:
-        return b"".join(pickle.dumps(value, 2)[2:-1] for value in values)  # less the protocol and the stop
+        return b"".join(pickle.dumps(value, 2)[2:-1] for value in values)  # without protocol and stop
 
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     storage = plain("storage") + f"ctorch\n{_STORAGES[dtype.name]}\n".encode() + plain(key, "cpu", math.prod(shape))
@@ -316,15 +270,7 @@ def _pickled(key: str, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> by
 
 @contextmanager
 def _new_file(path: PathLike) -> Iterator[BinaryIO]:
-    """A file that gets its name once it is whole, and of which otherwise nothing is left."""
-    name = os.fspath(path)
     if os.path.lexists(path):
-        raise ValueError(f"{name} is there already, and is not overwritten; remove it or give another path")
-    try:
-        with open(f"{name}.{os.getpid()}.partial", "xb") as file:  # The user's own may end in .partial.
-            yield file
-        os.rename(file.name, path)
-    except OSError as error:
-        raise OSError(f"cannot write {name} ({_line(error)}); make room or give another path") from error
-    finally:
-        Path(f"{name}.{os.getpid()}.partial").unlink(missing_ok=True)
+        raise ValueError(f"{os.fspath(path)} already exists; remove it or give another path")
+    with write_atomically(path) as file:
+        yield file

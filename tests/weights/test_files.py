@@ -23,6 +23,7 @@ from hypothesis.extra import numpy as hnp
 
 from ditx.weights import files
 
+KNOWN = files._TorchUnpickler.known
 BFLOAT16 = np.dtype(jnp.bfloat16)
 TORCH = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": BFLOAT16, "Long": "i8", "Int": "i4", "Short": "i2"}
 TORCH |= {"Char": "i1", "Byte": "u1", "Bool": "?"}
@@ -187,7 +188,7 @@ def test_unsigned_integers_are_of_safetensors_alone(tmp_path):
     arrays = {name: np.arange(3, dtype=name) for name in ("uint16", "uint32", "uint64")}
     files.write_safetensors(tmp_path / "a", arrays)
     assert_equal(files.read(tmp_path / "a").tensors, arrays)
-    with pytest.raises(ValueError, match="'uint16' is of dtype uint16, and only float64"):
+    with pytest.raises(ValueError, match="'uint16' has dtype uint16, and only float64"):
         files.write_torch(tmp_path / "b", arrays)
     with pytest.raises(ValueError, match="complex64"):
         files.write_safetensors(tmp_path / "c", {"z": np.zeros(2, np.complex64)})
@@ -311,16 +312,16 @@ def test_the_prefix_of_data_parallel_goes(tmp_path):
     files.write_safetensors(tmp_path / "a", {"module.a": a, "module.b": b})
     file = files.read(tmp_path / "a")
     assert_equal(file.tensors, {"a": a, "b": b})
-    assert file.note == "its weights, less 'module.' before each name"
+    assert file.note == "its weights, without the prefix 'module.'"
     path = write_zip(tmp_path / "b", dumps({"ema": {"module.a": whole("0", a)}}), {"0": a.tobytes()})
-    assert files.read(path).note == "its 'ema' weights, less 'module.' before each name"
+    assert files.read(path).note == "its 'ema' weights, without the prefix 'module.'"
     files.write_safetensors(tmp_path / "c", {"module.a": a, "b": b})
     assert_equal(files.read(tmp_path / "c").tensors, {"module.a": a, "b": b})
 
 
 @pytest.mark.parametrize("obj", [{}, {"a": 1, "net": {"b": None}}, [1], 3, {"model": {"w": 1}, "net": {}}])
 def test_files_without_weights_are_refused_with_what_they_hold(obj, tmp_path):
-    with pytest.raises(ValueError, match="tensors by name; it names") as error:
+    with pytest.raises(ValueError, match="maps names to tensors; it has") as error:
         files.read(write_zip(tmp_path / "w.pt", dumps(obj)))
     assert all(repr(key) in str(error.value) for key in (obj if isinstance(obj, dict) else []))
 
@@ -391,9 +392,7 @@ def test_nothing_that_a_pickle_names_is_run(pickled, refused):
 
 
 def test_the_refusal_says_the_name(refused, tmp_path):
-    refused(
-        b"\x80\2cos\nsystem\n" + RUN + b"\x85R.", "it names 'os.system', which is not read here, and nothing that a"
-    )
+    refused(b"\x80\2cos\nsystem\n" + RUN + b"\x85R.", "it names 'os.system', which is unknown here, and nothing that a")
 
 
 @pytest.mark.parametrize(
@@ -414,11 +413,11 @@ def test_the_refusal_says_the_name(refused, tmp_path):
     ],
 )
 def test_odd_uses_of_what_is_known_are_refused(pickled, refused):
-    known = dict(files._KNOWN)
+    known = dict(KNOWN)
     refused(pickled)
-    assert known == files._KNOWN
-    assert files._KNOWN["torch._utils._rebuild_parameter"].__defaults__ is None
-    assert not vars(files._KNOWN["torch._utils._rebuild_parameter"])
+    assert known == KNOWN
+    assert KNOWN["torch._utils._rebuild_parameter"].__defaults__ is None
+    assert not vars(KNOWN["torch._utils._rebuild_parameter"])
 
 
 PLACES = [
@@ -635,7 +634,7 @@ def test_files_truncated_after_they_were_opened_are_refused(tmp_path):
 def test_what_is_no_file_of_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read weights from .*gone\.pt: there is no such file; "):
         files.read(tmp_path / "gone.pt")
-    with pytest.raises(ValueError, match="it is no file"):
+    with pytest.raises(ValueError, match="it is not a file"):
         files.read(tmp_path)
     for content in (b"", b"\x80", b"{}", b"version https://git-lfs.github.com/spec/v1\n", bytes(100)):
         (tmp_path / "w.safetensors").write_bytes(content)
@@ -643,7 +642,7 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path):
             files.read(tmp_path / "w.safetensors")
     header = b'{"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}'
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    with pytest.raises(ValueError, match="'w' is of dtype F8_E4M3, and only float64"):
+    with pytest.raises(ValueError, match="'w' has dtype F8_E4M3, and only float64"):
         files.read(str(tmp_path / "w.safetensors"))
 
 
@@ -692,10 +691,10 @@ def test_writing_copies_one_tensor_at_a_time(name, tmp_path):
 def test_nothing_is_overwritten(tmp_path, write):
     path = tmp_path / "w"
     path.write_text("mine")
-    with pytest.raises(ValueError, match="is there already, and is not overwritten"):
+    with pytest.raises(ValueError, match="already exists; remove it or give"):
         write(path, {"w": np.zeros(3)})
     assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(OSError, match=r"cannot write .*FileNotFoundError"):
+    with pytest.raises(OSError, match=r"cannot write .*No such file"):
         write(tmp_path / "no" / "w", {"w": np.zeros(3)})
 
 
@@ -714,7 +713,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
 import resource, sys, numpy as np
 from ditx.weights import files
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-for write in (weights.write_safetensors, weights.write_torch):
+for write in (files.write_safetensors, files.write_torch):
     for shape in [(400_000,), (400, 1000), (24_950,)]:
         try:
             write(sys.argv[1], {"a": np.zeros(10), "w": np.zeros(shape, np.float32)})
@@ -729,37 +728,3 @@ for write in (weights.write_safetensors, weights.write_torch):
     assert all(line.startswith(f"cannot write {tmp_path / 'w'} (") and line.endswith("another path") for line in lines)
     assert not list(tmp_path.iterdir())
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
-
-
-# The hub.
-
-
-def hub(monkeypatch, download):
-    module = types.ModuleType("huggingface_hub")
-    module.hf_hub_download = download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-
-
-def test_files_come_from_the_hub(monkeypatch, tmp_path):
-    asked = []
-    hub(monkeypatch, lambda repo_id, filename: asked.append((repo_id, filename)) or str(tmp_path / filename))
-    assert files.fetch("someone/some-vae", "model.safetensors") == tmp_path / "model.safetensors"
-    assert asked == [("someone/some-vae", "model.safetensors")]
-
-
-def test_errors_of_the_hub_are_one_sentence(monkeypatch):
-    def offline(repo_id, filename):
-        raise ConnectionError("404 Client Error.\n\nRepository Not Found for url: https://...\nPlease log in.")
-
-    hub(monkeypatch, offline)
-    with pytest.raises(
-        ValueError, match=r"b of a cannot be fetched .* \(ConnectionError: 404 .*\); check both"
-    ) as error:
-        files.fetch("a", "b")
-    assert "\n" not in str(error.value)
-
-
-def test_the_hub_needs_its_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"without the package huggingface_hub; `uv run --extra hub"):
-        files.fetch("a", "b")
