@@ -95,7 +95,7 @@ def test_blocks_that_other_programs_lack_are_refused(block):
     config = dataclasses.replace(tiny_diffusers_config(), block=block)
     model = random_dit(config)
     for convert in (dit_to_torch, dit_to_diffusers):
-        with pytest.raises(ValueError, match=f"block is '{block}'; other programs have 'adaln-zero' alone"):
+        with pytest.raises(ValueError, match=f"block is '{block}'; other programs only have 'adaln-zero'"):
             convert(model)
     with pytest.raises(ValueError, match=f"block is '{block}'"):
         dit_from_torch({}, config)
