@@ -1,11 +1,12 @@
-"""Files on disk: written whole or not at all, checksums, `.npz` archives, and errors as one line."""
+"""Files on disk: written whole or not at all, locks, checksums, `.npz` archives, and errors as one line."""
 
+import fcntl
 import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -26,6 +27,23 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise OSError(f"cannot write {path} ({first_line(error)}); make room or give another path") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def lock(file: Path, busy: str | None = None) -> IO[str]:
+    """Lock a file until the result is closed or the process ends.
+
+    If another process holds it, raises ValueError with the sentence `busy` or, without one, waits.
+    """
+    held = file.open("a")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        # Its holder may have finished and renamed it since it was opened.
+        if not os.path.samestat(os.fstat(held.fileno()), file.stat()):
+            raise FileNotFoundError(file)
+    except (BlockingIOError, FileNotFoundError) as error:
+        held.close()
+        raise ValueError(busy) from error
+    return held
 
 
 def checksum(path: str | os.PathLike[str]) -> str:

@@ -1,6 +1,5 @@
 """What `ditx bench` times of data: batches as train.py reads them, files made for that, and images into latents."""
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ from ditx.data.image_files import find_classes
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.parallel.compile import Dtype, compile_checked, resolve_dtype
 from ditx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated, shard_host_array
-from ditx.training import run as runs
 from ditx.weights.frozen import load_vae
 
 
@@ -142,7 +140,7 @@ def make(folder: Path, kind: str, count: int, size: int) -> None:
             shard = writer.finish(0)
         told = {"format": latents.FORMAT, "shape": [size, size, 4], "class_names": classes, "vae": "none", "scale": 1.0}
         told |= {"image_size": 8 * size}
-        runs.write(folder / latents.METADATA, json.dumps(told | {"shards": [asdict(shard)]}))
+        latents.write_json(folder / latents.METADATA, told | {"shards": [asdict(shard)]})
         return
     for name in classes[:count]:
         (folder / name).mkdir()

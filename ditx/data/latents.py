@@ -1,4 +1,4 @@
-"""Latents on disk: records, shards of records in ArrayRecord files, and the `Source` that reads them."""
+"""Latents on disk: records, shards of records in ArrayRecord files, and the data set that reads them."""
 
 import json
 import os
@@ -17,11 +17,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Bool, Float16, Int, Int32
 
-from ditx.data.image_files import find_classes
-from ditx.training import run as runs
+from ditx.files import lock, write_atomically
 
 FORMAT, METADATA, PLAN = 1, "metadata.json", "plan.json"
-MAX_SHARDS = 500  # A reader holds all of them open, and a process may often open no more than 1,024 files.
 # One record a chunk, so that a read fetches no other record; half precision hardly compresses.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 # No reading ahead, since records are read in random order.
@@ -43,46 +41,6 @@ def unpack(record: bytes, shape: tuple[int, int, int]) -> tuple[Float16[np.ndarr
     latent = np.frombuffer(record, "<f2", count).reshape(2, *shape).astype(np.float16)
     label = int(np.frombuffer(record, "<i4", 1, 2 * count)[0])
     return latent, label, os.fsdecode(record[2 * count + 4 :])
-
-
-@dataclass(frozen=True)
-class ShardedImages:
-    """The images of a folder, sorted by class and path and split into shards of `shard_size` images."""
-
-    files: list[str]
-    names: list[str]
-    """the files' paths relative to the folder"""
-    labels: Int32[np.ndarray, "n"]
-    class_names: tuple[str, ...]
-    shard_size: int
-
-    @classmethod
-    def find(cls, folder: str, shard_size: int) -> "ShardedImages":
-        """List a folder; a `shard_size` of 0 makes up to 200 shards, of 64 images or more. Raises ValueError."""
-        root = Path(folder).absolute()
-        files, labels, class_names = find_classes(root)
-        size = shard_size or max(64, -(-len(files) // 200))
-        if len(files) > MAX_SHARDS * size:
-            least = -(-len(files) // MAX_SHARDS)
-            raise ValueError(f"shard_size {size} makes more than {MAX_SHARDS} shards; give {least} or more")
-        return cls(files, [file[len(str(root)) + 1 :] for file in files], labels, class_names, size)
-
-    @property
-    def shards(self) -> range:
-        """The numbers of all shards."""
-        return range(-(-len(self.files) // self.shard_size))
-
-    def indices(self, shard: int) -> range:
-        """The indices of a shard's images."""
-        return range(len(self.files))[shard * self.shard_size : (shard + 1) * self.shard_size]
-
-    def path(self, out: Path, shard: int) -> Path:
-        """The file of a shard in the folder `out`."""
-        return shard_path(out, shard, len(self.shards))
-
-    def checksum(self, shard: int) -> int:
-        """CRC-32 of the names and sizes of a shard's image files."""
-        return zlib.crc32(json.dumps([(self.names[n], _size(self.files[n])) for n in self.indices(shard)]).encode())
 
 
 @dataclass(frozen=True)
@@ -115,6 +73,14 @@ def read_shard(path: Path) -> Shard | None:
         return None
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or, if killed, not at all. The caller holds a lock."""
+    for partial in path.parent.glob(f"{path.name}.*.partial"):  # left by a process that was killed
+        partial.unlink()
+    with write_atomically(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
 class ShardWriter:
     """Writes a shard: locked, and under a temporary name until `finish`, whose description makes the shard count.
 
@@ -124,7 +90,7 @@ class ShardWriter:
 
     def __init__(self, path: Path):
         self.path, self._partial = path, path.with_suffix(".partial")
-        self._lock = runs.lock(self._partial, f"another process is writing {path}; give each its --process-index")
+        self._lock = lock(self._partial, f"another process is writing {path}; give each its --process-index")
         self._count, self._checksum = 0, 0
         self._skipped: dict[str, str] = {}
         self._writer = ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
@@ -150,11 +116,11 @@ class ShardWriter:
             self._writer.close()
         except RuntimeError as error:
             raise OSError(f"cannot write {self._partial}: {error}") from error
-        os.fsync(self._lock.fileno())  # The description must not reach the disk before the records.
+        os.fsync(self._lock.fileno())  # The records must reach the disk before their description.
         size = self._partial.stat().st_size
         shard = Shard(self._count, size, self._checksum, files_checksum, self._skipped)
         self._partial.replace(self.path)
-        runs.write(self.path.with_suffix(".json"), json.dumps(asdict(shard)) + "\n")
+        write_json(self.path.with_suffix(".json"), asdict(shard))
         return shard
 
     def close(self) -> None:
@@ -271,13 +237,6 @@ class LatentSource:
     def _damaged(self, shard: int, reason: str) -> ValueError:
         remedy = "delete it and run the same `ditx extract` again, which replaces it"
         return ValueError(f"shard {self._file(shard)} cannot be used ({reason}); {remedy}")
-
-
-def _size(file: str) -> int:
-    try:
-        return os.stat(file).st_size
-    except OSError:
-        return -1
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

@@ -1,19 +1,20 @@
 """Data sets: digits, CIFAR-10, folders of images, and latents, each a `Source` of labelled examples."""
 
 import os
-import pickle
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Integer, UInt8
 
 from ditx.data.image_files import find_classes, find_images, open_image, read, to_unit
 from ditx.data.latents import LatentBatch, LatentSource
+from ditx.files import read_npz
+from ditx.pickles import read_pickle
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # One core decodes this many bytes in about 10 s and reads a header in about 0.2 ms. Up to these limits, a folder is
@@ -228,17 +229,6 @@ def with_channels(images: UInt8[np.ndarray, "n h w c"], channels: int) -> UInt8[
     return images[..., :1]
 
 
-def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that a file has. Raises ValueError, with the path, if it cannot be read."""
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return {name: file[name] for name in names if name in file}
-    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged archive.
-        raise ValueError(
-            f"{path} cannot be read as an .npz ({type(error).__name__}: {error}); write it anew"
-        ) from error
-
-
 def _batch(
     images: UInt8[np.ndarray, "b h w c"], labels: Integer[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]
 ) -> ImageBatch:
@@ -282,29 +272,14 @@ def _cifar10_batches(path: Path) -> list[Path]:
     return []
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds containers, numbers and NumPy arrays, and refuses every other name that a pickle may call."""
-
-    allowed = frozenset(
-        {("numpy", "ndarray"), ("numpy", "dtype")}
-        | {(module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")}
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
-            raise ValueError(f"it names {module}.{name}, and nothing that a pickle names is run")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
 def _read_cifar_batch(path: Path) -> tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, "n"]]:
     try:
-        with path.open("rb") as file:
-            contents = _ArrayUnpickler(file, encoding="bytes").load()
-        if not isinstance(contents, dict) or not contents.keys() >= {b"data", b"labels"}:
+        contents = read_pickle(path)
+        if not contents.keys() >= {b"data", b"labels"}:
             raise ValueError("it is no dictionary of `data` and `labels`")
         images = contents[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = np.asarray(contents[b"labels"])
-        ArraySource(images, labels, CIFAR10_CLASSES)  # Checks them, so that the file at fault is named.
+        ArraySource(images, labels, CIFAR10_CLASSES)  # The checks, for an error that names the damaged file.
     except Exception as error:  # A damaged pickle raises nearly anything.
-        raise ValueError(f"cannot read CIFAR-10 batch {path}: {error}") from error
+        raise ValueError(f"cannot read CIFAR-10 batch {path}: {error}; fetch it again") from error
     return images, labels

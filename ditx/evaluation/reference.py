@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-from ditx.data.sources import read_npz
 from ditx.evaluation.classifier import Classifier
 from ditx.evaluation.features import FeatureName, FeatureNetwork, FeatureStore
 from ditx.evaluation.metrics import Moments
+from ditx.files import read_npz
 from ditx.nn.inception import Resize
 
 FORMAT = 1

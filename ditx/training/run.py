@@ -1,14 +1,14 @@
 """The folder of a run: its description `config.json`, its lines of `metrics.jsonl`, and the lock of who writes them."""
 
-import fcntl
 import json
 import math
-import os
 from collections.abc import Collection
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
+
+from ditx.files import lock
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 
@@ -101,23 +101,6 @@ def diff(before: dict[str, Any], now: dict[str, Any], *, free: Collection[str] =
         # A field that an older version did not write had no choice then.
         if name in was and was[name] != value and name.split(".")[0] not in free
     )
-
-
-def lock(file: Path, busy: str | None = None) -> IO[str]:
-    """Lock a file until what is returned is closed or the process ends, however it ends.
-
-    If another process holds it, raises ValueError with the sentence `busy` or, without one, waits.
-    """
-    held = file.open("a")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        # Since it was opened, its holder may have finished and renamed it.
-        if not os.path.samestat(os.fstat(held.fileno()), file.stat()):
-            raise FileNotFoundError(file)
-    except (BlockingIOError, FileNotFoundError) as error:
-        held.close()
-        raise ValueError(busy) from error
-    return held
 
 
 def write(file: Path, text: str) -> None:

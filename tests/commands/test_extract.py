@@ -122,8 +122,8 @@ def test_latents_do_not_depend_on_batches_shards_workers_or_processes(encoded, r
     for index in (1, 0):
         flags = ("--process-index", index, "--process-count", 2)
         code, said = run.ditx("extract", photos, tmp_path / "two", *FLAGS, *flags)
-        assert code == 0 and f"2 of 2 shards are missing, {(10, 14)[1 - index]} of" in said, said
-        assert ("2 of 4 shards are left to other processes" in said) == (index == 1)
+        assert code == 0 and f"2 of 2 are missing, {(10, 14)[1 - index]} of" in said, said
+        assert ("2 of 4 shards are left to others" in said) == (index == 1)
     assert files(tmp_path / "two") == files(encoded[0])
 
 
@@ -220,14 +220,14 @@ def test_a_signal_ends_with_how_to_go_on(corners, run, photos, tmp_path, monkeyp
     before = signal.getsignal(number)
     code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS)
     assert code == 128 + number and signal.getsignal(number) == before
-    assert "stopped with 7 of 24 images in finished shards; the same command goes on from there" in said
+    assert "stopped with 7 of 24 images in finished shards; run the same command to resume" in said
     assert {file.name for file in (tmp_path / "out" / "shards").iterdir()} == {
         f"00000-of-00004.{kind}" for kind in ("json", "array_record")
     }
     with pytest.raises(ValueError, match="unfinished"):
         LatentSource(tmp_path / "out")
     code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS)
-    assert code == 0 and "3 of 4 shards are missing, 17 of 24 images" in said, said
+    assert code == 0 and "3 of 4 are missing, 17 of 24 images" in said, said
     assert len(LatentSource(tmp_path / "out")) == 23
 
 
@@ -237,7 +237,7 @@ def test_a_signal_ends_with_how_to_go_on(corners, run, photos, tmp_path, monkeyp
 def test_a_finished_extraction_is_left_alone(encoded, run, photos):
     before = {file: file.stat().st_mtime_ns for file in (encoded[0] / "shards").iterdir()}
     code, said = run.ditx("extract", photos, encoded[0], *FLAGS)
-    assert code == 0 and "0 of 4 shards are missing" in said and "done 23 latents" in said, said
+    assert code == 0 and "0 of 4 are missing" in said and "done 23 latents" in said, said
     assert {file: file.stat().st_mtime_ns for file in (encoded[0] / "shards").iterdir()} == before
 
 
@@ -247,7 +247,7 @@ def test_a_lost_or_truncated_shard_is_made_again(encoded, run, photos):
     shards[1].unlink()
     shards[3].write_bytes(b"cut")
     code, said = run.ditx("extract", photos, encoded[0], *FLAGS)
-    assert code == 0 and "2 of 4 shards are missing, 10 of 24 images" in said, said
+    assert code == 0 and "2 of 4 are missing, 10 of 24 images" in said, said
     assert files(encoded[0]) == before
 
 
@@ -257,7 +257,7 @@ def test_a_mended_image_is_taken_up(corners, run, photos, tmp_path):
     run.ditx("extract", copy, out, *FLAGS)
     shutil.copyfile(photos / "class-1" / "10.png", copy / "class-1" / "13.png")
     code, said = run.ditx("extract", copy, out, *FLAGS)
-    assert code == 0 and "1 of 4 shards are missing, 7 of 24 images" in said and "skipped" not in said, said
+    assert code == 0 and "1 of 4 are missing, 7 of 24 images" in said and "skipped" not in said, said
     source = LatentSource(out)
     assert len(source) == 24
     np.testing.assert_array_equal(source[12]["latents"], source[11]["latents"])
@@ -277,11 +277,11 @@ def test_another_plan_is_refused_by_field(encoded, run, photos):
 
 def test_two_processes_cannot_make_the_same_part(corners, run, photos, tmp_path):
     (tmp_path / "out" / "shards").mkdir(parents=True)
-    with extract.runs.lock(tmp_path / "out" / "shards" / "00001-of-00004.partial"):
+    with extract.lock(tmp_path / "out" / "shards" / "00001-of-00004.partial"):
         code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS, "--process-index", 1, "--process-count", 4)
         assert code == 2 and "another process is writing" in said and "give each its --process-index" in said, said
         code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS, "--process-index", 2, "--process-count", 4)
-        assert code == 0 and "3 of 4 shards are left to other processes" in said, said
+        assert code == 0 and "3 of 4 shards are left to others" in said, said
 
 
 # Mistakes and failures
@@ -294,7 +294,7 @@ def test_strict_ends_at_the_first_damaged_image_and_goes_on_when_mended(corners,
     code, said = run.ditx("extract", copy, out, *FLAGS, "--strict")
     assert code == 2 and f"cannot read image {copy / 'class-1' / '13.png'}" in said and "drop --strict" in said, said
     code, said = run.ditx("extract", copy, out, *FLAGS)
-    assert code == 0 and "3 of 4 shards are missing" in said and "skipped 2 images in all" in said, said
+    assert code == 0 and "3 of 4 are missing" in said and "skipped 2 images in all" in said, said
 
 
 def test_images_of_which_none_can_be_read(corners, run, tmp_path):
@@ -308,7 +308,7 @@ def test_numbers_that_are_none_end_it(run, photos, tmp_path, monkeypatch):
     broken = Corners(jnp.nan)
     monkeypatch.setattr(extract, "load_vae", lambda name: (broken, name))
     code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS)
-    assert code == 2 and "not finite" in said and not list((tmp_path / "out" / "shards").iterdir())
+    assert code == 2 and "non-finite numbers" in said and not list((tmp_path / "out" / "shards").iterdir())
 
 
 MISTAKES = {
@@ -320,12 +320,12 @@ MISTAKES = {
     "workers is -2": ["photos", "out", "--workers", -2],
     "process_index is 2 of 2 processes": ["photos", "out", "--process-index", 2, "--process-count", 2],
     "process_index is 0 of 0 processes": ["photos", "out", "--process-count", 0],
-    "photos/latents lies in the folder of images": ["photos", "photos/latents"],
+    "photos/latents is inside the folder of images": ["photos", "photos/latents"],
     "taken exists and is not of `ditx extract`": ["photos", "taken"],
     "file exists and is not of `ditx extract`": ["photos", "file"],
     "folder photos/empty contains no images": ["photos", "out"],
     "--dtype": ["photos", "out", "--dtype", "float16"],
-    "there is no autoencoder 'nowhere'": ["photos", "out", "--vae", "nowhere"],
+    "unknown autoencoder 'nowhere'": ["photos", "out", "--vae", "nowhere"],
 }
 
 
@@ -381,6 +381,6 @@ def test_the_same_weights_elsewhere_are_the_same(encoded, run, photos, monkeypat
 
 
 def test_more_shards_than_can_be_held_open_are_refused(corners, run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract.latents, "MAX_SHARDS", 4)
+    monkeypatch.setattr(extract, "MAX_SHARDS", 4)
     code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS[:-1], 5)
     assert code == 2 and "shard_size 5 makes more than 4 shards; give 6 or more" in said

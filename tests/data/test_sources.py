@@ -79,7 +79,7 @@ def test_cifar10_runs_no_code_of_a_hostile_pickle(official, protocol, tmp_path, 
     monkeypatch.chdir(tmp_path)
     path = official[0] / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(pickle.dumps({b"data": Hostile(), b"labels": [0]}, protocol))
-    with pytest.raises(ValueError, match=r"data_batch_3.*it names .* nothing that a pickle names is run"):
+    with pytest.raises(ValueError, match=r"data_batch_3.*nothing that a pickle names is run"):
         sources.cifar10(official[0])
     assert not (tmp_path / "ran-hostile-code").exists()
     pickle.loads(path.read_bytes())  # The pickle is live: an ordinary reader runs it.
