@@ -272,9 +272,7 @@ def finish(
     """Report the result and, if all shards are finished, write the metadata, which makes them a data set."""
     shards = [shard for each in images if (shard := each.finished()) is not None]
     if len(shards) < len(images):
-        print(
-            f"done     this part; {len(images) - len(shards):,} of {len(images):,} shards are left to others"
-        )
+        print(f"done     this part; {len(images) - len(shards):,} of {len(images):,} shards are left to others")
         return
     skipped = {name: reason for shard in shards for name, reason in shard.skipped.items()}
     count, side = sum(shard.count for shard in shards), plan["image_size"] // vae.config.downsampling
