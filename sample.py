@@ -160,9 +160,8 @@ def outputs(source: Path, config: Config) -> dict[str, Path]:
 
 def check_guide(guide: Description, described: Description) -> None:
     """Raise ValueError where another network cannot guide this one."""
-    pairs = {"objective": (guide.objective, described.objective)}
+    pairs = {name: (guide.objective, described.objective) for name in ("schedule", "prediction")}
     pairs |= {name: (guide.model, described.model) for name in ("input_size", "in_channels")}
-    pairs |= {name: (guide.objective, described.objective) for name in ("schedule", "prediction")}
     for name, (its, ours) in pairs.items():
         if getattr(its, name) != getattr(ours, name):
             raise ValueError(f"{name} of --guide is {getattr(its, name)}, and of the network {getattr(ours, name)}")

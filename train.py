@@ -255,7 +255,7 @@ def train(preset: str, config: Config) -> int:
             done = config.steps <= max(checkpoint.steps(run / "checkpoints"), default=0)
     print(
         f"model    DiT of {costs.parameters(config.model):,} parameters, {costs.macs(config.model) / 1e9:.3f} G"
-        f" multiply-adds, {config.model.num_tokens} tokens, objective {config.objective}\n"
+        f" multiply-adds, {config.model.num_tokens} tokens, schedule {config.schedule}, output {config.prediction}\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}"
         f" ({', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())}), computing in {config.dtype}"
         f"{''.join(f', {name}={value}' for name, value in compiler_options(mesh, config).items())}",

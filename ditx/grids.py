@@ -42,7 +42,17 @@ _BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 _SMALL = {"T": (32, 2, 2), "M": (64, 3, 4), "D": (128, 4, 4)}  # tiny, medium, and that of the preset
 _CIFAR10 = Grid(
     preset="cifar10",
-    flags=("--objective", "eps", "--model.learn-sigma", "--decay", "constant", "--warmup", "500"),  # as in the paper
+    flags=(
+        "--schedule",
+        "linear",
+        "--prediction",
+        "eps",
+        "--model.learn-sigma",
+        "--decay",
+        "constant",
+        "--warmup",
+        "500",
+    ),  # as in the paper
     networks={f"{name}/{patch}": _published(f"DiT-{name}/{patch}") for patch in (8, 4, 2) for name in ("S", "B")},
     steps=10_000,
     every=2_500,

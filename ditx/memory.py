@@ -57,7 +57,7 @@ def step_memory(
     rows, size = batch_size // (data * fsdp), config.input_size
     x, y = (2 * fsdp * rows, size, size, config.in_channels), (2 * fsdp * rows,)
     batch = {"x": jax.ShapeDtypeStruct(x, jnp.float32), "y": jax.ShapeDtypeStruct(y, jnp.int32)}
-    objective = make_objective(ObjectiveConfig("eps" if config.learn_sigma else "flow"))
+    objective = make_objective(ObjectiveConfig() if config.learn_sigma else ObjectiveConfig("flow", "velocity"))
     step = partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.0, dtype=jnp.dtype(dtype))
     step = partial(step, ema_gammas=power_emas * (1.0,), accumulate=accumulate, unroll=unroll, remat=remat)
     step = partial(step, mesh=_mesh(2, fsdp, 1))

@@ -82,14 +82,14 @@ class SamplingConfig:
         """The numbers of such draws."""
         scale = None if self.guidance_scale == 1 else float(self.guidance_scale)
         interval = None if scale is None or self.guidance_interval == (0, 1000) else self.guidance_interval
-        return SamplerParams(objective.levels(self.steps, self.spacing), scale, interval)
+        return SamplerParams(objective.sampler_grid(self.steps, self.spacing), scale, interval)
 
     def check(self, model: DiTConfig, objective: ObjectiveConfig, *, by_another: bool = False) -> None:
         """Raise ValueError where this cannot work with such a network, or without another to guide it."""
         whole = not objective.is_flow and self.spacing == "time"
         limit = 1000 if whole else 10_000
         if not 1 <= self.steps <= limit:
-            raise ValueError(f"steps is {self.steps}; objective {objective.objective} samples in 1 to {limit} steps")
+            raise ValueError(f"steps is {self.steps}; schedule {objective.schedule} samples in 1 to {limit} steps")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}; it goes from 0 (deterministic) to 1 (as noisy as ddpm)")
         if not 0 <= self.guidance_channels <= model.in_channels:
@@ -137,7 +137,6 @@ def make_draw(
         by: Any = {"scale": 1 if scale is None else scale, "channels": config.guidance_channels or None}
         by["interval"] = interval
 
-        @objective.predictor
         def apply(x, t, y, network=model):
             # The state of a sampler is float32, whatever the network computes in.
             output = network(x.astype(network.patch.weight.dtype), t, y, compute=compute, unroll=unroll)

@@ -40,7 +40,10 @@ def test_a_guide_must_be_of_the_same_kind(finished):
     described = pretrained.describe(finished[0])
     sample.check_guide(replace(described, class_names=(), model=replace(described.model, num_classes=0)), described)
     for other, sentence in [
-        (replace(described, objective=ObjectiveConfig("v")), "objective of --guide is v, and of the network flow"),
+        (
+            replace(described, objective=ObjectiveConfig("cosine")),
+            "schedule of --guide is cosine, and of the network flow",
+        ),
         (replace(described, model=replace(described.model, in_channels=3)), "in_channels of --guide is 3, and of"),
         (replace(described, class_names=tuple("abcdefghij")), "the classes of --guide are not those of the network"),
     ]:

@@ -201,7 +201,17 @@ def test_a_new_run_begins_from_the_weights_of_another(finished, tmp_path, monkey
     rng = np.random.default_rng(0)
     stored = {"images": rng.integers(0, 255, (8, 28, 28, 1), np.uint8), "labels": np.arange(8) % 3}
     np.savez(tmp_path / "data.npz", **stored, classes=["a", "b", "c"])
-    flags = ["cifar10", "--data-path", tmp_path / "data.npz", *TINY[1:], "--objective", "flow", "--no-flip"]
+    flags = [
+        "cifar10",
+        "--data-path",
+        tmp_path / "data.npz",
+        *TINY[1:],
+        "--schedule",
+        "flow",
+        "--prediction",
+        "velocity",
+    ]
+    flags += ["--no-flip"]
     flags += "--model.input-size 28 --model.no-learn-sigma --learning-rate 0 --steps 1 --sample-every 0".split()
     flags += ["--init-from", finished[0]]
     code, said = call(train, monkeypatch, capsys, *flags, "--run", tmp_path / "other")
@@ -263,10 +273,8 @@ MISTAKES = {
     "ema_decay is 1.0": ["--ema-decay", 1.0],
     "learning_rate is -1.0": ["--learning-rate", -1.0],
     "predicts no variance; add --model.no-learn-sigma": ["--model.learn-sigma"],
-    "steps is 1001; objective eps samples in 1 to 1000": ["--objective", "eps", "--sampling.steps", 1001],
-    "schedule is cosine, but objective flow has a path of its own": ["--schedule", "cosine"],
-    "weighting is min-snr, but objective flow weighs times by how often": ["--weighting", "min-snr"],
-    "prediction is x0, which is for objective flow; use --objective x0": ["--objective", "v", "--prediction", "x0"],
+    "steps is 1001; schedule linear samples in 1 to 1000": ["--schedule", "linear", "--sampling.steps", 1001],
+    "loss_weight is min-snr, but schedule flow weights times by how often": ["--loss-weight", "min-snr"],
     "flow_shift is 0.0": ["--flow-shift", 0],
     "length is 0.4 of the run; give a share": ["--ema-every", 5, "--ema-lengths", 0.4],
     "but the network has no labels; use 1": ["--model.num-classes", 0],

@@ -272,7 +272,7 @@ def sample(config: Sample) -> Timing:
 
 def objective_of(model: DiTConfig) -> ObjectiveConfig:
     """The paper's, or flow matching for a network that predicts no variance."""
-    return ObjectiveConfig("eps" if model.learn_sigma else "flow")
+    return ObjectiveConfig() if model.learn_sigma else ObjectiveConfig("flow", "velocity")
 
 
 def evaluations(sampling: SamplingConfig, objective: ObjectiveConfig) -> int:

@@ -10,7 +10,7 @@ import tyro
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 from ditx.weights import convert, files, pretrained
 
-OVERRIDES = ("objective", "num_heads", "num_classes", "input_size", "frequency_shift")
+OVERRIDES = ("sit", "num_heads", "num_classes", "input_size", "frequency_shift")
 SUFFIXES = {"ditx": (".safetensors",), "authors": (".pt", ".safetensors"), "diffusers": ("",)}
 
 
@@ -24,8 +24,8 @@ class Config:
     """a new .safetensors or .pt file, or, for diffusers, a new folder"""
     to: Literal["auto", "ditx", "authors", "diffusers"] = "auto"
     """layout to write: ditx, which sample.py takes in place of a run, for .safetensors; authors for .pt"""
-    objective: Literal["eps", "sit"] | None = None
-    """of the authors' layout: sit for weights of SiT, which nothing in the file tells from DiT's; eps if not given"""
+    sit: bool = False
+    """the source holds weights of SiT, whose files are like DiT's"""
     num_heads: int | None = None
     """of a source that does not tell, with a width that was never published"""
     num_classes: int | None = None
@@ -49,14 +49,13 @@ def main(argv: list[str]) -> int:
     if target.exists():
         raise ValueError(f"{target} exists already; choose another name")
     overrides = {name: getattr(config, name) for name in OVERRIDES}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
+    overrides = {name: value for name, value in overrides.items() if value is not None and value is not False}
     description = pretrained.describe(source, **overrides)
     objective = description.objective
-    if to != "ditx" and (objective.objective, objective.schedule) != ("eps", "linear"):
-        name = objective.objective if objective.schedule == "linear" else f"{objective.objective} (cosine)"
+    if to != "ditx" and (objective.schedule, objective.prediction) != ("linear", "eps"):
         raise ValueError(
-            f"{source} was trained with objective {name}, which the layout of {to} cannot tell; write a .safetensors of"
-            " ours"
+            f"{source} was trained with schedule {objective.schedule} and prediction {objective.prediction}, which the"
+            f" layout of {to} cannot tell; write a .safetensors of ours"
         )
     model, note = pretrained.load(source, description)
     print(f"read     {note}", flush=True)

@@ -58,12 +58,11 @@ def main(argv: list[str]) -> int:
     network, note = pretrained.load(Path(config.source), described)
     if not config.json:
         print(f"weights  {note}", flush=True)
-    grid = described.objective.levels(config.steps, "log-snr")
+    grid = described.objective.sampler_grid(config.steps, "log-snr")
 
     @jax.jit
     def both(network, x, y, keys):
         def one(x, y, key):
-            @described.objective.predictor
             def predict(x, t):
                 # The ODE's divergence needs forward derivatives, which other attention has not.
                 return network(x, t, y if model.num_classes else None, compute=Compute(attention="xla"))

@@ -4,7 +4,6 @@
 network is fed 1000 s, in the units of the schedules of `ditx.diffusion.schedule`, and predicts the velocity.
 """
 
-from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -26,25 +25,17 @@ def level(s: Float[Array, ""]) -> NoiseLevel:
     return NoiseLevel(TIME_SCALE * s, 1 - s, s, -one, one)
 
 
-def from_sit(predict: Callable[..., Float[Array, "h w o"]]) -> Callable[..., Float[Array, "h w o"]]:
-    """A network of SiT (Ma et al. 2024), called alike, as one that is fed 1000 s and predicts the velocity.
-
-    SiT runs the other way: its networks are fed 1 - s itself and predict x_0 - noise, behind which, on as many
-    channels, nothing has been trained.
-    """
-    return lambda x, t, *others: -predict(x, 1 - t / TIME_SCALE, *others)
-
-
 def uniform_grid(steps: int, *, shift: float = 1.0, prediction: Prediction = "velocity") -> Schedule:
-    """`steps` equal steps from noise to data, or, with a `shift`, equal ones of what `shifted` is given.
+    """`steps` equal steps in time from noise to data; a `shift` then moves the levels, as `shifted` does.
 
-    Raises ValueError below one step, and for a shift that is not above 0.
+    The noise says nothing of the data at pure noise: for such predictions (eps, score) the first level is at s = 0.999,
+    as in SiT (Ma et al. 2024). Raises ValueError below one step, and for a shift that is not above 0.
     """
     if steps < 1:
         raise ValueError(f"cannot sample in {steps} steps; give at least 1")
     if not shift > 0:
         raise ValueError(f"shift is {shift}; give a number above 0, 1 for none")
-    s = shifted(np.linspace(0, 1, steps + 1)[1:], shift)
+    s = shifted(np.linspace(0, 0.999 if prediction in ("eps", "score") else 1, steps + 1)[1:], shift)
     return from_levels(TIME_SCALE * s, 1 - s, s, path="linear", prediction=prediction)
 
 

@@ -49,6 +49,8 @@ class DiTConfig:
     """how time and label enter: by norms and gates, by norms alone, by attention to them, or as two more tokens"""
     frequency_shift: int = 0
     """1 spaces the frequencies of time as diffusers does, from 1 to 1/10000; 0 as the paper's authors do"""
+    sit: bool = False
+    """weights of SiT (Ma et al. 2024), trained to read 1 - t/1000 and to predict data - noise, without a variance"""
 
     def __post_init__(self):
         sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
@@ -174,6 +176,7 @@ class DiT(eqx.Module):
         p, side = config.patch_size, config.input_size // config.patch_size
         tokens = self.patch(rearrange(x, "(h p) (w q) c -> (h w) (p q c)", p=p, q=p))
         tokens = tokens + jnp.asarray(grid_positions(side, config.hidden_size), tokens.dtype)
+        t = 1 - jnp.asarray(t) / 1000 if config.sit else t
         time, label = self.time(jnp.asarray(t)), self.label(jnp.asarray(y))
         condition = time + label
         if config.block == "cross-attention":
@@ -190,7 +193,8 @@ class DiT(eqx.Module):
             body = jax.checkpoint(body, policy=kept, prevent_cse=unroll > 1)
         tokens, _ = jax.lax.scan(body, tokens, self.blocks, unroll=unroll)
         patches = self.final(tokens[: config.num_tokens], condition)
-        return rearrange(patches, "(h w) (p q o) -> (h p) (w q) o", h=side, p=p, q=p)
+        output = rearrange(patches, "(h w) (p q o) -> (h p) (w q) o", h=side, p=p, q=p)
+        return -output if config.sit else output
 
 
 def _products_with_weights(operation: Any, *arguments: Any, **parameters: Any) -> Any:

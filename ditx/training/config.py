@@ -104,8 +104,9 @@ PRESETS = {
     "digits": Config(
         dataset="digits",
         model=DiTConfig(28, 7, 1, 128, 4, 4, num_classes=10, learn_sigma=False),
-        objective="flow",
-        flow_time=(0.5, 1.0),
+        schedule="flow",
+        prediction="velocity",
+        flow_times=(0.5, 1.0),
         steps=4000,
         batch_size=32,
         learning_rate=2e-3,
@@ -126,7 +127,8 @@ PRESETS = {
     "cifar10": Config(
         dataset="cifar10",
         model=replace(DIT_CONFIGS["DiT-S/2"], in_channels=3, num_classes=10, learn_sigma=False),
-        objective="flow",
+        schedule="flow",
+        prediction="velocity",
         steps=40_000,
         warmup=1000,
         decay="cosine",
@@ -203,7 +205,7 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}; it goes from 0 up to, not with, 1")
     if config.vae and config.dataset != "latents":
         raise ValueError(f"vae is {config.vae!r}, but dataset {config.dataset} is of pixels; leave it out")
-    config.check(config.model)
+    config.check(config.model.learn_sigma and not config.model.sit)
     if config.sample_every:
         config.sampling.check(config.model, config)
     if config.ema_every:

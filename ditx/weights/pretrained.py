@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ditx.data import imagenet
-from ditx.diffusion.objective import ObjectiveConfig, ObjectiveName
+from ditx.diffusion.objective import ObjectiveConfig
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.parallel.mesh import shard_host_array, with_shardings
 from ditx.sampling import SamplingConfig
@@ -51,17 +51,16 @@ class Description:
             def tuples(told) -> dict[str, Any]:  # JSON has none.
                 return {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
 
-            # A field that an older version did not write had no choice then.
-            names = {"objective"} | {field.name for field in fields(ObjectiveConfig) if field.name in told}
+            told = _in_todays_fields(told)
             described = cls(
                 DiTConfig(**told["model"]),
-                ObjectiveConfig(**tuples({name: told[name] for name in names})),
+                ObjectiveConfig(**tuples({field.name: told[field.name] for field in fields(ObjectiveConfig)})),
                 SamplingConfig(**tuples(told["sampling"])),
                 tuple(told["class_names"]),
                 told.get("vae") or told.get("latents", {}).get("vae", "").rsplit(" (CRC-32", 1)[0],
                 told.get("latent_scale") or told.get("latents", {}).get("scale"),
             )
-            described.objective.check(described.model)
+            described.objective.check(described.model.learn_sigma and not described.model.sit)
             if len(described.class_names) != described.model.num_classes:
                 raise ValueError(f"{len(described.class_names)} class names for {described.model.num_classes} classes")
             return described
@@ -70,12 +69,12 @@ class Description:
             raise ValueError(f"{source} was written by another version of ditx, or is damaged ({what})") from error
 
 
-def describe(source: Path, *, objective: ObjectiveName | None = None, **overrides: int) -> Description:
+def describe(source: Path, **overrides: int) -> Description:
     """Describe a run's folder or a file of weights, without reading the weights.
 
-    Files of other programs do not tell their objective: `eps`, unless it is given, as `sit` must be for SiT's, which
-    are like DiT's. `overrides` are fields of `DiTConfig` that such files do not tell: `num_heads` for widths that were
-    never published, `num_classes` where the label table has no null row, `input_size`, `frequency_shift`.
+    `overrides` are fields of `DiTConfig` that files of other programs do not tell: `num_heads` for widths that were
+    never published, `num_classes` where the label table has no null row, `input_size`, `frequency_shift`, and `sit` for
+    SiT's, which are like DiT's.
     """
     told = None
     if is_run(source):
@@ -85,18 +84,33 @@ def describe(source: Path, *, objective: ObjectiveName | None = None, **override
         layout = _layout(source, file)
         if layout != "ditx":
             model = _infer(source, layout, file.tensors, config or {}, overrides)
-            return _described(model, ObjectiveConfig(objective or "eps"))
+            return _described(model, ObjectiveConfig("flow", "velocity") if model.sit else ObjectiveConfig())
         with suppress(ValueError):  # Such fields are of no description, as is said below.
             told = json.loads(file.metadata[_METADATA])
-    if overrides or objective:
-        names = [*overrides, *(["objective"] if objective else [])]
-        raise ValueError(f"{source} tells {', '.join(names)} itself; leave that out")
+    if overrides:
+        raise ValueError(f"{source} tells {', '.join(overrides)} itself; leave that out")
     return Description.of(told, source)
+
+
+def _in_todays_fields(told: dict[str, Any]) -> dict[str, Any]:
+    """A description with the fields of `ObjectiveConfig`; version 0.1 had `objective`, and older runs fewer fields."""
+    if not isinstance(told.get("objective"), str):
+        return asdict(ObjectiveConfig()) | told
+    name, is_flow = told["objective"], told["objective"] in ("flow", "sit")
+    uniform = told.get("flow_density") == "uniform"
+    return told | {
+        "model": told["model"] | ({"sit": True} if name == "sit" else {}),
+        "schedule": "flow" if is_flow else told.get("schedule", "linear"),
+        "prediction": told.get("prediction", "velocity") if is_flow else name,
+        "loss_weight": told.get("weighting", "none"),
+        "flow_times": "uniform" if uniform else told.get("flow_time", (0.0, 1.0)),
+        "flow_shift": told.get("flow_shift", 1.0),
+    }
 
 
 def _described(model: DiTConfig, objective: ObjectiveConfig) -> Description:
     """What one draws from a released network with, and its classes."""
-    objective.check(model)
+    objective.check(model.learn_sigma and not model.sit)
     # The settings of the authors' sample.py, and of SiT's for the SDE.
     sampler = "euler-maruyama" if objective.is_flow else "ddpm"
     sampling = SamplingConfig(sampler=sampler, steps=250, guidance_scale=4.0, guidance_channels=3)
@@ -261,6 +275,7 @@ def _infer(
         "mlp_ratio": mlp_size / width,
         "learn_sigma": out == 2 * channels * side**2,
         "frequency_shift": overrides.get("frequency_shift", 0 if authors else 1),
+        "sit": bool(overrides.get("sit")),
     }
     if config:
         _check_transformer(source, config, fields)

@@ -255,7 +255,7 @@ def test_rates_of_features_and_metrics(run, monkeypatch):
             ["train", "tiny", "--attention", "cudnn"],
             "attention is cudnn, which is for GPUs, but the devices are of the",
         ),
-        (["sample", "tiny", "--steps", 0], "steps is 0; objective eps samples in 1 to 1000 steps"),
+        (["sample", "tiny", "--steps", 0], "steps is 0; schedule linear samples in 1 to 1000 steps"),
         (["sample", "tiny", "--batch-size", 12], "batch_size is 12; make it a multiple of the 8 devices"),
         (["extract", "--batch-size", 12], "batch_size is 12; make it a multiple of the 8 devices"),
         (["evaluate", "--count", 3], "count is 3; the metrics need at least 4"),

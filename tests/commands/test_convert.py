@@ -72,12 +72,13 @@ def test_what_differs_in_diffusers_is_said(run, released, tmp_path):
 
 def test_weights_of_sit_are_read_as_what_they_are_said_to_be(run, released, tmp_path):
     ours = tmp_path / "sit.safetensors"
-    code, said = run.ditx("convert", released, ours, "--num-heads", 3, "--objective", "sit")
+    code, said = run.ditx("convert", released, ours, "--num-heads", 3, "--sit")
     assert code == 0, said
     described = pretrained.describe(ours)
-    assert described.objective == ObjectiveConfig("sit") and described.sampling.sampler == "euler-maruyama"
-    code, said = run.ditx("convert", ours, tmp_path / "again.safetensors", "--objective", "sit")
-    assert code == 2 and "tells objective itself; leave that out" in said
+    assert described.objective == ObjectiveConfig("flow", "velocity") and described.model.sit
+    assert described.sampling.sampler == "euler-maruyama"
+    code, said = run.ditx("convert", ours, tmp_path / "again.safetensors", "--sit")
+    assert code == 2 and "tells sit itself; leave that out" in said
 
 
 @pytest.mark.parametrize("block", ["adaln", "cross-attention", "in-context"])
@@ -85,7 +86,7 @@ def test_every_block_is_kept_in_our_layout(tmp_path, block):
     config = ditx.DiTConfig(8, 2, 4, 24, 2, 2, num_classes=3, learn_sigma=False, block=block)
     model = random_dit(config)
     sampling = SamplingConfig(steps=3, sampler="heun", guidance_interval=(0.0, 500.0))
-    objective = ObjectiveConfig("flow", flow_shift=3.0, flow_time=(0.5, 1.0))
+    objective = ObjectiveConfig("flow", "velocity", flow_times=(0.5, 1.0), flow_shift=3.0)
     described = Description(config, objective, sampling, ("a", "b", "c"), "ft-mse", 0.2)
     pretrained.write(tmp_path / "model.safetensors", model, described)
     assert pretrained.describe(tmp_path / "model.safetensors") == described
@@ -142,13 +143,13 @@ def test_mistakes_are_one_sentence(run, released, tmp_path):
 def test_what_a_layout_cannot_tell_is_refused_or_said(run, tmp_path):
     config = ditx.DiTConfig(8, 2, 4, 24, 2, 2, num_classes=3, label_dropout=0.0)
     names = ("a", "b", "c")
-    for objective, dropout in (("flow", 0.1), ("eps", 0.0)):
-        network = random_dit(dataclasses.replace(config, label_dropout=dropout, learn_sigma=objective == "eps"))
-        described = Description(network.config, ObjectiveConfig(objective), SamplingConfig(steps=3), names)
-        pretrained.write(tmp_path / f"{objective}.safetensors", network, described)
+    for schedule, dropout in (("flow", 0.1), ("linear", 0.0)):
+        network = random_dit(dataclasses.replace(config, label_dropout=dropout, learn_sigma=schedule == "linear"))
+        described = Description(network.config, ObjectiveConfig(schedule), SamplingConfig(steps=3), names)
+        pretrained.write(tmp_path / f"{schedule}.safetensors", network, described)
     code, said = run.ditx("convert", tmp_path / "flow.safetensors", tmp_path / "flow.pt")
-    assert code == 2 and "objective flow, which the layout of authors cannot tell" in said
-    code, said = run.ditx("convert", tmp_path / "eps.safetensors", tmp_path / "eps.pt")
+    assert code == 2 and "schedule flow and prediction eps, which the layout of authors cannot tell" in said
+    code, said = run.ditx("convert", tmp_path / "linear.safetensors", tmp_path / "linear.pt")
     assert code == 0 and "no null label" in said
     back = tmp_path / "back.safetensors"
     code, _ = run.ditx("convert", tmp_path / "eps.pt", back, "--num-heads", 2, "--num-classes", 3)

@@ -46,7 +46,7 @@ def place(tmp_path_factory):
         structure, [leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
     )
     sampling = SamplingConfig(steps=2, sampler="euler", guidance_scale=3.0)
-    described = pretrained.Description(model, ObjectiveConfig("flow"), sampling, tuple("0123456789"))
+    described = pretrained.Description(model, ObjectiveConfig("flow", "velocity"), sampling, tuple("0123456789"))
     pretrained.write(place / "weights.safetensors", network, described)
     return place
 

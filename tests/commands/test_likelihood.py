@@ -18,7 +18,7 @@ from ditx.weights.pretrained import Description
 def stored(tmp_path):
     """A network of three classes, and six images of theirs."""
     config = ditx.DiTConfig(4, 2, 1, 8, 1, 1, num_classes=3, learn_sigma=False)
-    described = Description(config, ObjectiveConfig("flow"), SamplingConfig(), ("a", "b", "c"))
+    described = Description(config, ObjectiveConfig("flow", "velocity"), SamplingConfig(), ("a", "b", "c"))
     network = random_dit(config)
     pretrained.write(tmp_path / "network.safetensors", network, described)
     images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1), np.uint8)
@@ -31,7 +31,7 @@ def test_both_bounds_are_means_over_images_with_their_labels(run, stored):
     flags = ["--steps", 5, "--batch", 4, "--seed", 3, "--probes", 2]
     code, said = run.ditx("likelihood", folder / "network.safetensors", folder / "data.npz", *flags, "--json")
     assert code == 0, said
-    grid = ObjectiveConfig("flow").levels(5, "log-snr")
+    grid = ObjectiveConfig("flow", "velocity").sampler_grid(5, "log-snr")
 
     def one(x, y, key):
         def predict(x, t):

@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,38 +17,43 @@ X0 = np.linspace(-1, 1, 32).reshape(4, 4, 2)
 ERROR = 0.1
 CONFIGS = [
     ObjectiveConfig(),
-    ObjectiveConfig("x0", "cosine"),
-    ObjectiveConfig("v", "cosine"),
-    ObjectiveConfig("v", weighting="min-snr"),
-    ObjectiveConfig("x0", weighting="sigmoid"),
-    ObjectiveConfig("flow"),
-    ObjectiveConfig("flow", prediction="x0", flow_density="uniform"),
-    ObjectiveConfig("sit", flow_shift=3.0),
+    ObjectiveConfig("cosine", "x0"),
+    ObjectiveConfig("cosine", "v"),
+    ObjectiveConfig("cosine", "velocity"),
+    ObjectiveConfig("linear", "v", "min-snr"),
+    ObjectiveConfig("linear", "x0", "sigmoid"),
+    ObjectiveConfig("flow", "velocity"),
+    ObjectiveConfig("flow", "x0", flow_times="uniform"),
+    ObjectiveConfig("flow", "eps", flow_times=(2.0, 1.0), flow_shift=3.0),
+    ObjectiveConfig("flow", "v", flow_shift=3.0),
 ]
 
 
 def expected(config, here, i):
-    """The squared error in what is predicted, as the loss counts it."""
-    snr = float(here.alpha / here.sigma) ** 2
-    if config.weighting == "min-snr":  # v = (noise - sigma x) / alpha, so an error in v is one / alpha in the noise
-        return min(1, 5 / snr) * float(here.alpha) ** 2 * ERROR**2
-    if config.weighting == "sigmoid":
+    """The loss of an output that is off by ERROR."""
+    alpha, sigma = float(here.alpha), float(here.sigma)
+    if config.is_flow:  # Errors of the velocity, by what each output says of the data at a known x.
+        divisor = {"velocity": 1, "x0": sigma, "eps": alpha, "v": alpha**2 + sigma**2}[config.prediction]
+        return ERROR**2 / max(divisor, 0.05) ** 2
+    snr = (alpha / sigma) ** 2
+    if config.loss_weight == "min-snr":  # v = (noise - sigma x) / alpha, so an error in v is one / alpha in the noise
+        return min(1, 5 / snr) * alpha**2 * ERROR**2
+    if config.loss_weight == "sigmoid":
         fall = float(loss_weights.log_snr_fall(linear_schedule(), i))
         return fall / (1 + snr) * snr * ERROR**2
-    return ERROR**2 / (max(float(here.sigma), 0.05) ** 2 if config.prediction == "x0" else 1)
+    return ERROR**2
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @x64
 def test_a_network_is_asked_for_what_its_objective_says(config):
-    sit = config.objective == "sit"
     for seed in range(5):
         noise = jax.random.normal(jax.random.split(jax.random.key(seed))[1], X0.shape)
         seen = []
 
         def predict(x, t, noise=noise, seen=seen):
             if config.is_flow:
-                s = 1 - t if sit else t / 1000
+                s = t / 1000
                 here, i, place = flow.level(s), 0, s
             else:
                 schedule = linear_schedule() if config.schedule == "linear" else cosine_schedule()
@@ -55,8 +61,7 @@ def test_a_network_is_asked_for_what_its_objective_says(config):
                 here, place = level(schedule, i), i / 1000
             close(x, here.alpha * X0 + here.sigma * noise)
             seen.append((here, i, float(place)))
-            kind = config.prediction if config.is_flow else config.objective
-            return (-1 if sit else 1) * to_target(kind, jnp.asarray(X0), noise, here) + ERROR
+            return to_target(config.prediction, jnp.asarray(X0), noise, here) + ERROR
 
         terms = make_objective(config)(predict, jnp.asarray(X0), jax.random.key(seed))
         ((here, i, place),) = seen
@@ -68,7 +73,7 @@ def test_a_network_is_asked_for_what_its_objective_says(config):
 
 def test_flow_times_are_uniform_or_shifted_towards_the_noise():
     def shares(**fields):
-        objective = make_objective(ObjectiveConfig("flow", flow_density="uniform", **fields))
+        objective = make_objective(ObjectiveConfig("flow", "velocity", flow_times="uniform", **fields))
         draw = jax.vmap(lambda key: objective(lambda x, t: x, jnp.zeros((1, 1, 1)), key)["by_time"][0])
         return np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(0), 20_000)).mean(0))
 
@@ -77,14 +82,46 @@ def test_flow_times_are_uniform_or_shifted_towards_the_noise():
     np.testing.assert_allclose(shares(flow_shift=3.0), np.diff(edges / (3 - 2 * edges)), atol=0.01)
 
 
-def test_levels_are_those_of_training_and_shorter_ones():
+def test_grids_are_those_of_training_and_shorter_ones():
     same = functools.partial(np.testing.assert_array_equal)
-    same(ObjectiveConfig().levels().time, linear_schedule().time)
-    same(ObjectiveConfig("v", "cosine").levels(7).alpha, respace(cosine_schedule(), 7).alpha)
-    shifted = ObjectiveConfig("flow", flow_shift=3.0).levels(4)
+    same(ObjectiveConfig().sampler_grid().time, linear_schedule().time)
+    same(ObjectiveConfig("cosine", "v").sampler_grid(7).alpha, respace(cosine_schedule(), 7).alpha)
+    shifted = ObjectiveConfig("flow", "velocity", flow_shift=3.0).sampler_grid(4)
     close(shifted.sigma, [0.5, 0.75, 0.9, 1])
     for config in CONFIGS:
         for spacing in ("log-snr", "karras"):
-            levels = config.levels(9, spacing)
+            levels = config.sampler_grid(9, spacing)
             assert len(levels) == 9 and np.isfinite(levels.log_snr).all()
-            assert levels.prediction == (config.prediction if config.is_flow else config.objective)
+            assert levels.prediction == config.prediction
+
+
+def unchecked(name, value):
+    """A configuration that beartype, which only the scripts and tests turn on, would have refused."""
+    config = ObjectiveConfig()
+    object.__setattr__(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "learn_sigma", "sentence"),
+    [
+        (unchecked("schedule", "sine"), False, "schedule is 'sine'; choose linear, cosine, flow"),
+        (unchecked("prediction", "noise"), False, "prediction is 'noise'; choose eps, x0, v, velocity"),
+        (ObjectiveConfig("flow"), True, "schedule flow trains no variance; add --model.no-learn-sigma"),
+        (
+            ObjectiveConfig("flow", loss_weight="min-snr"),
+            False,
+            "schedule flow weights times by how often they are drawn",
+        ),
+        (ObjectiveConfig(flow_shift=0.0), False, "flow_shift is 0.0; give a number above 0"),
+        (ObjectiveConfig(flow_times=(0.0, -1.0)), False, "flow_times has a standard deviation of -1.0"),
+    ],
+)
+def test_impossible_objectives_are_named(config, learn_sigma, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        config.check(learn_sigma)
+
+
+def test_every_schedule_takes_every_prediction():
+    for schedule, prediction in itertools.product(("linear", "cosine", "flow"), ("eps", "x0", "v", "velocity")):
+        ObjectiveConfig(schedule, prediction).check(False)

@@ -27,12 +27,12 @@ def on_circle(angle):
 PATHS = {"vp": lambda s: on_circle(s * math.pi / 2), "linear": lambda s: flow.level(jnp.asarray(s))}
 
 
-def generate_samples():
+def draws():
     return st.sampled_from(sorted(PATHS)), st.floats(0.02, 0.98), images(), images()
 
 
 @pytest.mark.parametrize("source", KINDS)
-@given(*generate_samples())
+@given(*draws())
 @x64
 def test_every_prediction_comes_back_by_way_of_every_other(source, path, s, x, prediction):
     level, x, prediction = PATHS[path](s), jnp.asarray(x), jnp.asarray(prediction)
@@ -41,7 +41,7 @@ def test_every_prediction_comes_back_by_way_of_every_other(source, path, s, x, p
         close(convert(there, x, level, source=target, target=source), prediction, atol=1e-9)  # divided by 0.02 twice
 
 
-@given(*generate_samples())
+@given(*draws())
 @x64
 def test_every_prediction_tells_the_data_and_the_noise(path, s, x0, noise):
     level, x0, noise = PATHS[path](s), jnp.asarray(x0), jnp.asarray(noise)
@@ -58,7 +58,7 @@ def test_each_prediction_is_what_its_paper_defines(s, x0, noise):
     x0, noise = jnp.asarray(x0), jnp.asarray(noise)
     for name, path in PATHS.items():
         level = path(s)
-        target = functools.partial(compose, x0=x0, noise=noise, level=level)
+        target = functools.partial(to_target, x0=x0, noise=noise, level=level)
         close(target("eps"), noise)
         close(target("x0"), x0)
         close(target("v"), level.alpha * noise - level.sigma * x0)
@@ -74,7 +74,7 @@ def test_each_prediction_is_what_its_paper_defines(s, x0, noise):
     close(to_target("velocity", x0, noise, PATHS["vp"](s)), to_target("v", x0, noise, PATHS["vp"](s)))
 
 
-@given(*generate_samples(), images(bound=1))
+@given(*draws(), images(bound=1))
 @x64
 def test_errors_of_two_predictions_have_the_stated_ratio(path, s, x, prediction, error):
     level, x, prediction, error = PATHS[path](s), jnp.asarray(x), jnp.asarray(prediction), jnp.asarray(error)

@@ -153,19 +153,6 @@ def test_dpm_solver_extrapolates_the_data_in_log_snr():
 
 
 @x64
-def test_a_network_of_sit_is_drawn_from_as_sit_does():
-    """Ma et al. 2024: t from 0 (noise) to 1 (data), fed as it is; velocity data - noise; surplus channels dropped."""
-
-    def network(x, t):
-        return jnp.concatenate([jnp.sin(3 * x) - t * x, 100 * jnp.ones_like(x)], -1)
-
-    x = expected = jax.random.normal(jax.random.key(0), (2, 2, 1))
-    for t in np.arange(8) / 8:
-        expected = expected + network(expected, t)[..., :1] / 8
-    close(sample(euler_step, flow.from_sit(network), flow.uniform_grid(8), x, key=jax.random.key(0))[0], expected)
-
-
-@x64
 def test_flow_samplers_are_exact_where_paths_do_not_bend():
     """One point of data: every velocity is constant along its path."""
 

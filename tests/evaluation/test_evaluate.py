@@ -107,10 +107,10 @@ def test_samples_are_those_of_the_sampler_on_any_devices():
     network, sampling = DiT(model, key=jax.random.key(0)), SamplingConfig(steps=2, sampler="euler")
     labels, keys = draw_labels(10, 16, 3)[5:], sample_keys(3, 5, 11)
     expected = to_uint8(
-        np.asarray(jax.jit(make_draw(sampling, model, ObjectiveConfig("flow")))(network, labels, keys)[0])
+        np.asarray(jax.jit(make_draw(sampling, model, ObjectiveConfig("flow", "velocity")))(network, labels, keys)[0])
     )
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-    images = make_images(sampling, model, ObjectiveConfig("flow"), None, mesh, batch_size=11, seed=3)
+    images = make_images(sampling, model, ObjectiveConfig("flow", "velocity"), None, mesh, batch_size=11, seed=3)
     laid = jax.tree.map(lambda leaf, to: shard_host_array(leaf, to.sharding), network, with_shardings(network, mesh))
     found = images(laid, 5)
     assert found.dtype == np.uint8 and len(found) == 16  # a multiple of the devices

@@ -38,7 +38,12 @@ def test_preset_builds_and_is_the_papers(name):
     row, optimizer = row_of(config), train.make_optimizer(config)
     assert (config.batch_size, config.learning_rate, config.weight_decay, config.warmup) == (256, 1e-4, 0, 0)
     assert (config.decay, config.beta2, config.ema_decay, config.flip) == ("constant", 0.999, 0.9999, True)
-    assert (config.objective, config.dataset, config.model.label_dropout) == ("eps", "latents", 0.1)
+    assert (config.schedule, config.prediction, config.dataset, config.model.label_dropout) == (
+        "linear",
+        "eps",
+        "latents",
+        0.1,
+    )
     assert config.steps >= 1000 * row["steps_thousands"]
     assert (config.sampling.steps, config.sampling.guidance_channels) == (250, 3)
 

@@ -21,9 +21,12 @@ def make_batch(seed=0):
     return {"x": x, "y": rng.integers(0, 5, BATCH).astype(np.int32)}
 
 
-def make_step(optimizer, objective="eps", config=CONFIG, **options):
+PAPER = ObjectiveConfig()
+
+
+def make_step(optimizer, objective=PAPER, config=CONFIG, **options):
     state = TrainState.create(config, optimizer, power_emas=len(options.get("gammas", ())), key=jax.random.key(0))
-    objective = make_objective(ObjectiveConfig(objective))
+    objective = make_objective(objective)
     return state, partial(train_step, objective=objective, optimizer=optimizer, **({"ema_decay": 0.9} | options))
 
 
@@ -67,9 +70,9 @@ def test_first_loss_of_the_papers_objective_is_that_of_a_zero_output():
     np.testing.assert_allclose(terms["loss"], terms["mse"] + terms["vb"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["eps", "flow"])
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), ObjectiveConfig("flow", "velocity")], ids=str)
 def test_training_lowers_the_loss(objective):
-    config = dataclasses.replace(CONFIG, learn_sigma=objective != "flow")
+    config = dataclasses.replace(CONFIG, learn_sigma=not objective.is_flow)
     state, step = make_step(optax.adam(3e-3), objective, config)
     step, losses = jax.jit(step), []
     for _ in range(60):

@@ -62,12 +62,12 @@ def test_output_of_diffusers_weights_is_theirs(highest_precision):
 def test_network_of_sit_is_drawn_from_as_sit_does(highest_precision):
     """Ma et al. 2024: fed t from 0 (noise) to 1 (data), velocity data - noise, its doubled channels dropped."""
     model, golden = tiny_dit()  # the same names and shapes
+    sit = dit_from_torch(dit_to_torch(model), dataclasses.replace(model.config, sit=True))
     x = expected = jnp.asarray(hwc(golden["x"])[0])
     for step in range(5):
         expected = expected + forward(model, expected, jnp.asarray(step / 5), 3)[..., : x.shape[-1]] / 5
-    predict = ditx.flow.from_sit(lambda x, t: model(x, t, 3))
     grid = ditx.flow.uniform_grid(5)
-    drawn, _ = ditx.samplers.sample(ditx.samplers.euler_step, predict, grid, x, key=jax.random.key(0))
+    drawn, _ = ditx.samplers.sample(ditx.samplers.euler_step, lambda x, t: sit(x, t, 3), grid, x, key=jax.random.key(0))
     assert_close(drawn, expected, 1e-5)
 
 

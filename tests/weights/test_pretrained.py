@@ -45,7 +45,7 @@ def test_runs_of_before_there_was_a_choice_are_described():
         "input_size": 8, "num_classes": 1, "learn_sigma": false}, "steps": 3, "sampling": {"sampler": "euler",
         "steps": 25, "eta": 0.0, "guidance_scale": 2.5, "guidance_channels": 0}}""")
     described = pretrained.Description.of(told, "run")
-    assert described.objective == ObjectiveConfig("flow", flow_time=(0.5, 1.0))
+    assert described.objective == ObjectiveConfig("flow", "velocity", flow_times=(0.5, 1.0))
     assert described.sampling == SamplingConfig("euler", 25, guidance_scale=2.5)
     for wrong in ({"objective": "noise"}, {"sampling": {"sampler": "euler", "colour": "red"}}):
         with pytest.raises(ValueError, match="run was written by another version of ditx, or is damaged"):
@@ -91,7 +91,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(run, released, vae, tmp_pat
         ([released, "--vae", vae, "--labels", "1000"], "there is no class '1000'; there are 0 to 999: tench, goldfish"),
         ([released, "--vae", vae, "--decode-batch", 0], "decode_batch is 0"),
         ([released, "--vae", released], "the weights do not fit the configuration: missing ["),
-        ([released, "--vae", vae, "--steps", 1001], "steps is 1001; objective eps samples in 1 to 1000 steps"),
+        ([released, "--vae", vae, "--steps", 1001], "steps is 1001; schedule linear samples in 1 to 1000 steps"),
         ([tmp_path / "missing.pt", "--vae", vae], "there is no such file"),
         ([tmp_path, "--vae", vae], "is neither a run nor a folder with diffusion_pytorch_model"),
     ]:
