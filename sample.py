@@ -25,11 +25,10 @@ from tqdm import tqdm
 with install_import_hook("ditx", "beartype.beartype"):
     from ditx import pictures
     from ditx.data import imagenet
-    from ditx.data.image_files import to_uint8
     from ditx.diffusion.objective import ObjectiveConfig
     from ditx.nn.dit import DiT
     from ditx.nn.layers import Compute
-    from ditx.parallel.compile import Dtype, compiler_options, resolve_dtype, tune_malloc
+    from ditx.parallel.compile import Dtype, resolve_dtype, tune_malloc
     from ditx.parallel.distributed import (
         DistributedConfig,
         assert_same_everywhere,
@@ -38,16 +37,8 @@ with install_import_hook("ditx", "beartype.beartype"):
         is_main_process,
         sync_errors,
     )
-    from ditx.parallel.mesh import (
-        MeshConfig,
-        check_compute,
-        check_fit,
-        data_parallel_size,
-        make_mesh,
-        replicated,
-        with_shardings,
-    )
-    from ditx.sampling import Decode, SamplingConfig, batch_size, make_decode, make_draw, on_mesh, sample_keys
+    from ditx.parallel.mesh import MeshConfig, check_compute, check_fit, data_parallel_size, make_mesh, with_shardings
+    from ditx.sampling import Decode, SamplingConfig, choose_batch_size, make_decode, make_sampler
     from ditx.training import run as runs
     from ditx.weights import pretrained
     from ditx.weights.frozen import load_decoder
@@ -195,54 +186,25 @@ def draw_all(
     config: Config,
     labels: np.ndarray,
     mesh: Mesh,
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The samples as uint8 images and, to animate, as many at about 40 moments of the way."""
-    by_another = guide is not None
-    draw = make_draw(
-        config.sampling, network.config, objective, by_another=by_another, unroll=config.unroll, compute=config
+) -> tuple[np.ndarray, np.ndarray]:
+    """The samples as uint8 images and, with --animate, their states at about 40 moments, the sample last."""
+    sampler = make_sampler(
+        config.sampling,
+        network.config,
+        objective,
+        mesh,
+        batch_size=choose_batch_size(len(labels), config.batch, data_parallel_size(mesh)),
+        stride=max(1, config.sampling.steps // 40) if config.animate else 0,
+        decode=decode,
+        unroll=config.unroll,
+        compute=config,
+        guided_by_network=guide is not None,
     )
-    draw = on_mesh(draw, mesh)
-    batch = batch_size(len(labels), config.batch, data_parallel_size(mesh))
-    stride = max(1, config.sampling.steps // 40)
-
-    # What is traced is compiled once for all its values.
-    seed, params = np.uint32(config.seed), config.sampling.params(objective)
-
-    def run_batch(network, guide, labels, seed, first, params):
-        samples, states = draw(network, labels, sample_keys(seed, first, batch), guide=guide, params=params)
-        return samples, states[:, ::-stride][:, ::-1] if config.animate else None
-
-    def to_images(samples):
-        samples = np.asarray(samples)
-        if not np.isfinite(samples).all():
-            raise ValueError(
-                "samples are not finite numbers; try --dtype float32, a lower --guidance-scale, or more steps"
-            )
-        return to_uint8(samples)
-
-    compiled = jax.jit(run_batch, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh, config))
-    images, frames, under_way = [], [], []
-
-    def fetch():
-        count, samples, moments = under_way.pop(0)
-        images.append(to_images(samples)[:count])
-        if moments:
-            frames.append(np.stack([to_images(moment) for moment in moments], axis=1)[:count])
-
-    quiet = len(labels) <= batch or not is_main_process()
-    for first in tqdm(range(0, len(labels), batch), unit="batch", disable=quiet or None):
-        # The last batch is filled up, so that one program serves all.
-        count = min(batch, len(labels) - first)
-        padded = np.resize(labels[first : first + count], batch)
-        samples, states = compiled(network, guide, padded, seed, np.int32(first), params)
-        moments = [] if states is None else [states[:, moment] for moment in range(states.shape[1])]
-        if decode:
-            samples, moments = decode(samples), [decode(moment) for moment in moments]
-        under_way.append((count, samples, moments))
-        if first:  # Devices draw and decode this batch while the one before is fetched.
-            fetch()
-    fetch()
-    return np.concatenate(images), list(np.concatenate(frames).swapaxes(0, 1)) if frames else []
+    total = -(-len(labels) // sampler.batch_size)
+    batches = sampler.batches(network, labels, seed=config.seed, guide=guide)
+    quiet = total == 1 or not is_main_process()
+    images = np.concatenate(list(tqdm(batches, total=total, unit="batch", disable=quiet or None)))
+    return (images[:, -1], images.swapaxes(0, 1)) if config.animate else (images, images[:0])
 
 
 def check(config: Config, described: Description, num: int) -> None:
@@ -260,7 +222,7 @@ def check(config: Config, described: Description, num: int) -> None:
         raise ValueError(f"the network makes latents of {channels} channels; decode them with --vae ft-ema, or a path")
     if channels in (1, 3) and config.vae:
         raise ValueError(f"vae is {config.vae!r}, but the network makes images of {channels} channels; leave it out")
-    config.sampling.check(described.model, described.objective, by_another=bool(config.guide))
+    config.sampling.check(described.model, described.objective, guided_by_network=bool(config.guide))
 
 
 def sample(argv: list[str]) -> int:

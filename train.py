@@ -33,9 +33,8 @@ from tqdm import tqdm
 with install_import_hook("ditx", "beartype.beartype"):
     from ditx import costs, pictures
     from ditx.data import loader, sources
-    from ditx.data.image_files import to_uint8
     from ditx.diffusion.objective import make_objective
-    from ditx.evaluation.evaluate import make_fid, make_images
+    from ditx.evaluation.evaluate import draw_labels, make_fid
     from ditx.evaluation.features import FeatureNetwork
     from ditx.evaluation.reference import Reference, read_reference
     from ditx.nn.dit import DiT, DiTConfig
@@ -58,7 +57,6 @@ with install_import_hook("ditx", "beartype.beartype"):
         check_batch,
         check_compute,
         check_fit,
-        data_parallel_size,
         local_batch_indices,
         make_mesh,
         put_batch,
@@ -66,7 +64,7 @@ with install_import_hook("ditx", "beartype.beartype"):
         table,
         with_shardings,
     )
-    from ditx.sampling import Decode, make_decode, make_draw, on_mesh, sample_keys
+    from ditx.sampling import Decode, make_decode, make_sampler
     from ditx.training import checkpoint
     from ditx.training import run as runs
     from ditx.training.config import CHANGEABLE_ON_RESUME, PRESETS, Config, check, power_ema_gammas
@@ -143,21 +141,19 @@ def make_picture(config: Config, seen: sources.Source, mesh: Mesh) -> Callable[[
     """The function that writes samples of averaged weights: the same noise and up to ten classes every time."""
     if not config.sample_every or (seen.latents and not config.vae):
         return None
-    decode, num_classes = read_decoder(config, seen, mesh), config.model.num_classes
+    num_classes = config.model.num_classes
     columns = min(num_classes, 10) or 10
-    count = -(-4 * columns // data_parallel_size(mesh)) * data_parallel_size(mesh)
-    classes = np.linspace(0, max(num_classes - 1, 0), columns).astype(np.int32)
-    labels, params = np.resize(classes, count), config.sampling.params(config)
-    # By what computes blocks plainly, since the averaged weights are float32.
-    draw = on_mesh(make_draw(config.sampling, config.model, config), mesh)
-
-    @partial(jax.jit, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
-    def generate_samples(ema, labels, seed, params):
-        return draw(ema, labels, sample_keys(seed, 0, count), params=params)[0]
+    labels = np.resize(np.linspace(0, max(num_classes - 1, 0), columns).astype(np.int32), 4 * columns)
+    decode = read_decoder(config, seen, mesh)
+    # The default block function: the averaged weights are float32.
+    sampler = make_sampler(config.sampling, config.model, config, mesh, batch_size=len(labels), decode=decode)
 
     def picture(ema, path):
-        samples = np.asarray(generate_samples(ema, labels, np.uint32(config.seed), params))
-        images = to_uint8(np.asarray(decode(samples) if decode else samples))[: 4 * columns]
+        try:
+            images = sampler(ema, labels, seed=config.seed)
+        except ValueError as error:  # Training may still recover.
+            print(f"warning: no {path.name}: {error}", file=sys.stderr)
+            return
         if is_main_process():
             path.parent.mkdir(exist_ok=True)
             pictures.grid(images, columns).save(path)
@@ -341,16 +337,11 @@ def fit(
     draw_picture, fid_of = make_picture(config, seen, mesh), None
     if compared:
         reference, features = compared
-        images = make_images(
-            replace(config.sampling, guidance_scale=1.0),
-            config.model,
-            config,
-            read_decoder(config, seen, mesh),
-            mesh,
-            batch_size=min(128, config.eval_samples),
-            seed=config.seed,
-        )
-        fid_of = make_fid(images, features, reference, mesh, config.eval_samples)
+        unguided, count = replace(config.sampling, guidance_scale=1.0), config.eval_samples
+        decode = read_decoder(config, seen, mesh)
+        sampler = make_sampler(unguided, config.model, config, mesh, batch_size=min(128, count), decode=decode)
+        labels = draw_labels(config.model.num_classes, count, config.seed)
+        fid_of = make_fid(sampler, labels, config.seed, features, reference, mesh)
 
     def finish(state):
         """Write the pictures of the last step, where they are missing."""
@@ -497,7 +488,8 @@ def fit(
                 with monitor.paused(step):
                     picture = run / "samples" / f"step-{step:07d}.png"
                     draw_picture(state.ema, picture)
-                    monitor.show(step, picture)
+                    if picture.exists():
+                        monitor.show(step, picture)
         if saved < step:
             save()
         if failure:

@@ -1,17 +1,17 @@
-"""Samples from a trained network: batches in which each one depends on the seed and its own number alone."""
+"""Samples from a trained network: seed and number in, image out, on a mesh. The only place that compiles a sampler."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Integer, Key
+from jaxtyping import Array, Float, Integer, Key, UInt8
 
 from ditx.diffusion import guidance, samplers
 from ditx.diffusion.objective import ObjectiveConfig
@@ -19,6 +19,7 @@ from ditx.diffusion.schedule import Schedule
 from ditx.nn.dit import DiTConfig
 from ditx.nn.layers import PLAIN, Compute
 from ditx.nn.vae import AutoencoderKL
+from ditx.parallel.compile import compiler_options
 from ditx.parallel.mesh import (
     batch_sharding,
     data_parallel,
@@ -28,70 +29,71 @@ from ditx.parallel.mesh import (
     shard_host_array,
 )
 
-Sampler = Literal["auto", "ddpm", "ddim", "dpm-solver", "heun", "euler", "euler-maruyama"]
 STEPS = {
     "ddpm": samplers.ddpm_step,
     "ddim": samplers.ddim_step,
-    "dpm-solver": samplers.dpm_solver_step,
-    "heun": samplers.heun_step,
-    "euler": samplers.euler_step,
-    "euler-maruyama": samplers.euler_maruyama_step,
+    "dpm-solver": samplers.dpm_solver_step,  # DPM-Solver++(2M)
+    "heun": samplers.heun_step,  # probability-flow ODE, two evaluations a step
+    "euler": samplers.euler_step,  # probability-flow ODE
+    "euler-maruyama": samplers.euler_maruyama_step,  # SDE
 }
+if TYPE_CHECKING:
+    SamplerName: TypeAlias = str
+else:
+    SamplerName = Literal[("auto", *STEPS)]
 
 
 class SamplerParams(NamedTuple):
-    """The numbers of a draw, all of which may be traced: one program serves all courses of as many steps.
+    """Traceable sampler parameters. New values reuse the compiled sampler; a new step count recompiles.
 
-    It is another one with guidance or without, in an interval or at all times.
+    Guidance or none, and an interval or none, also make different programs.
     """
 
     grid: Schedule
-    """the levels of noise"""
+    """noise levels, one per step"""
     scale: float | Float[Array, ""] | None
-    """of guidance; None is none, without a second evaluation"""
+    """guidance scale; None skips the second evaluation"""
     interval: tuple[float, float] | tuple[Float[Array, ""], Float[Array, ""]] | None
-    """the times to guide at; None is all of them"""
+    """guide only between these times; None guides at every step"""
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How samples are drawn. Any sampler takes any objective."""
+    """How samples are drawn. Any sampler works with any objective."""
 
-    sampler: Sampler = "auto"
-    """ddpm; ddim; dpm-solver, which is DPM-Solver++(2M); heun or euler on the probability-flow ODE; euler-maruyama on
-    the SDE; auto is heun for a flow, else ddpm"""
+    sampler: SamplerName = "auto"
+    """auto: heun for a flow, else ddpm. ddim, dpm-solver (DPM-Solver++(2M)), heun and euler are deterministic"""
     steps: int = 250
     """steps from noise to image"""
     spacing: Literal["time", "log-snr", "karras"] = "time"
-    """what steps are equal in: time, log-SNR, or (sigma / alpha)^(1/7)"""
+    """steps are equal in: time, log-SNR, or (sigma / alpha)^(1/7)"""
     eta: float = 0.0
-    """ddim alone: 0 is deterministic, 1 as noisy as ddpm"""
+    """noise of ddim: 0 is deterministic, 1 as noisy as ddpm"""
     guidance_scale: float = 1.0
-    """guidance, classifier-free unless by another network; 1 is none"""
+    """scale of classifier-free guidance, or of guidance by another network; 1 is none"""
     guidance_channels: int = 0
-    """guide the first so many channels (3, in the paper's numbers and the released code); 0 guides all"""
+    """guide only this many leading channels (3 in the paper's results and released code); 0 guides all"""
     guidance_interval: tuple[float, float] = (0.0, 1000.0)
-    """guide at these times alone, from 0 (data) to 1000 (noise); elsewhere, a step costs half as much"""
+    """guide only between these times, 0 (data) to 1000 (noise); a step outside costs half"""
 
     def resolved(self, objective: ObjectiveConfig) -> "SamplingConfig":
-        """With what `auto` stands for."""
-        usual = "heun" if objective.is_flow else "ddpm"
-        return replace(self, sampler=usual if self.sampler == "auto" else self.sampler)
+        """The same with `auto` replaced by a sampler's name."""
+        default = "heun" if objective.is_flow else "ddpm"
+        return replace(self, sampler=default if self.sampler == "auto" else self.sampler)
 
     def params(self, objective: ObjectiveConfig) -> SamplerParams:
-        """The numbers of such draws."""
+        """The traceable parameters."""
         scale = None if self.guidance_scale == 1 else float(self.guidance_scale)
         interval = None if scale is None or self.guidance_interval == (0, 1000) else self.guidance_interval
         return SamplerParams(objective.sampler_grid(self.steps, self.spacing), scale, interval)
 
-    def check(self, model: DiTConfig, objective: ObjectiveConfig, *, by_another: bool = False) -> None:
-        """Raise ValueError where this cannot work with such a network, or without another to guide it."""
-        whole = not objective.is_flow and self.spacing == "time"
-        limit = 1000 if whole else 10_000
+    def check(self, model: DiTConfig, objective: ObjectiveConfig, *, guided_by_network: bool = False) -> None:
+        """Raise ValueError where this cannot work with a network, guided by its null label or by another network."""
+        limit = 1000 if not objective.is_flow and self.spacing == "time" else 10_000
         if not 1 <= self.steps <= limit:
             raise ValueError(f"steps is {self.steps}; schedule {objective.schedule} samples in 1 to {limit} steps")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta is {self.eta}; it goes from 0 (deterministic) to 1 (as noisy as ddpm)")
+            raise ValueError(f"eta is {self.eta}; choose 0 (deterministic) to 1 (as noisy as ddpm)")
         if not 0 <= self.guidance_channels <= model.in_channels:
             raise ValueError(
                 f"guidance_channels is {self.guidance_channels}; the network has {model.in_channels} (0 guides all)"
@@ -100,94 +102,121 @@ class SamplingConfig:
             raise ValueError(f"guidance_scale is {self.guidance_scale}; give a number, 1 for no guidance")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1000:
-            raise ValueError(f"guidance_interval is {low} to {high}; give two times, rising, within 0 and 1000")
-        if self.guidance_scale != 1 and not by_another and (model.null_label is None or model.num_classes == 0):
-            lacking = "labels" if model.num_classes == 0 else "null label (it was trained with label_dropout 0)"
-            raise ValueError(f"guidance_scale is {self.guidance_scale}, but the network has no {lacking}; use 1")
+            raise ValueError(f"guidance_interval is {low} to {high}; give two rising times within 0 and 1000")
+        if self.guidance_scale != 1 and not guided_by_network and (model.null_label is None or not model.num_classes):
+            missing = "labels" if model.num_classes == 0 else "null label (it was trained with label_dropout 0)"
+            raise ValueError(f"guidance_scale is {self.guidance_scale}, but the network has no {missing}; use 1")
 
 
-Draw: TypeAlias = Callable[..., tuple[Float[Array, "b h w c"], Float[Array, "b T h w c"]]]
-"""`draw(model, labels, keys, *, guide=None, course=None) -> samples, states`, with a label and a key for each sample;
-`guide` is the weaker network of autoguidance, and `course`, in place of the configured one, may be traced."""
+Decode: TypeAlias = Callable[[Float[Array, "n h w z"]], Float[Array, "n h8 w8 c"]]
 
 
-def make_draw(
+@dataclass(frozen=True)
+class Sampler:
+    """A compiled sampler. Call it for an array of images, or iterate over `batches`."""
+
+    program: Any
+    """jitted `program(network, guide, labels, seed, first, params)`: one batch in float32, not decoded"""
+    params: SamplerParams
+    batch_size: int
+    decode: Decode | None
+
+    def __call__(self, network: Any, labels: Integer[np.ndarray, " n"], **options: Any) -> UInt8[np.ndarray, "n ..."]:
+        """All images in one array; `options` as of `batches`."""
+        return np.concatenate(list(self.batches(network, labels, **options)))
+
+    def batches(
+        self, network: Any, labels: Integer[np.ndarray, " n"], *, seed: int, first: int = 0, guide: Any = None
+    ) -> Iterator[UInt8[np.ndarray, "b ..."]]:
+        """Images of samples number `first` and later, one per label: (b, h, w, c), or (b, moments, h, w, c).
+
+        The devices work on a batch while the one before is fetched. Raises ValueError for samples that are not finite.
+        """
+        pending: Any = None
+        for start in range(0, len(labels), self.batch_size):
+            part = labels[start : start + self.batch_size]
+            padded = np.resize(part, self.batch_size).astype(np.int32)  # so that one program serves the last batch, too
+            x = self.program(network, guide, padded, np.uint32(seed), np.int32(first + start), self.params)
+            if self.decode:
+                decoded = self.decode(rearrange(x, "... h w c -> (...) h w c"))
+                x = decoded.reshape(*x.shape[:-3], *decoded.shape[-3:])
+            if pending is not None:
+                yield _to_images(*pending)
+            pending = x, len(part)
+        if pending is not None:
+            yield _to_images(*pending)
+
+
+def make_sampler(
     config: SamplingConfig,
-    model: DiTConfig,
+    model_config: DiTConfig,
     objective: ObjectiveConfig,
+    mesh: Mesh,
     *,
-    by_another: bool = False,
+    batch_size: int = 100,
+    stride: int = 0,
+    decode: Decode | None = None,
     unroll: int = 1,
     compute: Compute = PLAIN,
-) -> Draw:
-    """The function that draws a batch, and is given another network to guide with if `by_another`.
+    guided_by_network: bool = False,
+) -> Sampler:
+    """Compile a sampler of networks that are laid on the mesh, where each device draws its part of a batch.
 
-    The states are all those on the way, to be dropped inside `jax.jit` where only samples are wanted. `unroll` blocks
-    are compiled in a row, and computed by `compute`.
-    Raises ValueError where the configurations do not fit together.
+    `batch_size` is rounded up to a multiple of the devices. With a `stride`, a sample is preceded by its states at
+    every so many steps. With `guided_by_network`, each call has a `guide`, the weaker network of autoguidance (Karras
+    et al. 2024). Raises ValueError where the configurations do not fit together.
     """
-    config.check(model, objective, by_another=by_another)
+    config.check(model_config, objective, guided_by_network=guided_by_network)
     config = config.resolved(objective)
     step = partial(samplers.ddim_step, eta=config.eta) if config.sampler == "ddim" else STEPS[config.sampler]
-    usual = config.params(objective)
-    shape = (model.input_size, model.input_size, model.in_channels)
+    shape = (model_config.input_size, model_config.input_size, model_config.in_channels)
+    batch = -(-batch_size // data_parallel_size(mesh)) * data_parallel_size(mesh)
 
-    def draw(model, labels, keys, *, guide=None, params=None):
-        grid, scale, interval = usual if params is None else params
-        by: Any = {"scale": 1 if scale is None else scale, "channels": config.guidance_channels or None}
-        by["interval"] = interval
+    def sample(network, guide, y, key, params):
+        options: Any = {"scale": 1 if params.scale is None else params.scale, "interval": params.interval}
+        options["channels"] = config.guidance_channels or None
 
-        def apply(x, t, y, network=model):
-            # The state of a sampler is float32, whatever the network computes in.
+        def apply(x, t, y, network=network):
+            # The sampler's state is float32, whatever the network computes in.
             output = network(x.astype(network.patch.weight.dtype), t, y, compute=compute, unroll=unroll)
             return output.astype(x.dtype)
 
-        def one(y, key):
-            start_key, noise_key = jax.random.split(key)
-            if guide is None:
-                predict = guidance.classifier_free(apply, y, null_label=model.config.null_label, **by)
-            else:
-                other = y if guide.config.num_classes else None
-                strong, weak = (lambda x, t: apply(x, t, y)), (lambda x, t: apply(x, t, other, guide))
-                predict = guidance.guide(strong, weak, **by)
-            return samplers.sample(step, predict, grid, jax.random.normal(start_key, shape), key=noise_key)
+        start_key, noise_key = jax.random.split(key)
+        if guide is None:
+            predict = guidance.classifier_free(apply, y, null_label=network.config.null_label, **options)
+        else:
+            guide_label = y if guide.config.num_classes else None
+            strong, weak = (lambda x, t: apply(x, t, y)), (lambda x, t: apply(x, t, guide_label, guide))
+            predict = guidance.guide(strong, weak, **options)
+        return samplers.sample(step, predict, params.grid, jax.random.normal(start_key, shape), key=noise_key)
 
-        return jax.vmap(one)(labels, keys)
-
-    return draw
-
-
-def on_mesh(draw: Draw, mesh: Mesh) -> Draw:
-    """The same on a mesh, to be called within `jax.jit`: each device draws its part, with weights as `place` has them.
-
-    The batch must be a multiple of `batch_parts`.
-    """
-
-    def spread(model, labels, keys, *, guide=None, params=None):
-        gather, gather_guide = make_gather(model, mesh), make_gather(guide, mesh)
+    def run_batch(network, guide, labels, seed, first, params):
+        gather, gather_guide = make_gather(network, mesh), make_gather(guide, mesh)
 
         def local(networks, rows):
-            model, guide = networks
-            return draw(gather(model), *rows, guide=gather_guide(guide), params=params)
+            network, guide = gather(networks[0]), gather_guide(networks[1])
+            return jax.vmap(lambda y, key: sample(network, guide, y, key, params))(*rows)
 
-        return data_parallel(local, (model, guide), mesh)((model, guide), (labels, keys))
+        rows = labels, sample_keys(seed, first, batch)
+        samples, states = data_parallel(local, (network, guide), mesh)((network, guide), rows)
+        return states[:, ::-stride][:, ::-1] if stride else samples  # Unused states are never stored.
 
-    return spread
+    program = jax.jit(run_batch, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh, compute))
+    return Sampler(program, config.params(objective), batch, decode)
 
 
-def sample_keys(seed: Integer[Array, ""] | int, first: Int[Array, ""] | int, count: int) -> Key[Array, " b"]:
-    """The keys of samples number `first` to `first + count - 1`."""
+def sample_keys(seed: Integer[Array, ""] | int, first: Integer[Array, ""] | int, count: int) -> Key[Array, " b"]:
+    """The keys of samples `first` to `first + count - 1`: sample k depends on the seed and k only."""
     return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(count))
 
 
-def batch_size(num: int, most: int, parts: int) -> int:
-    """How many of `num` samples to draw at a time, at most about `most`, where as many as `parts` devices share them.
+def choose_batch_size(num: int, limit: int, parts: int) -> int:
+    """Choose how many of `num` samples to draw at a time: at most about `limit`, shared by `parts` devices.
 
-    Batches are as few as can be and equally large. In each, every device has 1, 2, 3, 4, 6, 8, 12, 16, 24, ... samples,
-    or its share of `most`: so other numbers seldom need another program, and less than half as many again are drawn as
-    an equal share has.
+    Batches are as few as possible and equally large. A device gets 1, 2, 3, 4, 6, 8, 12, 16, 24, ... samples, or its
+    share of `limit`, so that few programs serve all numbers; less than half as many again are drawn in vain.
     """
-    limit = -(-most // parts)
+    limit = -(-limit // parts)
     batches = -(-num // (limit * parts))
     rows = -(-num // (batches * parts))
     power = 1 << (rows - 1).bit_length()
@@ -195,13 +224,22 @@ def batch_size(num: int, most: int, parts: int) -> int:
     return parts * min(limit, between if between >= rows and power > 2 else power)
 
 
-Decode = Callable[[Float[Array | np.ndarray, "n h w z"]], Float[Array, "n h8 w8 c"]]
+def to_uint8(x: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Pixels 0..255 of values in [-1, 1], truncated as in the ADM evaluation; the exact inverse of `to_unit`."""
+    return np.clip(127.5 * x.astype(np.float32) + 128, 0, 255).astype(np.uint8)
+
+
+def _to_images(x: Array, count: int) -> UInt8[np.ndarray, "n ..."]:
+    samples = np.asarray(x)[:count]
+    if not np.isfinite(samples).all():
+        raise ValueError("samples are not finite; try --dtype float32, a lower --guidance-scale, or more steps")
+    return to_uint8(samples)
 
 
 def make_decode(vae: AutoencoderKL, mesh: Mesh, batch_size: int = 4) -> Decode:
-    """The function that decodes latents, `batch_size` of them on each device at a time, and does not wait for it.
+    """Compile the decoder of latents, `batch_size` of them on each device at a time; a call does not wait.
 
-    A decoder's memory grows with its batch: some 0.4 GB for an image of 256 pixels, four times that for 512.
+    A decoder's memory grows with its batch: about 0.4 GB for an image of 256 pixels, four times that for 512.
     """
     count, rows, whole = batch_size * data_parallel_size(mesh), batch_sharding(mesh), replicated(mesh)
     weights = jax.tree.map(lambda leaf: shard_host_array(leaf, whole), vae)
@@ -210,9 +248,8 @@ def make_decode(vae: AutoencoderKL, mesh: Mesh, batch_size: int = 4) -> Decode:
         return jax.vmap(vae.decode)(jax.lax.with_sharding_constraint(latents, rows))
 
     def parts(vae, latents):
-        # The last part is filled up.
-        filled = jnp.concatenate([latents, jnp.zeros((-len(latents) % count, *latents.shape[1:]), latents.dtype)])
-        images = jax.lax.map(partial(part, vae), rearrange(filled, "(p n) h w z -> p n h w z", n=count))
+        padded = jnp.concatenate([latents, jnp.zeros((-len(latents) % count, *latents.shape[1:]), latents.dtype)])
+        images = jax.lax.map(partial(part, vae), rearrange(padded, "(p n) h w z -> p n h w z", n=count))
         return rearrange(images, "p n h w c -> (p n) h w c")[: len(latents)]
 
     return partial(jax.jit(parts, out_shardings=whole), weights)

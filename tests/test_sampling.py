@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from gaussian_data import MU, S
 
+from ditx import sampling
 from ditx.diffusion import flow
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.diffusion.parameterization import NoiseLevel, to_target
 from ditx.nn.dit import DiT, DiTConfig
-from ditx.sampling import STEPS, SamplingConfig, batch_size, make_draw, sample_keys
+from ditx.parallel.mesh import MeshConfig, make_mesh, shard_host_array, with_shardings
+from ditx.sampling import STEPS, SamplingConfig, choose_batch_size, make_sampler
 
 CONFIG = DiTConfig(8, 4, 1, 16, 1, 1, num_classes=1)
 OBJECTIVES = [
@@ -28,38 +30,46 @@ OBJECTIVES = [
 ]
 
 
+@jax.tree_util.register_static
 class Best:
-    """The best network for data of deviation S, of mean `mean` under label 0 and `without` under none."""
+    """The optimal network for data of deviation S, with mean `mean` under label 0 and `unlabelled` under none."""
 
     patch = SimpleNamespace(weight=jnp.zeros(1))
 
-    def __init__(self, objective, mean=MU, without=0.0, num_classes=1):
-        self.objective, self.means = objective, jnp.array([mean, without])
+    def __init__(self, objective, mean=MU, unlabelled=0.0, num_classes=1):
+        self.objective, self.means = objective, jnp.array([mean, unlabelled])
         self.config = SimpleNamespace(num_classes=num_classes, null_label=num_classes)
 
     def __call__(self, x, t, y, *, compute, unroll=1):
         if self.objective.is_flow:
-            here = flow.level(t / 1000)
+            level = flow.level(t / 1000)
         else:
             whole = self.objective.sampler_grid()
             alpha = jnp.exp(jnp.interp(t, jnp.asarray(whole.time), jnp.log(jnp.asarray(whole.alpha))))
             sigma = jnp.sqrt(1 - alpha**2)
-            here = NoiseLevel(t, alpha, sigma, -sigma, alpha)
-        a, b, mean = here.alpha, here.sigma, self.means[1 if y is None else y]
+            level = NoiseLevel(t, alpha, sigma, -sigma, alpha)
+        a, b, mean = level.alpha, level.sigma, self.means[1 if y is None else y]
         rest = (x - a * mean) / (a**2 * S**2 + b**2)
-        return to_target(self.objective.prediction, mean + a * S**2 * rest, b * rest, here)
+        return to_target(self.objective.prediction, mean + a * S**2 * rest, b * rest, level)
+
+
+MESH = make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def make(objective, config=CONFIG, batch_size=64, **fields):
+    guided = fields.pop("guided_by_network", False)
+    settings = {"batch_size": batch_size, "guided_by_network": guided}
+    return make_sampler(SamplingConfig(**fields), config, objective, MESH, **settings)
 
 
 @cache
 def generate_samples(objective, guide=None, params=(), **fields):
-    draw = make_draw(SamplingConfig(**fields), CONFIG, objective, by_another=guide is not None)
+    sampler = make(objective, guided_by_network=guide is not None, **fields)
     other = None if guide is None else Best(objective, *guide)
-    labels, keys = jnp.zeros(64, jnp.int32), sample_keys(0, 0, 64)
-
-    def samples(params):
-        return draw(Best(objective), labels, keys, guide=other, params=params)[0]
-
-    return np.asarray(jax.jit(samples)(SamplingConfig(**dict(params)).params(objective) if params else None))
+    params = SamplingConfig(**dict(params)).params(objective) if params else sampler.params
+    return np.asarray(
+        sampler.program(Best(objective), other, np.zeros(64, np.int32), np.uint32(0), np.int32(0), params)
+    )
 
 
 @pytest.mark.parametrize("sampler", STEPS)
@@ -130,19 +140,23 @@ def compiled_work(text):
     return work(entry), conditions
 
 
+def lower(config, objective, batch_size, **fields):
+    """A sampler's program lowered for a DiT."""
+    sampler, labels = make(objective, config, batch_size, **fields), np.zeros(batch_size, np.int32)
+    return sampler.program.lower(DiT(config, key=jax.random.key(0)), None, labels, *2 * [np.uint32(0)], sampler.params)
+
+
 @pytest.mark.parametrize(("sampler", "evaluations"), [("euler", 1), ("dpm-solver", 1), ("heun", 2)])
 def test_outside_the_interval_the_program_of_a_batch_has_one_evaluation(sampler, evaluations):
     config = replace(CONFIG, learn_sigma=False)
 
-    def compiled(**fields):
-        draw = make_draw(SamplingConfig(sampler, 6, **fields), config, OBJECTIVES[2])
-        arguments = DiT(config, key=jax.random.key(0)), jnp.zeros(4, jnp.int32), sample_keys(0, 0, 4)
-        return compiled_work(jax.jit(lambda *given: draw(*given)[0]).lower(*arguments).compile().as_text())
+    def program(**fields):
+        return compiled_work(lower(config, OBJECTIVES[2], 4, sampler=sampler, steps=6, **fields).compile().as_text())
 
-    plain, conditions = compile_checked()
+    plain, conditions = program()
     # Heun's last step has no second evaluation, which is a condition of its own.
     assert len(conditions) == evaluations - 1 and all(branches == [0, plain] for branches in conditions)
-    outside, conditions = compile_checked(guidance_scale=2.0, guidance_interval=(300.0, 700.0))
+    outside, conditions = program(guidance_scale=2.0, guidance_interval=(300.0, 700.0))
     guided = [branches for branches in conditions if all(branches)]
     # The patches and the time of both evaluations are embedded once.
     assert outside == 0 and len(guided) == evaluations
@@ -150,16 +164,13 @@ def test_outside_the_interval_the_program_of_a_batch_has_one_evaluation(sampler,
 
 
 def test_one_program_serves_all_labels_seeds_scales_intervals_and_schedules():
-    draw = make_draw(SamplingConfig(sampler="euler", steps=4), CONFIG, OBJECTIVES[0])
-
-    @jax.jit
-    def program(network, labels, seed, params):
-        return draw(network, labels, sample_keys(seed, 0, 4), params=params)[0]
+    program = make(OBJECTIVES[0], batch_size=4, sampler="euler", steps=4).program
 
     def distinct(**varied):
         fields = {"steps": 4, "guidance_scale": 2.0, "guidance_interval": (100.0, 900.0)} | varied
         labels, seed = np.full(4, fields.pop("label", 0), np.int32), np.uint32(fields.pop("seed", 0))
-        return np.asarray(program(network, labels, seed, SamplingConfig(**fields).params(OBJECTIVES[0])))
+        params = SamplingConfig(**fields).params(OBJECTIVES[0])
+        return np.asarray(program(network, None, labels, seed, np.int32(0), params))
 
     network = jax.tree.map(lambda leaf: leaf + 0.1, DiT(CONFIG, key=jax.random.key(0)))
     others = [{"label": 1}, {"seed": 1}, {"guidance_scale": 3.0}, {"guidance_interval": (0.0, 500.0)}]
@@ -172,34 +183,69 @@ def test_one_program_serves_all_labels_seeds_scales_intervals_and_schedules():
     assert program._cache_size() == 3
 
 
-def matmul_dtype(**fields):
-    """Numbers that each product of the loop of a program makes, by the text that JAX hands to XLA."""
-    draw = make_draw(SamplingConfig(sampler="euler", steps=4, **fields), CONFIG, OBJECTIVES[0])
-    arguments = DiT(CONFIG, key=jax.random.key(0)), jnp.zeros(5, jnp.int32), sample_keys(0, 0, 5)
-    text = jax.jit(lambda *given: draw(*given)[0]).lower(*arguments).as_text()
+def products(**fields):
+    """Numbers that each product of a program's loop makes, by the text that JAX hands to XLA."""
+    text = lower(CONFIG, OBJECTIVES[0], 5, sampler="euler", steps=4, **fields).as_text()
     shapes = re.findall(r"stablehlo.dot_general.* -> tensor<([\dx]+)xf32>", text)
     return [math.prod(map(int, shape.split("x"))) for shape in shapes]
 
 
 def test_guidance_makes_the_same_products_over_twice_the_rows():
-    alone, guided = matmul_dtype(), matmul_dtype(guidance_scale=2.0)
+    alone, guided = products(), products(guidance_scale=2.0)
     times = [both / one for both, one in zip(guided, alone, strict=True)]
     # Patches and time are embedded once for both labels, and what the bias of values makes of a token is the same.
     assert set(times) == {1.0, 2.0} and times.count(1.0) == 4, times
+
+
+def test_samples_are_the_same_on_one_device_and_on_eight_and_from_any_first_number():
+    config = replace(CONFIG, learn_sigma=False, num_classes=10)
+    network, labels = DiT(config, key=jax.random.key(0)), np.arange(16) % 10
+    expected = make(OBJECTIVES[2], config, steps=2)(network, labels, seed=3)
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    sampler = make_sampler(SamplingConfig(steps=2), config, OBJECTIVES[2], mesh, batch_size=5)
+    placed = jax.tree.map(lambda leaf, to: shard_host_array(leaf, to.sharding), network, with_shardings(network, mesh))
+    images = sampler(placed, labels[5:], seed=3, first=5)
+    assert images.shape == (11, 8, 8, 1) and sampler.batch_size == 8  # a multiple of the devices
+    assert np.abs(images.astype(int) - expected[5:]).max() <= 1  # rounding may tip a truncation
+    with pytest.raises(ValueError, match="samples are not finite; try"):
+        sampler(jax.tree.map(lambda leaf: leaf * np.nan, placed), labels, seed=3)
+
+
+def test_a_batch_is_computed_and_decoded_while_the_one_before_is_fetched(monkeypatch):
+    network, events = DiT(CONFIG, key=jax.random.key(0)), []
+
+    def note(event, function):
+        return lambda *args: (events.append(event), function(*args))[1]
+
+    sampler = make(OBJECTIVES[2], replace(CONFIG, learn_sigma=False), batch_size=8, sampler="euler", steps=2)
+    sampler = replace(sampler, program=note("sample", sampler.program), decode=note("decode", lambda x: x))
+    monkeypatch.setattr(sampling, "to_uint8", note("fetch", sampling.to_uint8))
+    images = sampler(network, np.zeros(20, np.int32), seed=0)
+    assert events == ["sample", "decode", "sample", "decode", "fetch", "sample", "decode", "fetch", "fetch"]
+    assert images.shape == (20, 8, 8, 1) and images.dtype == np.uint8
 
 
 @pytest.mark.parametrize("parts", [1, 8])
 def test_few_sizes_of_batches_serve_all_numbers_and_little_is_drawn_in_vain(parts):
     sizes, most = set(), 100
     for num in range(1, 1001):
-        size = batch_size(num, most, parts)
+        size = choose_batch_size(num, most, parts)
         sizes.add(size)
         batches, share = -(-num // size), -(-num // parts)
         assert size % parts == 0 and size < most + parts and batches <= -(-num // most)
         assert batches * size <= 1.5 * parts * (share + batches - 1)
     assert len(sizes) <= 14
-    assert [batch_size(num, 100, 1) for num in (1, 3, 5, 10, 40, 100, 120, 1000)] == [1, 3, 6, 12, 48, 100, 64, 100]
-    assert batch_size(10, 10, 1) == 10 and batch_size(9, 3, 1) == 3 and batch_size(10, 4, 8) == 8
+    assert [choose_batch_size(num, 100, 1) for num in (1, 3, 5, 10, 40, 100, 120, 1000)] == [
+        1,
+        3,
+        6,
+        12,
+        48,
+        100,
+        64,
+        100,
+    ]
+    assert choose_batch_size(10, 10, 1) == 10 and choose_batch_size(9, 3, 1) == 3 and choose_batch_size(10, 4, 8) == 8
 
 
 def test_auto_is_the_usual_choice():

@@ -31,7 +31,7 @@ from ditx.parallel.mesh import (
     shard_host_array,
     with_shardings,
 )
-from ditx.sampling import SamplingConfig, make_draw, on_mesh, sample_keys
+from ditx.sampling import SamplingConfig, make_sampler
 from ditx.training.step import TrainState, adamw, train_step
 
 
@@ -245,15 +245,19 @@ def sample(config: Sample) -> Timing:
     """Time draws: the whole loop is one program, its weights in what it computes in; all numbers are arguments."""
     mesh, model = check_network(config), config.model
     dtype = jnp.dtype(resolve_dtype(config.dtype))
-    draw = make_draw(config.sampling, model, objective_of(model), unroll=config.unroll, compute=config)
-    draw, params = on_mesh(draw, mesh), config.sampling.params(objective_of(model))
+    sampler = make_sampler(
+        config.sampling,
+        model,
+        objective_of(model),
+        mesh,
+        batch_size=config.batch_size,
+        unroll=config.unroll,
+        compute=config,
+    )
 
     def create(key):
         network = random_weights(DiT(model, key=key))
         return jax.tree.map(lambda leaf: leaf.astype(dtype), network)
-
-    def run_batch(network, labels, first, params):
-        return draw(network, labels, sample_keys(0, first, config.batch_size), params=params)[0]
 
     whole = replicated(mesh)
     key = jax.jit(lambda: jax.random.key(0), out_shardings=whole)()
@@ -261,11 +265,14 @@ def sample(config: Sample) -> Timing:
     labels = shard_host_array(np.arange(config.batch_size, dtype=np.int32) % model.num_classes, whole)
     firsts = [shard_host_array(np.int32(k * config.batch_size), whole) for k in range(config.repeats + 3)]
     with memory_checked():
-        jitted = jax.jit(run_batch, out_shardings=whole, compiler_options=compiler_options(mesh, config))
-        program, compile_seconds, program_bytes = compile_checked(jitted, abstract, labels, firsts[0], params)
+        rest = None, labels, np.uint32(0), firsts[0], sampler.params
+        program, compile_seconds, program_bytes = compile_checked(sampler.program, abstract, *rest)
         network = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
         # Each is waited for; a CPU would run two at once.
-        times = intervals(lambda: jax.block_until_ready(program(network, labels, firsts.pop(), params)), config.repeats)
+        arguments = network, None, labels, np.uint32(0)
+        times = intervals(
+            lambda: jax.block_until_ready(program(*arguments, firsts.pop(), sampler.params)), config.repeats
+        )
     work = 2 * config.batch_size * evaluations(config.sampling, objective_of(model)) * costs.macs(model)
     return Timing(times, config.batch_size, work, compile_seconds, program_bytes)
 

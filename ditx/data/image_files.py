@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Float, Float32, Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -72,8 +72,3 @@ def read(path: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
 def to_unit(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
     """Pixels 0..255 as float32 in [-1, 1]."""
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def to_uint8(x: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Values in [-1, 1] as pixels 0..255 by truncation, as in the ADM evaluation; the exact inverse of `to_unit`."""
-    return np.clip(127.5 * x.astype(np.float32) + 128, 0, 255).astype(np.uint8)

@@ -1,24 +1,18 @@
 """The metrics of a network's samples against a reference, without images on disk, on all devices."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32
 
-from ditx.data.image_files import to_uint8
 from ditx.data.sources import with_channels
-from ditx.diffusion.objective import ObjectiveConfig
 from ditx.evaluation import metrics
 from ditx.evaluation.features import FeatureNetwork, FeatureStore, make_feature_extractor
 from ditx.evaluation.reference import Gaussian, Reference
-from ditx.nn.dit import DiT, DiTConfig
-from ditx.parallel.compile import compiler_options
-from ditx.parallel.mesh import data_parallel_size, replicated
-from ditx.sampling import Decode, SamplingConfig, make_draw, on_mesh, sample_keys
+from ditx.nn.dit import DiT
+from ditx.sampling import Sampler
 
 Metric = Literal["fid", "sfid", "inception-score", "precision-recall"]
 METRICS: tuple[Metric, ...] = ("fid", "sfid", "inception-score", "precision-recall")
@@ -35,57 +29,21 @@ def draw_labels(num_classes: int, num: int, seed: int, *, balanced: bool = False
     return np.random.default_rng((seed, 0)).integers(num_classes, size=num).astype(np.int32)
 
 
-Images = Callable[[DiT, int], UInt8[np.ndarray, "b h w c"]]
-
-
-def make_images(
-    sampling: SamplingConfig,
-    model: DiTConfig,
-    objective: ObjectiveConfig,
-    decode: Decode | None,
-    mesh: Mesh,
-    *,
-    batch_size: int,
-    seed: int,
-    balanced: bool = False,
-    unroll: int = 1,
-) -> Images:
-    """The function from weights, laid on the mesh, and the number of the first to a batch of samples as uint8.
-
-    The batch is rounded up for the devices to share it; a sample depends on the seed and its own number alone. Raises
-    ValueError where samples are not finite.
-    """
-    batch = -(-batch_size // data_parallel_size(mesh)) * data_parallel_size(mesh)
-    draw, params = on_mesh(make_draw(sampling, model, objective, unroll=unroll), mesh), sampling.params(objective)
-
-    @partial(jax.jit, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh))
-    def compiled(network, labels, seed, first, params):
-        return draw(network, labels, sample_keys(seed, first, batch), params=params)[0]
-
-    def images(network, first):
-        labels = draw_labels(model.num_classes, first + batch, seed, balanced=balanced)[first:]
-        samples = compiled(network, labels, np.uint32(seed), np.int32(first), params)
-        samples = np.asarray(decode(samples) if decode else samples)
-        if not np.isfinite(samples).all():
-            raise ValueError(
-                "samples are not finite numbers; try --dtype float32, a lower --guidance-scale, or more steps"
-            )
-        return to_uint8(samples)
-
-    return images
-
-
 def make_fid(
-    images: Images, features: FeatureNetwork, reference: Reference, mesh: Mesh, num: int
+    sampler: Sampler,
+    labels: Int32[np.ndarray, " num"],
+    seed: int,
+    features: FeatureNetwork,
+    reference: Reference,
+    mesh: Mesh,
 ) -> Callable[[DiT], float]:
-    """The function from weights, laid on the mesh, to the FID of their first `num` samples."""
+    """The function from weights, laid on the mesh, to the FID of their samples, one per label."""
     extract = make_feature_extractor(features, mesh)
 
     def fid(network):
         gathered = FeatureStore()
-        while gathered.count < num:
-            batch = images(network, gathered.count)[: num - gathered.count]
-            gathered.add(extract(with_channels(batch, features.channels)))
+        for images in sampler.batches(network, labels, seed=seed):
+            gathered.add(extract(with_channels(images, features.channels)))
         return compute_metrics(gathered, features, reference, ("fid",))[0]["fid"]
 
     return fid

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ditx.evaluation.evaluate import make_images
+from ditx.evaluation.evaluate import draw_labels
 from ditx.nn.dit import DiT
 from ditx.nn.vae import AutoencoderKL
 from ditx.parallel.compile import Dtype, resolve_dtype
 from ditx.parallel.distributed import broadcast_from_main
 from ditx.parallel.mesh import check_fit, with_shardings
-from ditx.sampling import SamplingConfig, make_decode
+from ditx.sampling import SamplingConfig, make_decode, make_sampler
 from ditx.training import checkpoint
 from ditx.weights import pretrained
 from ditx.weights.frozen import load_decoder
@@ -93,21 +93,17 @@ def generate_samples(source: Path, described: Description, config: DrawingConfig
         network, _ = pretrained.load(source, described, abstract, step=step)
         network = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), network)
         decode = None if vae is None else make_decode(vae, mesh, config.decode_batch)
-        images = make_images(
+        sampler = make_sampler(
             config.sampling,
             model,
             described.objective,
-            decode,
             mesh,
             batch_size=min(config.batch, config.num),
-            seed=config.seed,
-            balanced=config.balanced,
+            decode=decode,
             unroll=config.unroll,
         )
-        while True:
-            batch = images(network, start)
-            start += len(batch)
-            yield batch
+        labels = draw_labels(model.num_classes, config.num, config.seed, balanced=config.balanced)
+        return sampler.batches(network, labels[start:], seed=config.seed, first=start)
 
     return Samples(about, config.num, shape, batches)
 

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditx.data import image_files
+from ditx.sampling import to_uint8
 
 
 def expected_crop(array, size):
@@ -49,9 +50,9 @@ def test_every_pixel_value_survives_the_round_trip():
     x = image_files.to_unit(u)
     assert x.dtype == np.float32 and x[0] == -1 and x[-1] == 1
     np.testing.assert_allclose(x, np.arange(256) / 127.5 - 1, atol=1e-7)
-    np.testing.assert_array_equal(image_files.to_uint8(x), u)
+    np.testing.assert_array_equal(to_uint8(x), u)
 
 
 def test_to_uint8_truncates_and_clamps():
     x = np.array([-5, -1, 0, 0.0039, 0.0079, 1, 5], np.float32)
-    np.testing.assert_array_equal(image_files.to_uint8(x), [0, 0, 128, 128, 129, 255, 255])
+    np.testing.assert_array_equal(to_uint8(x), [0, 0, 128, 128, 129, 255, 255])

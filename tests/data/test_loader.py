@@ -10,6 +10,7 @@ import pytest
 from batches import assert_same, save, take
 
 from ditx.data import image_files, loader, sources
+from ditx.sampling import to_uint8
 
 
 def numbered(count, side=2):
@@ -21,7 +22,7 @@ def numbered(count, side=2):
 
 def indices(found):
     """Which images of `numbered` a batch holds, mirrored or not."""
-    return image_files.to_uint8(found["x"])[:, 0, :, 0].min(axis=1)
+    return to_uint8(found["x"])[:, 0, :, 0].min(axis=1)
 
 
 # batches

@@ -7,18 +7,14 @@ import numpy as np
 import pytest
 import scripts
 
-from ditx.data.image_files import to_uint8
 from ditx.data.sources import digits
-from ditx.diffusion.objective import ObjectiveConfig
 from ditx.evaluation import metrics
 from ditx.evaluation.classifier import Classifier
-from ditx.evaluation.evaluate import compute_metrics, draw_labels, make_fid, make_images
+from ditx.evaluation.evaluate import compute_metrics, draw_labels, make_fid
 from ditx.evaluation.features import FeatureNetwork, Features, FeatureStore, make_feature_extractor
 from ditx.evaluation.reference import Gaussian, Reference, read_reference
 from ditx.evaluation.train_classifier import train_classifier
-from ditx.nn.dit import DiT, DiTConfig
-from ditx.parallel.mesh import MeshConfig, make_mesh, shard_host_array, with_shardings
-from ditx.sampling import SamplingConfig, make_draw, sample_keys
+from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.training import checkpoint
 from ditx.training import run as runs
 
@@ -100,23 +96,6 @@ def test_what_is_gathered_is_that_of_all_at_once_and_goes_on_from_what_is_there(
     np.testing.assert_array_equal(some.pool, pool[kept])
     with pytest.raises(ValueError, match="there are no images"):
         FeatureStore().moments()
-
-
-def test_samples_are_those_of_the_sampler_on_any_devices():
-    model = DiTConfig(8, 4, 1, 16, 1, 2, num_classes=10, learn_sigma=False)
-    network, sampling = DiT(model, key=jax.random.key(0)), SamplingConfig(steps=2, sampler="euler")
-    labels, keys = draw_labels(10, 16, 3)[5:], sample_keys(3, 5, 11)
-    expected = to_uint8(
-        np.asarray(jax.jit(make_draw(sampling, model, ObjectiveConfig("flow", "velocity")))(network, labels, keys)[0])
-    )
-    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-    images = make_images(sampling, model, ObjectiveConfig("flow", "velocity"), None, mesh, batch_size=11, seed=3)
-    laid = jax.tree.map(lambda leaf, to: shard_host_array(leaf, to.sharding), network, with_shardings(network, mesh))
-    found = images(laid, 5)
-    assert found.dtype == np.uint8 and len(found) == 16  # a multiple of the devices
-    assert np.abs(found[:11].astype(int) - expected).max() <= 1  # rounding may tip a truncation
-    with pytest.raises(ValueError, match="samples are not finite numbers; try"):
-        images(jax.tree.map(lambda leaf: leaf * np.nan, laid), 0)
 
 
 @pytest.fixture

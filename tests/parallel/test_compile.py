@@ -14,12 +14,8 @@ import pytest
 import scripts
 from scripts import ROOT, finish
 
-import sample
 import train
-from ditx.data import image_files
 from ditx.parallel import compile
-from ditx.parallel.mesh import MeshConfig, make_mesh
-from ditx.sampling import SamplingConfig
 from ditx.training import checkpoint
 
 NETWORK = "--model.hidden-size 16 --model.depth 1 --model.num-heads 2 --batch-size 8".split()
@@ -127,7 +123,7 @@ def test_a_second_start_takes_all_programs_from_the_cache(tmp_path):
         return {file.name for file in cache.glob("*-cache")}
 
     first = started(ROOT / "train.py", *TINY, "--sample-every", 2, "--run", folder)
-    assert any("train_step" in name for name in first) and any("drawn" in name for name in first)
+    assert any("train_step" in name for name in first) and any("run_batch" in name for name in first)
     # Another scale of the pictures, too.
     other = ["--sampling.guidance-scale", 4, "--sample-every", 2, "--run", tmp_path / "other"]
     assert started(ROOT / "train.py", *TINY, *other) == first
@@ -138,22 +134,3 @@ def test_a_second_start_takes_all_programs_from_the_cache(tmp_path):
     other = "--num 5 --labels 7 --seed 3 --guidance-scale 4 --spacing log-snr".split()
     assert started(*draw, *other, "--out", tmp_path / "b.png") - first == drawn
     shutil.rmtree(cache)
-
-
-def test_a_batch_is_drawn_and_decoded_while_the_one_before_is_fetched(monkeypatch):
-    config = train.PRESETS["digits"].model
-    config = train.replace(config, hidden_size=16, depth=1, num_heads=2, patch_size=14)
-    network, happened = sample.DiT(config, key=jax.random.key(0)), []
-
-    def note(what, function):
-        return lambda *given, **named: (happened.append(what), function(*given, **named))[1]
-
-    jit = jax.jit
-    monkeypatch.setattr(sample.jax, "jit", lambda function, **options: note("draw", jit(function, **options)))
-    monkeypatch.setattr(sample.data, "to_uint8", note("fetch", image_files.to_uint8))
-    settings = sample.Config(sampling=SamplingConfig("euler", 2), batch=8)
-    labels, mesh = np.zeros(24, np.int32), make_mesh(MeshConfig())
-    objective = train.PRESETS["digits"]
-    images, _ = sample.draw_all(network, None, note("decode", lambda x: x), objective, settings, labels, mesh)
-    assert happened == ["draw", "decode", "draw", "decode", "fetch", "draw", "decode", "fetch", "fetch"]
-    assert images.shape == (24, 28, 28, 1)
