@@ -116,7 +116,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 
 def test_every_image_is_found_with_label_and_name(source):
     assert (len(source), source.image_shape, source.class_names) == (50, SHAPE, tuple("0123456789"))
-    assert source.metadata["vae"] == "a"
+    assert source.latents == {"vae": "a", "scale": 0.5, "image_size": 16}
     for number in (0, 19, 20, 36, 37, 49, -1):
         example = source[number]
         np.testing.assert_array_equal(example["latents"], halves(number % 50))

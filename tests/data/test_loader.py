@@ -11,6 +11,7 @@ from batches import assert_same, save, take
 
 from ditx.data import image_files, loader, sources
 from ditx.sampling import to_uint8
+from tests import reading_rates
 
 
 def numbered(count, side=2):
@@ -187,3 +188,26 @@ def test_a_failing_disk_does_not_count_as_a_damaged_image(folder, cause, monkeyp
     monkeypatch.setattr(PIL.Image, "open", fail)
     with pytest.raises(OSError, match=r"cannot read image .*0\.png"):
         list(loader.decode(folder[:1], 8, batch_size=4))
+
+
+# Reading rates
+
+
+def test_reading_rates_are_of_batches_that_were_not_read_ahead(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(reading_rates.time, "perf_counter", lambda: clock[0])
+
+    def batches(burst=1):
+        for number in range(10**6):
+            # Batches that were read ahead take no time; processes deliver several together.
+            clock[0] += 0 if number < 8 or number % burst else 0.25 * burst
+            yield number
+
+    assert reading_rates.batch_seconds(batches(), 3, workers=0) == pytest.approx([0.25] * 3)
+    assert reading_rates.batch_seconds(batches(burst=4), 3, workers=4) == pytest.approx([0.25] * 3)
+
+
+def test_reading_rates_of_each_kind_of_data(capsys):
+    reading_rates.main("--count 20 --size 8 --batch-size 4 --repeats 3".split())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["latents", "png", "jpeg"] and all(line[2] == "images/s" for line in lines)

@@ -221,3 +221,24 @@ def test_images_names_a_truncated_file_when_read(tmp_path, workers):
     with pytest.raises(ValueError, match=r"cannot read image .*cut\.png"):
         next(iterator)
     iterator.close()
+
+
+# open_dataset
+
+
+def test_a_data_set_is_opened_by_name(tmp_path):
+    save(tmp_path / "photos" / "a" / "0.png", np.zeros((9, 9, 3), np.uint8))
+    np.savez(tmp_path / "few.npz", images=np.zeros((4, 8, 6, 1), np.uint8), labels=np.zeros(4, int))
+    for name, path, shape, count in (
+        ("digits", "", (28, 28, 1), 5000),
+        ("images", "photos", (8, 8, 3), 1),
+        ("cifar10", "photos", (32, 32, 3), 1),
+        ("cifar10", "few.npz", (8, 6, 1), 4),
+    ):
+        source = sources.open_dataset(name, path and str(tmp_path / path), 8)
+        assert (source.image_shape, len(source), source.latents) == (shape, count, None)
+    with pytest.raises(ValueError, match="dataset images needs --data-path"):
+        sources.open_dataset("images", "", 8)
+    np.savez(tmp_path / "none.npz", images=np.zeros((0, 8, 8, 3), np.uint8), labels=np.zeros(0, int))
+    with pytest.raises(ValueError, match=r"none.npz has 0 images; give at least 1"):
+        sources.open_dataset("cifar10", str(tmp_path / "none.npz"), 8)
