@@ -26,8 +26,8 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx import pictures
     from ditx.data import imagenet
     from ditx.diffusion.objective import ObjectiveConfig
+    from ditx.kernels.block import KernelConfig
     from ditx.nn.dit import DiT
-    from ditx.nn.layers import Compute
     from ditx.parallel.compile import Dtype, resolve_dtype, tune_malloc
     from ditx.parallel.distributed import (
         DistributedConfig,
@@ -37,7 +37,8 @@ with install_import_hook("ditx", "beartype.beartype"):
         is_main_process,
         sync_errors,
     )
-    from ditx.parallel.mesh import MeshConfig, check_compute, check_fit, data_parallel_size, make_mesh, with_shardings
+    from ditx.parallel.fsdp import with_shardings
+    from ditx.parallel.mesh import MeshConfig, check_mesh, data_parallel_size, make_mesh
     from ditx.sampling import Decode, SamplingConfig, choose_batch_size, make_decode, make_sampler
     from ditx.training import run as runs
     from ditx.weights import pretrained
@@ -46,7 +47,7 @@ with install_import_hook("ditx", "beartype.beartype"):
 
 
 @dataclass(frozen=True)
-class Config(Compute):
+class Config(KernelConfig):
     """What to draw. Sampler, steps and guidance not given here are those that a run drew its own pictures with.
 
     For the authors' weights they are the paper's: 250 DDPM steps, guidance on the first 3 of 4 channels.
@@ -197,7 +198,7 @@ def draw_all(
         stride=max(1, config.sampling.steps // 40) if config.animate else 0,
         decode=decode,
         unroll=config.unroll,
-        compute=config,
+        kernels=config,
         guided_by_network=guide is not None,
     )
     total = -(-len(labels) // sampler.batch_size)
@@ -237,13 +238,13 @@ def sample(argv: list[str]) -> int:
         sampling = config.sampling.resolved(described.objective)
         config = replace(config, sampling=sampling, dtype=resolve_dtype(config.dtype))
         mesh = make_mesh(config.mesh)
-        check_fit(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
-        check_compute(mesh, config, config.dtype, described.model)
+        check_mesh(mesh, num_heads=described.model.num_heads, mlp_size=described.model.mlp_size)
+        config.check_kernels(mesh, config.dtype, described.model)
         if config.guide:
             weaker = pretrained.describe(Path(config.guide))
             check_guide(weaker, described)
-            check_fit(mesh, num_heads=weaker.model.num_heads, mlp_size=weaker.model.mlp_size)
-            check_compute(mesh, config, config.dtype, weaker.model)
+            check_mesh(mesh, num_heads=weaker.model.num_heads, mlp_size=weaker.model.mlp_size)
+            config.check_kernels(mesh, config.dtype, weaker.model)
     assert_same_everywhere({name: value for name, value in asdict(config).items() if name != "processes"})
     with sync_errors():
         decode = read_decoder(described, config, mesh)

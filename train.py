@@ -37,8 +37,8 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.evaluation.evaluate import draw_labels, make_fid
     from ditx.evaluation.features import FeatureNetwork
     from ditx.evaluation.reference import Reference, read_reference
+    from ditx.kernels.block import KernelConfig
     from ditx.nn.dit import DiT, DiTConfig
-    from ditx.nn.layers import Compute
     from ditx.parallel.compile import compile_checked, compiler_options, tune_malloc
     from ditx.parallel.distributed import (
         assert_same_everywhere,
@@ -51,18 +51,15 @@ with install_import_hook("ditx", "beartype.beartype"):
         sync_errors,
         synced_batches,
     )
+    from ditx.parallel.fsdp import bytes_per_device, table, with_shardings
     from ditx.parallel.mesh import (
         batch_sharding,
-        bytes_per_device,
         check_batch,
-        check_compute,
-        check_fit,
+        check_mesh,
         local_batch_indices,
         make_mesh,
         put_batch,
         replicated,
-        table,
-        with_shardings,
     )
     from ditx.sampling import Decode, make_decode, make_sampler
     from ditx.training import checkpoint
@@ -177,9 +174,9 @@ class Step:
     places: Any
     """where the state lies"""
 
-    def compiled(self, mesh: Mesh, compute: Compute) -> jax.stages.Compiled:
+    def compiled(self, mesh: Mesh, compute: KernelConfig) -> jax.stages.Compiled:
         """The program of all processes. Raises ValueError where it takes more memory than a device has."""
-        options = compiler_options(mesh, compute)
+        options = compiler_options(mesh, fp8=compute.matmul_dtype == "fp8")
         jitted = jax.jit(self.function, donate_argnums=0, out_shardings=(self.places, None), compiler_options=options)
         with sync_errors():
             program, took, needed = compile_checked(jitted, self.state, self.batch, self.key, remedy=REMEDY)
@@ -199,7 +196,7 @@ def make_step(config: Config, latent: bool, mesh: Mesh) -> Step:
         dtype=jnp.dtype(config.dtype),
         unroll=config.unroll,
         remat=config.remat,
-        compute=config,
+        apply_block=config.apply_block(),
         accumulate=config.accumulate,
         mesh=mesh,
     )
@@ -230,8 +227,8 @@ def train(preset: str, config: Config) -> int:
         check(config)
         tune_malloc()
         mesh = make_mesh(config.mesh)
-        check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
-        check_compute(mesh, config, config.dtype, config.model)
+        check_mesh(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
+        config.check_kernels(mesh, config.dtype, config.model)
         check_batch(mesh, config.batch_size, config.accumulate)
         compared = open_reference(config, seen)
         if config.init_from and not checkpoint.steps(Path(config.run) / "checkpoints"):
@@ -249,12 +246,13 @@ def train(preset: str, config: Config) -> int:
         if is_main_process():
             runs.check_run(run, described, free=free)
             done = config.steps <= max(checkpoint.steps(run / "checkpoints"), default=0)
+    options = compiler_options(mesh, fp8=config.matmul_dtype == "fp8")
     print(
         f"model    DiT of {costs.parameters(config.model):,} parameters, {costs.macs(config.model) / 1e9:.3f} G"
         f" multiply-adds, {config.model.num_tokens} tokens, schedule {config.schedule}, output {config.prediction}\n"
         f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}"
         f" ({', '.join(f'{axis} {count}' for axis, count in mesh.shape.items())}), computing in {config.dtype}"
-        f"{''.join(f', {name}={value}' for name, value in compiler_options(mesh, config).items())}",
+        f"{''.join(f', {name}={value}' for name, value in options.items())}",
         flush=True,
     )
     step = make_step(config, seen.latents is not None, mesh)

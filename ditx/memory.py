@@ -15,9 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditx.diffusion.objective import ObjectiveConfig, make_objective
-from ditx.nn.dit import DiTConfig, Remat
+from ditx.nn.dit import DiTConfig
+from ditx.parallel import fsdp as shards
 from ditx.parallel import mesh as sharding
-from ditx.training.step import TrainState, adamw, train_step
+from ditx.training.step import Remat, TrainState, adamw, train_step
 
 
 def step_memory(
@@ -38,14 +39,14 @@ def step_memory(
     """
     data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
     whole = _mesh(data, fsdp, tensor)
-    sharding.check_fit(whole, num_heads=config.num_heads, mlp_size=config.mlp_size)
+    sharding.check_mesh(whole, num_heads=config.num_heads, mlp_size=config.mlp_size)
     sharding.check_batch(whole, batch_size, accumulate)
     optimizer, key = adamw(0.0), jax.random.key(0)
 
     def create(config) -> Any:
         return jax.eval_shape(lambda key: TrainState.create(config, optimizer, power_emas=power_emas, key=key), key)
 
-    placed = sharding.with_shardings(create(config), whole)
+    placed = shards.with_shardings(create(config), whole)
 
     def along_tensor(leaf):
         spec = P(*(axis if axis == "tensor" else None for axis in leaf.sharding.spec))
@@ -65,14 +66,14 @@ def step_memory(
     (local,) = (equation for equation in traced.eqns if equation.primitive.name == "shard_map")
     live, kept = _peak(local.params["jaxpr"])
 
-    weights = sharding.bytes_per_device(placed.model)
+    weights = shards.bytes_per_device(placed.model)
     gradients = weights * (2 if accumulate > 1 else 1)  # of one part, and their sum
     own = max(sum(live), gradients)
     kept = min(kept, own - gradients)
     return {
         "weights": weights,
-        "ema": sharding.bytes_per_device((placed.ema, placed.power_emas)),
-        "moments": sharding.bytes_per_device(placed.opt_state),
+        "ema": shards.bytes_per_device((placed.ema, placed.power_emas)),
+        "moments": shards.bytes_per_device(placed.opt_state),
         "batch": 4 * rows * (math.prod(x[1:]) + 1),
         "gradients": gradients,
         "activations": kept,
@@ -88,7 +89,7 @@ def _mesh(*sizes: int) -> Mesh:
 
 def _copies(model: Any, live: list[int]) -> int:
     """What XLA for CPUs adds: it copies weights and moments at first, and has other values lie where they lay."""
-    left = sorted(3 * [sharding.bytes_per_device(leaf) for leaf in jax.tree.leaves(model)])
+    left = sorted(3 * [shards.bytes_per_device(leaf) for leaf in jax.tree.leaves(model)])
     copies = sum(left)
     for size in sorted(live, reverse=True):
         place = bisect_left(left, size)

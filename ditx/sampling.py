@@ -16,18 +16,12 @@ from jaxtyping import Array, Float, Integer, Key, UInt8
 from ditx.diffusion import guidance, samplers
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.diffusion.schedule import Schedule
+from ditx.kernels.block import KernelConfig
 from ditx.nn.dit import DiTConfig
-from ditx.nn.layers import PLAIN, Compute
 from ditx.nn.vae import AutoencoderKL
 from ditx.parallel.compile import compiler_options
-from ditx.parallel.mesh import (
-    batch_sharding,
-    data_parallel,
-    data_parallel_size,
-    make_gather,
-    replicated,
-    shard_host_array,
-)
+from ditx.parallel.fsdp import data_parallel, gather_blocks, make_gather
+from ditx.parallel.mesh import batch_sharding, data_parallel_size, replicated, shard_host_array
 
 STEPS = {
     "ddpm": samplers.ddpm_step,
@@ -157,7 +151,7 @@ def make_sampler(
     stride: int = 0,
     decode: Decode | None = None,
     unroll: int = 1,
-    compute: Compute = PLAIN,
+    kernels: KernelConfig = KernelConfig(),  # noqa: B008
     guided_by_network: bool = False,
 ) -> Sampler:
     """Compile a sampler of networks that are laid on the mesh, where each device draws its part of a batch.
@@ -172,13 +166,13 @@ def make_sampler(
     shape = (model_config.input_size, model_config.input_size, model_config.in_channels)
     batch = -(-batch_size // data_parallel_size(mesh)) * data_parallel_size(mesh)
 
-    def sample(network, guide, y, key, params):
+    def sample(network, guide, y, key, params, blocks):
         options: Any = {"scale": 1 if params.scale is None else params.scale, "interval": params.interval}
         options["channels"] = config.guidance_channels or None
 
-        def apply(x, t, y, network=network):
+        def apply(x, t, y, network=network, apply_block=blocks[0]):
             # The sampler's state is float32, whatever the network computes in.
-            output = network(x.astype(network.patch.weight.dtype), t, y, compute=compute, unroll=unroll)
+            output = network(x.astype(network.patch.weight.dtype), t, y, apply_block=apply_block, unroll=unroll)
             return output.astype(x.dtype)
 
         start_key, noise_key = jax.random.split(key)
@@ -186,22 +180,24 @@ def make_sampler(
             predict = guidance.classifier_free(apply, y, null_label=network.config.null_label, **options)
         else:
             guide_label = y if guide.config.num_classes else None
-            strong, weak = (lambda x, t: apply(x, t, y)), (lambda x, t: apply(x, t, guide_label, guide))
+            strong, weak = (lambda x, t: apply(x, t, y)), (lambda x, t: apply(x, t, guide_label, guide, blocks[1]))
             predict = guidance.guide(strong, weak, **options)
         return samplers.sample(step, predict, params.grid, jax.random.normal(start_key, shape), key=noise_key)
 
     def run_batch(network, guide, labels, seed, first, params):
         gather, gather_guide = make_gather(network, mesh), make_gather(guide, mesh)
+        blocks = [gather_blocks(kernels.apply_block(), model, mesh) for model in (network, guide)]
 
         def local(networks, rows):
             network, guide = gather(networks[0]), gather_guide(networks[1])
-            return jax.vmap(lambda y, key: sample(network, guide, y, key, params))(*rows)
+            return jax.vmap(lambda y, key: sample(network, guide, y, key, params, blocks))(*rows)
 
         rows = labels, sample_keys(seed, first, batch)
         samples, states = data_parallel(local, (network, guide), mesh)((network, guide), rows)
         return states[:, ::-stride][:, ::-1] if stride else samples  # Unused states are never stored.
 
-    program = jax.jit(run_batch, out_shardings=replicated(mesh), compiler_options=compiler_options(mesh, compute))
+    options = compiler_options(mesh, fp8=kernels.matmul_dtype == "fp8")
+    program = jax.jit(run_batch, out_shardings=replicated(mesh), compiler_options=options)
     return Sampler(program, config.params(objective), batch, decode)
 
 

@@ -10,7 +10,8 @@ import pytest
 from ditx.diffusion.objective import ObjectiveConfig, make_objective
 from ditx.memory import step_memory
 from ditx.nn.dit import DiTConfig
-from ditx.parallel.mesh import MeshConfig, batch_sharding, make_mesh, with_shardings
+from ditx.parallel.fsdp import with_shardings
+from ditx.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from ditx.training.step import TrainState, train_step
 
 BF16 = jnp.dtype("bfloat16")

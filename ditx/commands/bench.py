@@ -19,8 +19,8 @@ from ditx.commands.bench_evaluation import Evaluate
 from ditx.commands.bench_reading import Data, Extract
 from ditx.commands.bench_sweep import fastest, flags_of
 from ditx.commands.bench_work import Sample, Timing, Train, objective_of
+from ditx.kernels.block import KernelConfig
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
-from ditx.nn.layers import Compute
 from ditx.parallel.compile import compiler_options, resolve_dtype
 from ditx.parallel.mesh import make_mesh
 
@@ -94,7 +94,7 @@ def machine() -> dict[str, Any]:
     return {"date": date, "versions": found | {"python": sys.version.split()[0]}}
 
 
-def devices(mesh: Any, dtype: str, compute: Compute) -> dict[str, Any]:
+def devices(mesh: Any, dtype: str, compute: KernelConfig) -> dict[str, Any]:
     """Which devices, and what those can do that compute in `dtype`."""
     device = jax.local_devices()[0]
     measured, side = bench_work.peak(dtype, mesh)
@@ -105,7 +105,7 @@ def devices(mesh: Any, dtype: str, compute: Compute) -> dict[str, Any]:
         "device": device.device_kind,
         "mesh": dict(mesh.shape),
         "dtype": dtype,
-        "compiler_options": compiler_options(mesh, compute),
+        "compiler_options": compiler_options(mesh, fp8=compute.matmul_dtype == "fp8"),
         "peak_tflops_measured": measured / 1e12,
         "peak_side": side,
         "peak_tflops_nominal": nominal and nominal * mesh.size / 1e12,

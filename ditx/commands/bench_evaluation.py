@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ditx.commands.bench_work import Timing, intervals, memory_checked
-from ditx.evaluation.evaluate import METRICS, NEIGHBOUR, Metric
+from ditx.evaluation.evaluate import METRICS, NEIGHBOUR, Metric, compute_metrics
 from ditx.evaluation.features import FeatureNetwork, Features, FeatureStore, make_feature_extractor
 from ditx.evaluation.reference import Reference
 from ditx.nn.inception import Inception
@@ -62,7 +62,7 @@ def evaluate(config: Evaluate) -> dict[str, Timing]:
     reference, samples = Reference.of(gather(), features, "random", images.shape[1:]), gather()
     timings["moments"] = timed(samples.moments)
     for metric in config.metrics:
-        compute = partial(measure, samples, features, reference, (metric,))
+        compute = partial(compute_metrics, samples, features, reference, (metric,))
         compute()
         timings[metric] = timed(compute)
     return timings

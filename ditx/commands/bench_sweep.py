@@ -9,8 +9,7 @@ from typing import Any, get_args
 from jax.sharding import Mesh
 
 from ditx.commands.bench_work import OutOfMemoryError, Train, resolve_dtype
-from ditx.nn.dit import Remat
-from ditx.parallel.mesh import check_compute
+from ditx.training.step import Remat
 
 # What is tried, by its flags.
 CHOICES = ("batch_size", "unroll", "remat", "kernels", "attention")
@@ -54,10 +53,10 @@ def others(config: Train, mesh: Mesh) -> list[tuple[str, str]]:
     """Kernels and attention to try beside those of `config`, where they work; not XLA's attention, slow on GPUs."""
     attentions = (config.attention, "auto" if config.attention == "fused" else "fused")
     found = []
-    for kernels, attention in product(("plain", "fused"), attentions):
+    for kernels, attention in product(("xla", "fused"), attentions):
         try:
-            check_compute(
-                mesh, replace(config, kernels=kernels, attention=attention), resolve_dtype(config.dtype), config.model
+            replace(config, kernels=kernels, attention=attention).check_kernels(
+                mesh, resolve_dtype(config.dtype), config.model
             )
         except ValueError:
             continue

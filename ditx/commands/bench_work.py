@@ -17,26 +17,25 @@ from jax.sharding import PartitionSpec as P
 
 from ditx import costs
 from ditx.diffusion.objective import ObjectiveConfig, make_objective
-from ditx.nn.dit import DiT, DiTConfig, Remat
-from ditx.nn.layers import Compute
+from ditx.kernels.block import KernelConfig
+from ditx.nn.dit import DiT, DiTConfig
 from ditx.parallel.compile import Dtype, OutOfMemoryError, compile_checked, compiler_options, resolve_dtype, tune_malloc
+from ditx.parallel.fsdp import with_shardings
 from ditx.parallel.mesh import (
     MeshConfig,
     batch_sharding,
     check_batch,
-    check_compute,
-    check_fit,
+    check_mesh,
     make_mesh,
     replicated,
     shard_host_array,
-    with_shardings,
 )
 from ditx.sampling import SamplingConfig, make_sampler
-from ditx.training.step import TrainState, adamw, train_step
+from ditx.training.step import Remat, TrainState, adamw, train_step
 
 
 @dataclass(frozen=True)
-class Network(Compute):
+class Network(KernelConfig):
     """A network at work."""
 
     source: tyro.conf.Positional[str] = "DiT-XL/2"
@@ -178,8 +177,8 @@ def check_network(config: Train | Sample) -> Mesh:
     """The mesh. Raises ValueError for what cannot be, before anything is compiled."""
     tune_malloc()
     mesh = make_mesh(config.mesh)
-    check_fit(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
-    check_compute(mesh, config, resolve_dtype(config.dtype), config.model)
+    check_mesh(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
+    config.check_kernels(mesh, resolve_dtype(config.dtype), config.model)
     accumulate = config.accumulate if isinstance(config, Train) else 1
     for size in (config.batch_size, *(config.batch_sizes if isinstance(config, Train) else ())):
         check_batch(mesh, size, accumulate)
@@ -198,7 +197,7 @@ def train(config: Train) -> Timing:
         dtype=jnp.dtype(resolve_dtype(config.dtype)),
         unroll=config.unroll,
         remat=config.remat,
-        compute=config,
+        apply_block=config.apply_block(),
         accumulate=config.accumulate,
         mesh=mesh,
     )
@@ -225,7 +224,7 @@ def train(config: Train) -> Timing:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), jax.eval_shape(draw, key)
     )
     with memory_checked():
-        options = compiler_options(mesh, config)
+        options = compiler_options(mesh, fp8=config.matmul_dtype == "fp8")
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
         program, compile_seconds, program_bytes = compile_checked(jitted, abstract, shapes, key)
         batch = jax.jit(draw, out_shardings=rows)(key)
@@ -252,7 +251,7 @@ def sample(config: Sample) -> Timing:
         mesh,
         batch_size=config.batch_size,
         unroll=config.unroll,
-        compute=config,
+        kernels=config,
     )
 
     def create(key):

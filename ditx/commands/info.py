@@ -11,8 +11,9 @@ import tyro
 
 from ditx import costs
 from ditx.memory import step_memory
-from ditx.nn.dit import DIT_CONFIGS, BlockName, DiTConfig, Remat
+from ditx.nn.dit import DIT_CONFIGS, BlockName, DiTConfig
 from ditx.parallel.mesh import MeshConfig
+from ditx.training.step import Remat
 from ditx.weights import pretrained
 
 # Table 4 of Peebles and Xie 2022: what was printed for each network (block, side of the latent, G multiply-adds,

@@ -10,7 +10,6 @@ import tyro
 
 from ditx.data import sources
 from ditx.diffusion import likelihood
-from ditx.nn.layers import Compute
 from ditx.sampling import sample_keys
 from ditx.weights import pretrained
 
@@ -64,8 +63,7 @@ def main(argv: list[str]) -> int:
     def both(network, x, y, keys):
         def one(x, y, key):
             def predict(x, t):
-                # The ODE's divergence needs forward derivatives, which other attention has not.
-                return network(x, t, y if model.num_classes else None, compute=Compute(attention="xla"))
+                return network(x, t, y if model.num_classes else None)
 
             ode = likelihood.ode_bpd(grid, predict, x, key=key, probes=config.probes)
             return likelihood.variational_bpd(grid, predict, x, key=key)["total"], ode

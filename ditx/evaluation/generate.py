@@ -17,7 +17,8 @@ from ditx.nn.dit import DiT
 from ditx.nn.vae import AutoencoderKL
 from ditx.parallel.compile import Dtype, resolve_dtype
 from ditx.parallel.distributed import broadcast_from_main
-from ditx.parallel.mesh import check_fit, with_shardings
+from ditx.parallel.fsdp import with_shardings
+from ditx.parallel.mesh import check_mesh
 from ditx.sampling import SamplingConfig, make_decode, make_sampler
 from ditx.training import checkpoint
 from ditx.weights import pretrained
@@ -75,7 +76,7 @@ def generate_samples(source: Path, described: Description, config: DrawingConfig
     """Those of a run or of weights. Raises ValueError where they cannot be drawn so."""
     model, dtype = described.model, resolve_dtype(config.dtype)
     config.sampling.check(model, described.objective)
-    check_fit(mesh, num_heads=model.num_heads, mlp_size=model.mlp_size)
+    check_mesh(mesh, num_heads=model.num_heads, mlp_size=model.mlp_size)
     step, weights = _identify(source, config.step)
     vae, vae_name, shape = _decoder(described, config)
     about = {

@@ -1,8 +1,9 @@
 """The diffusion transformer (Peebles and Xie 2022) and its twelve published configurations."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import equinox as eqx
 import jax
@@ -10,19 +11,23 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ditx.nn.blocks import AdaLNBlock, AdaLNFinalLayer, AdaLNZeroBlock, CrossAttentionBlock, FinalLayer, InContextBlock
-from ditx.nn.layers import PLAIN, Compute, LabelEmbedding, Linear, TimeEmbedding, grid_positions
+from ditx.nn.blocks import BLOCKS, BlockName
+from ditx.nn.embeddings import LabelEmbedding, TimeEmbedding, grid_positions
+from ditx.nn.layers import Linear
 
-BlockName: TypeAlias = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
-Remat: TypeAlias = Literal["none", "dots", "full"]
-"""What the backward pass recomputes: nothing, all of a block but its products with weights, or whole blocks."""
+ApplyBlock: TypeAlias = Callable[[Any, Float[Array, "n d"], Float[Array, "*m d"]], Float[Array, "n d"]]
+
+
+def call_block(block: Any, tokens: Float[Array, "n d"], condition: Float[Array, "*m d"]) -> Float[Array, "n d"]:
+    """The plain block. `apply_block` arguments default to it; faster or distributed blocks take its place."""
+    return block(tokens, condition)
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """The shape of a network; the defaults are DiT-XL/2 on the latents of 256-pixel ImageNet.
+    """Shape of a network. The defaults are DiT-XL/2 on the latents of 256-pixel ImageNet.
 
-    Raises ValueError, before anything is built, where the sizes do not fit one another.
+    Raises ValueError if the sizes do not fit each other.
     """
 
     input_size: int = 32
@@ -40,17 +45,17 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     """width of the MLP over the width of a token"""
     num_classes: int = 1000
-    """labels run from 0 to num_classes - 1; 0 is an unconditional network, whose one label is the null label"""
+    """labels run from 0 to num_classes - 1; 0 makes an unconditional network, whose only label is the null label"""
     label_dropout: float = 0.1
-    """probability of training without the label; above 0 the label table has a null row, which guidance needs"""
+    """probability of training without the label; above 0, the label table has the null row that guidance needs"""
     learn_sigma: bool = True
-    """output as many channels again for the variance, as the paper's objective has it"""
+    """also output the variance, in as many channels again (the paper's objective)"""
     block: BlockName = "adaln-zero"
-    """how time and label enter: by norms and gates, by norms alone, by attention to them, or as two more tokens"""
+    """how time and label enter: by norms and gates, by norms only, by cross-attention, or as two more tokens"""
     frequency_shift: int = 0
-    """1 spaces the frequencies of time as diffusers does, from 1 to 1/10000; 0 as the paper's authors do"""
+    """spacing of the time frequencies: 0 as in the authors' code, 1 as in diffusers (from 1 to exactly 1/10000)"""
     sit: bool = False
-    """weights of SiT (Ma et al. 2024), trained to read 1 - t/1000 and to predict data - noise, without a variance"""
+    """SiT's conventions, for its released weights: layers see 1 - t / 1000 and predict x_0 - noise (Ma et al. 2024)"""
 
     def __post_init__(self):
         sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
@@ -76,17 +81,17 @@ class DiTConfig:
                 f" try {self.hidden_size // 4 * 4 + 4}"
             )
         if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout is {self.label_dropout}; it is a probability from 0 up to, not with, 1")
+            raise ValueError(f"label_dropout is {self.label_dropout}; give a probability of at least 0 and below 1")
         if self.mlp_size < 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves the MLP no width; the paper has 4.0")
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} gives the MLP a width of 0; the paper uses 4.0")
         if self.frequency_shift not in (0, 1):
-            raise ValueError(f"frequency_shift is {self.frequency_shift}; it is 0 (the authors') or 1 (diffusers')")
+            raise ValueError(f"frequency_shift is {self.frequency_shift}; give 0 (the authors') or 1 (diffusers')")
         if self.block not in get_args(BlockName):
-            raise ValueError(f"there is no block {self.block!r}; choose {', '.join(get_args(BlockName))}")
+            raise ValueError(f"unknown block {self.block!r}; choose from {', '.join(get_args(BlockName))}")
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for "no class", or None where the network was built without one."""
+        """The label that stands for "no class", or None if the network has none."""
         return self.num_classes if self.label_dropout > 0 else None
 
     @property
@@ -96,7 +101,7 @@ class DiTConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one example, less those of the condition."""
+        """Number of image tokens, without tokens of the condition."""
         return (self.input_size // self.patch_size) ** 2
 
     @property
@@ -114,38 +119,30 @@ DIT_CONFIGS = {
 }
 
 
-_BLOCKS = {
-    "adaln-zero": AdaLNZeroBlock,
-    "adaln": AdaLNBlock,
-    "cross-attention": CrossAttentionBlock,
-    "in-context": InContextBlock,
-}
-
-
 class DiT(eqx.Module):
-    """A class-conditional diffusion transformer over one image or latent.
+    """Class-conditional diffusion transformer over one image or latent.
 
-    Every array is a parameter. The blocks are stacked on a leading axis and run by one scan; their arrays hence have
-    the shapes of a single block's with `depth` in front.
+    Every array is a parameter. The blocks are stacked on a leading axis and run by one scan: their arrays have the
+    shapes of a single block's with `depth` in front. `block` is a class as `ditx.nn.blocks` describes it, by default
+    the one that the configuration names.
     """
 
     patch: Linear
     time: TimeEmbedding
     label: LabelEmbedding
-    blocks: AdaLNZeroBlock | AdaLNBlock | CrossAttentionBlock | InContextBlock
-    final: AdaLNFinalLayer | FinalLayer
+    blocks: Any
+    final: Any
     config: DiTConfig = eqx.field(static=True)
 
-    def __init__(self, config: DiTConfig, *, key: PRNGKeyArray):
+    def __init__(self, config: DiTConfig, *, block: Any = None, key: PRNGKeyArray):
         patch_key, time_key, label_key, blocks_key, final_key = jax.random.split(key, 5)
         width, out_size = config.hidden_size, config.patch_size**2 * config.out_channels
         self.patch = Linear(config.patch_size**2 * config.in_channels, width, key=patch_key)
         self.time = TimeEmbedding(width, frequency_shift=config.frequency_shift, key=time_key)
         self.label = LabelEmbedding(config.num_classes, width, null_label=config.null_label is not None, key=label_key)
-        block = partial(_BLOCKS[config.block], width, config.num_heads, config.mlp_size)
-        self.blocks = jax.vmap(lambda k: block(key=k))(jax.random.split(blocks_key, config.depth))
-        final = AdaLNFinalLayer if config.block in ("adaln-zero", "adaln") else FinalLayer
-        self.final = final(width, out_size, key=final_key)
+        create = partial(block or BLOCKS[config.block], width, config.num_heads, config.mlp_size)
+        self.blocks = jax.vmap(lambda key: create(key=key))(jax.random.split(blocks_key, config.depth))
+        self.final = self.blocks.final(width, out_size, key=final_key)
         self.config = config
 
     def __call__(
@@ -154,50 +151,56 @@ class DiT(eqx.Module):
         t: Float[Array, ""] | Int[Array, ""] | float | int,
         y: Int[Array, ""] | int | None = None,
         *,
-        compute: Compute = PLAIN,
+        apply_block: ApplyBlock = call_block,
         unroll: int = 1,
-        remat: Remat = "none",
     ) -> Float[Array, "h w o"]:
         """Predict noise (and, with `learn_sigma`, the variance fraction) from `x` at time `t` under label `y`.
 
-        `t` counts training steps from 0 to 999, whole or not. Without `y` it is the null label; raises ValueError where
-        there is none. `y` is not checked, since it may be traced: a label out of range would silently read the last
-        row. `compute`, `unroll` and `remat` change speed and memory, and nothing of the result but rounding: what
-        computes a block, how many are compiled in a row rather than as a loop, and what of them is recomputed in the
-        backward pass.
+        `t` counts training steps from 0 to 999, whole or not. `y` defaults to the null label; raises ValueError if
+        there is none. `y` may be traced and is not checked: a label out of range silently reads the last row.
+        `apply_block(block, tokens, condition)` computes each block; see `ditx.kernels` and `ditx.parallel`. `unroll` is
+        the number of blocks compiled in a row. Neither changes the result beyond rounding.
         """
+        tokens, condition = self.embed(x, t, y)
+        return self.unembed(self.run(tokens, condition, apply_block=apply_block, unroll=unroll), condition)
+
+    def embed(
+        self,
+        x: Float[Array, "h w c"],
+        t: Float[Array, ""] | Int[Array, ""] | float | int,
+        y: Int[Array, ""] | int | None = None,
+    ) -> tuple[Float[Array, "n d"], Float[Array, "*m d"]]:
+        """Tokens of the image patches with their positions, and the condition of time and label."""
         config = self.config
         expected = (config.input_size, config.input_size, config.in_channels)
         if x.shape != expected:
-            raise ValueError(f"the input has shape {x.shape}, the network was built for {expected}")
+            raise ValueError(f"the input has shape {x.shape}, but the network was built for {expected}")
         y = config.null_label if y is None else y
         if y is None:
             raise ValueError("the network was built without a null label (label_dropout 0); give a label")
-        p, side = config.patch_size, config.input_size // config.patch_size
+        p, t = config.patch_size, jnp.asarray(t)
         tokens = self.patch(rearrange(x, "(h p) (w q) c -> (h w) (p q c)", p=p, q=p))
-        tokens = tokens + jnp.asarray(grid_positions(side, config.hidden_size), tokens.dtype)
-        t = 1 - jnp.asarray(t) / 1000 if config.sit else t
-        time, label = self.time(jnp.asarray(t)), self.label(jnp.asarray(y))
-        condition = time + label
-        if config.block == "cross-attention":
-            condition = jnp.stack([time, label])
-        elif config.block == "in-context":
-            tokens = jnp.concatenate([tokens, time[None], label[None]])
+        tokens = tokens + jnp.asarray(grid_positions(config.input_size // p, config.hidden_size), tokens.dtype)
+        return self.blocks.enter(tokens, self.time(1 - t / 1000 if config.sit else t), self.label(jnp.asarray(y)))
 
-        def body(tokens, block):
-            return block(tokens, condition, compute=compute), None
+    def run(
+        self,
+        tokens: Float[Array, "n d"],
+        condition: Float[Array, "*m d"],
+        *,
+        blocks: slice = slice(None),
+        apply_block: ApplyBlock = call_block,
+        unroll: int = 1,
+    ) -> Float[Array, "n d"]:
+        """Run the blocks, or a slice of them, over the tokens."""
+        stack = self.blocks if blocks == slice(None) else jax.tree.map(lambda leaf: leaf[blocks], self.blocks)
+        body = lambda tokens, block: (apply_block(block, tokens, condition), None)  # noqa: E731
+        return jax.lax.scan(body, tokens, stack, unroll=unroll)[0]
 
-        if remat != "none":
-            kept = _products_with_weights if remat == "dots" else None
-            # In a loop nothing can be merged with the forward pass, and the barriers against it cost time.
-            body = jax.checkpoint(body, policy=kept, prevent_cse=unroll > 1)
-        tokens, _ = jax.lax.scan(body, tokens, self.blocks, unroll=unroll)
+    def unembed(self, tokens: Float[Array, "n d"], condition: Float[Array, "*m d"]) -> Float[Array, "h w o"]:
+        """The output image of the tokens, by the last layer. Ignores tokens behind the image's own."""
+        config = self.config
         patches = self.final(tokens[: config.num_tokens], condition)
+        p, side = config.patch_size, config.input_size // config.patch_size
         output = rearrange(patches, "(h w) (p q o) -> (h p) (w q) o", h=side, p=p, q=p)
         return -output if config.sit else output
-
-
-def _products_with_weights(operation: Any, *arguments: Any, **parameters: Any) -> Any:
-    """The policy of `--remat dots`."""
-    of_batch = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return operation.name == "product" or of_batch(operation, *arguments, **parameters)

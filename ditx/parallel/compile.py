@@ -8,8 +8,6 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from ditx.nn.layers import PLAIN, Compute
-
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -51,7 +49,7 @@ def resolve_dtype(dtype: str) -> str:
     return dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def compiler_options(mesh: Mesh, compute: Compute = PLAIN) -> dict[str, bool]:
+def compiler_options(mesh: Mesh, *, fp8: bool = False) -> dict[str, bool]:
     """What XLA is told beyond its defaults, for `jax.jit`, unless XLA_FLAGS says it one way or the other.
 
     Several GPUs compute while they send: the schedule that NVIDIA's images of JAX have and XLA as such has not. Without
@@ -61,7 +59,7 @@ def compiler_options(mesh: Mesh, compute: Compute = PLAIN) -> dict[str, bool]:
     gpus, options = mesh.devices.flat[0].platform == "gpu", {}
     if gpus and mesh.size > 1:
         options["xla_gpu_enable_latency_hiding_scheduler"] = True
-    if gpus and compute.matmul_dtype == "fp8":
+    if gpus and fp8:
         options["xla_gpu_enable_triton_gemm"] = False
     return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
 

@@ -4,17 +4,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ditx.diffusion.objective import ObjectiveConfig
-from ditx.nn.dit import DIT_CONFIGS, DiTConfig, Remat
-from ditx.nn.layers import Compute
+from ditx.kernels.block import KernelConfig
+from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 from ditx.parallel.distributed import DistributedConfig
 from ditx.parallel.mesh import MeshConfig
 from ditx.sampling import SamplingConfig
 from ditx.training import ema
 from ditx.training.logger import check_wandb
+from ditx.training.step import Remat
 
 
 @dataclass(frozen=True)
-class Config(Compute, ObjectiveConfig):
+class Config(KernelConfig, ObjectiveConfig):
     """One training run. The defaults are the paper's; a preset changes what its data needs."""
 
     dataset: Literal["digits", "cifar10", "images", "latents"] = "images"

@@ -1,6 +1,7 @@
 """The training step: an objective over a batch, the optimizer, and running averages of the weights."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -10,10 +11,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from ditx.diffusion.objective import Objective, Terms
-from ditx.nn.dit import DiT, DiTConfig, Remat
-from ditx.nn.layers import PLAIN, Compute
-from ditx.parallel import mesh as sharding
+from ditx.nn.dit import ApplyBlock, DiT, DiTConfig, call_block
+from ditx.parallel import fsdp
 from ditx.training.ema import update_rate
+
+Remat: TypeAlias = Literal["none", "dots", "full"]
 
 
 class TrainState(eqx.Module):
@@ -58,6 +60,20 @@ def drop_label(y: Int[Array, ""], config: DiTConfig, *, key: PRNGKeyArray) -> In
     return jnp.where(jax.random.bernoulli(key, config.label_dropout), config.null_label, y)
 
 
+def recompute(apply_block: ApplyBlock, kind: Remat, *, unroll: int = 1) -> ApplyBlock:
+    """Recompute a block in the backward pass: nothing, all but its products with weights ("dots"), or all ("full")."""
+    if kind == "none":
+        return apply_block
+    policy = _is_product if kind == "dots" else None
+    # Within a loop nothing can be merged with the forward pass, and barriers against merging cost time.
+    return jax.checkpoint(apply_block, policy=policy, prevent_cse=unroll > 1)
+
+
+def _is_product(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
+    of_batch = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name == "product" or of_batch(primitive, *arguments, **parameters)
+
+
 def train_step(
     state: TrainState,
     batch: dict[str, Array],
@@ -69,78 +85,92 @@ def train_step(
     ema_gammas: tuple[float, ...] = (),
     dtype: jnp.dtype = jnp.float32,
     accumulate: int = 1,
-    unroll: int = 1,
+    apply_block: ApplyBlock = call_block,
     remat: Remat = "none",
-    compute: Compute = PLAIN,
+    unroll: int = 1,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Terms]:
-    """One update from `batch` (`x`, float `b h w c` in [-1, 1]; `y`, integer `b`); `key` is that of the whole run.
+    """One update from `batch` (`x`, float `b h w c` in [-1, 1]; `y`, integer `b`). `key` is the key of the whole run.
 
-    With `std` beside it, `x` is the mean of latents, of which every step draws a fresh sample. The network computes in
-    `dtype`; weights, average, moments, objective and everything returned stay in float32. `accumulate` parts of the
-    batch follow each other, and their gradients are added up; on a `mesh`, state and batch lie as `ditx.parallel.mesh`
-    has them. Neither changes the result. `gammas` are the powers of the state's `profiles`. A step whose loss or gradient
-    is not finite leaves all but `step` as it was.
+    If the batch has `std`, `x` is the mean of latents, and every step draws a fresh sample of them. The network
+    computes in `dtype`; weights, averages, moments, losses and all results stay in float32. `accumulate` parts of the
+    batch follow each other, and their gradients are added. On a `mesh`, state and batch have the shardings of
+    `ditx.parallel`. Neither changes the result. `ema_gammas` are the exponents of the state's `power_emas`. A step
+    whose loss or gradient is not finite changes nothing but `step`.
     Returns the terms of the objective as means over the batch, `grad_norm`, and `skipped`: 1 after such a step, else 0.
     """
-    config = state.model.config
-    gather = sharding.make_gather(state.model, mesh, recomputed=remat != "none")
-    keys = jax.random.split(jax.random.fold_in(key, state.step), batch["y"].shape[0])
+    batch_keys = jax.random.split(jax.random.fold_in(key, state.step), batch["y"].shape[0])
+    gather = fsdp.make_gather(state.model, mesh)
+    apply_block = fsdp.gather_blocks(apply_block, state.model, mesh, recomputed=remat != "none")
+    network = {"apply_block": recompute(apply_block, remat, unroll=unroll), "unroll": unroll}
 
     def mean_loss(model, rows):
-        batch, keys = rows
-        model = gather(jax.tree.map(lambda leaf: _gradient_at_once(leaf.astype(dtype)), model))
+        model = gather(jax.tree.map(lambda leaf: _materialize_gradient(leaf.astype(dtype)), model))
+
+        def predict_as(y):
+            return lambda x, t: model(x.astype(dtype), t, y, **network).astype(jnp.float32)
 
         def example(x0, std, y, key):
-            label_key, key = jax.random.split(key)
-            y = drop_label(y, config, key=label_key)
-            if std is not None:
-                posterior_key, key = jax.random.split(key)
-                noise = jax.random.normal(posterior_key, x0.shape)
-                x0 = x0.astype(jnp.float32) + std.astype(jnp.float32) * noise
+            x0, y, key = _draw_example(x0, std, y, state.model.config, key)
+            return objective(predict_as(y), x0, key)
 
-            def predict(x, t):
-                output = model(x.astype(dtype), t, y, compute=compute, unroll=unroll, remat=remat)
-                return output.astype(jnp.float32)
-
-            return objective(predict, x0, key)
-
+        batch, keys = rows
         terms = jax.vmap(example)(batch["x"], batch.get("std"), batch["y"], keys)
         terms = jax.tree.map(lambda term: term.mean(0), terms)
         return terms["loss"], terms
 
-    def mean_gradients(model, rows):
-        gradients = jax.grad(mean_loss, has_aux=True)
-        if accumulate == 1:
-            return gradients(model, rows)
-        parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), rows)
-        shapes = jax.eval_shape(gradients, model, jax.tree.map(lambda leaf: leaf[0], parts))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        total, _ = jax.lax.scan(
-            lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(model, part)), None), zeros, parts
-        )
-        return jax.tree.map(lambda leaf: leaf / accumulate, total)
-
+    gradients = _accumulated(jax.grad(mean_loss, has_aux=True), accumulate)
     model: Any = state.model  # optax's annotations know no modules
-    shared = mean_gradients if mesh is None else sharding.data_parallel_mean(mean_gradients, model, mesh)
-    grads, terms = shared(model, (batch, keys))
+    if mesh is not None:
+        gradients = fsdp.data_parallel_mean(gradients, model, mesh)
+    grads, terms = gradients(model, (batch, batch_keys))
     updates, opt_state = optimizer.update(grads, state.opt_state, model)
     model = optax.apply_updates(model, updates)
 
     def moved(average, rate):
         return jax.tree.map(lambda average, new: average + rate * (new - average), average, model)
 
-    ema, rates = moved(state.ema, 1 - ema_decay), [update_rate(state.step + 1, gamma) for gamma in ema_gammas]
+    rates = [update_rate(state.step + 1, gamma) for gamma in ema_gammas]
     power_emas = tuple(moved(average, rate) for average, rate in zip(state.power_emas, rates, strict=True))
+    after = (model, moved(state.ema, 1 - ema_decay), opt_state, power_emas)
+    before = (state.model, state.ema, state.opt_state, state.power_emas)
+
     terms |= {"grad_norm": optax.tree.norm(grads)}
     finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(terms["grad_norm"])
-    before = (state.model, state.ema, state.opt_state, state.power_emas)
-    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, ema, opt_state, power_emas), before)
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
     return TrainState(state.step + 1, *after), terms | {"skipped": 1.0 - finite}
 
 
+def _draw_example(x0, std, y, config: DiTConfig, key: PRNGKeyArray):
+    """The image, the label or the null label, and the key of the objective, for one example of a batch."""
+    label_key, key = jax.random.split(key)
+    y = drop_label(y, config, key=label_key)
+    if std is not None:
+        posterior_key, key = jax.random.split(key)
+        noise = jax.random.normal(posterior_key, x0.shape)
+        x0 = x0.astype(jnp.float32) + std.astype(jnp.float32) * noise
+    return x0, y, key
+
+
+def _accumulated(gradients: Callable[[Any, Any], Any], count: int) -> Callable[[Any, Any], Any]:
+    """`gradients(model, batch)` as the mean over `count` equal parts of the batch, one after another."""
+    if count == 1:
+        return gradients
+
+    def accumulated(model, rows):
+        parts = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), rows)
+        shapes = jax.eval_shape(gradients, model, jax.tree.map(lambda leaf: leaf[0], parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(model, part)), None), zeros, parts
+        )
+        return jax.tree.map(lambda leaf: leaf / count, total)
+
+    return accumulated
+
+
 @jax.custom_vjp
-def _gradient_at_once(leaf):
+def _materialize_gradient(leaf):
     """`leaf`, whose gradient is written before it is used.
 
     Where blocks are unrolled, XLA would otherwise gather their gradients within the optimizer, once for each of the
@@ -149,4 +179,4 @@ def _gradient_at_once(leaf):
     return leaf
 
 
-_gradient_at_once.defvjp(lambda leaf: (leaf, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+_materialize_gradient.defvjp(lambda leaf: (leaf, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))

@@ -20,8 +20,8 @@ import numpy as np
 from einops import rearrange
 
 from ditx.nn.dit import DiT, DiTConfig
+from ditx.nn.embeddings import grid_positions
 from ditx.nn.inception import ConvUnit, Inception
-from ditx.nn.layers import grid_positions
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 
 StateDict = Mapping[str, np.ndarray]

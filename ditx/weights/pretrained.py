@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from ditx.data import imagenet
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.nn.dit import DiT, DiTConfig
-from ditx.parallel.mesh import shard_host_array, with_shardings
+from ditx.parallel.fsdp import with_shardings
+from ditx.parallel.mesh import shard_host_array
 from ditx.sampling import SamplingConfig
 from ditx.training import checkpoint
 from ditx.training import run as runs

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import train
 from ditx.nn.dit import DiTConfig
 from ditx.parallel.distributed import DistributedConfig, initialize, is_main_process, sync_errors
-from ditx.parallel.mesh import MeshConfig, make_mesh, with_shardings
+from ditx.parallel.fsdp import with_shardings
+from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.training import checkpoint
 from ditx.training import run as runs
 from ditx.training.step import TrainState

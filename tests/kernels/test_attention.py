@@ -12,9 +12,10 @@ from strategies import example, random_dit
 
 import ditx
 from ditx.kernels.attention import attend
+from ditx.kernels.block import KernelConfig, operations
 from ditx.nn.blocks import AdaLNZeroBlock
-from ditx.nn.layers import Compute
 from ditx.nn.layers import attend as plain
+from ditx.training.step import recompute
 
 
 def draw(batch, n, m, d, dtype=jnp.float32):
@@ -67,9 +68,10 @@ def test_networks_equal_plain_ones_recomputed_or_not(block, remat):
 
     @partial(jax.jit, static_argnames=("attention", "remat"))
     def gradient(model, attention, remat="none"):
+        apply_block = recompute(KernelConfig(attention=attention).apply_block(), remat)
+
         def loss(model):
-            compute = Compute(attention=attention)
-            return jnp.square(jax.vmap(lambda x: model(x, t, y, compute=compute, remat=remat))(x[None])).mean()
+            return jnp.square(jax.vmap(lambda x: model(x, t, y, apply_block=apply_block))(x[None])).mean()
 
         return jax.value_and_grad(loss)(model)
 
@@ -101,7 +103,7 @@ def test_cudnn_is_used_where_named_or_where_it_can_be(backend, attention, dtype,
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_cudnn)
     x = jnp.ones((5, 2 * width), dtype)
-    np.testing.assert_array_equal(plain(x, x, x, 2, Compute(attention=attention)), 0 if cudnn else 1)
+    np.testing.assert_array_equal(operations(KernelConfig(attention=attention)).attend(x, x, x, 2), 0 if cudnn else 1)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -114,8 +116,10 @@ def test_a_block_and_its_gradient_lower_to_three_launches_for_all_examples(name)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
     x, c = (jax.ShapeDtypeStruct((batch, *shape, width), jnp.bfloat16) for shape in [(n,), ()])
 
+    apply_block = KernelConfig(attention="fused").apply_block()
+
     def loss(block, x, c):
-        each = jax.vmap(lambda x, c: block(x, c, Compute(attention="fused")))
+        each = jax.vmap(lambda x, c: apply_block(block, x, c))
         return jnp.square(each(x, c).astype(jnp.float32)).sum()
 
     # Newer versions of JAX ask which GPU it is to be for.

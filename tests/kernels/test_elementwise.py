@@ -13,10 +13,9 @@ from strategies import BLOCKS, example, random_dit
 
 import ditx
 from ditx.diffusion.objective import ObjectiveConfig, make_objective
-from ditx.nn import layers
+from ditx.kernels.block import KernelConfig, operations
 from ditx.nn.blocks import AdaLNZeroBlock
-from ditx.nn.layers import PLAIN, Compute
-from ditx.training.step import TrainState, adamw, train_step
+from ditx.training.step import TrainState, adamw, recompute, train_step
 
 # By name: which arguments are tokens (t), and which vectors that each example has its own of (v) or all share (w).
 KINDS = {"norm_modulate": "tvv", "gate_norm_modulate": "tvtwvv", "gate_residual": "tvtw", "bias_gelu": "tw"}
@@ -30,7 +29,7 @@ def draw(name, batch, n, d, dtype=jnp.float32):
 
 
 def batched(name, kernels):
-    function = partial(getattr(layers, name), compute=Compute(kernels))
+    function = getattr(operations(KernelConfig(kernels)), name)
     return jax.vmap(function, [None if kind == "w" else 0 for kind in KINDS[name]])
 
 
@@ -48,7 +47,7 @@ def pull_back(function, arguments, seed=1):
 def test_values_and_gradients_equal_the_plain_ones(name, n, d):
     arguments = draw(name, 2, n, d)
     ours = jax.jit(lambda *a: pull_back(batched(name, "fused"), a))(*arguments)
-    plain = jax.jit(lambda *a: pull_back(batched(name, "plain"), a))(*arguments)
+    plain = jax.jit(lambda *a: pull_back(batched(name, "xla"), a))(*arguments)
     for one, other in zip(ours, plain, strict=True):
         assert one.dtype == other.dtype == jnp.float32
         assert_close(one, other, 1e-5)
@@ -60,8 +59,8 @@ def exact(name, *arguments):
         x, gate, branch, bias, shift, scale = arguments
         total = x + gate[:, None] * (branch + bias)
         stored = total + jax.lax.stop_gradient(total.astype(jnp.bfloat16).astype(jnp.float32) - total)
-        return total, batched("norm_modulate", "plain")(stored, shift, scale)[1]
-    return batched(name, "plain")(*arguments)
+        return total, batched("norm_modulate", "xla")(stored, shift, scale)[1]
+    return batched(name, "xla")(*arguments)
 
 
 @NAMES
@@ -83,8 +82,8 @@ def test_in_bfloat16_only_results_are_rounded(name):
 
 def test_gelu_is_finite_far_from_zero():
     x = jnp.asarray([[-1e4, -60.0, 60.0, 1e4]])
-    ours = pull_back(partial(layers.bias_gelu, compute=Compute("fused")), (x, jnp.zeros(4)))
-    plain = pull_back(partial(layers.bias_gelu, compute=Compute()), (x, jnp.zeros(4)))
+    ours = pull_back(operations(KernelConfig("fused")).bias_gelu, (x, jnp.zeros(4)))
+    plain = pull_back(operations(KernelConfig()).bias_gelu, (x, jnp.zeros(4)))
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -98,12 +97,14 @@ def test_networks_equal_plain_ones_recomputed_or_not(block, remat):
 
     @partial(jax.jit, static_argnames=("kernels", "remat"))
     def gradient(model, kernels, remat="none"):
+        apply_block = recompute(KernelConfig(kernels).apply_block(), remat)
+
         def loss(model):
-            return jnp.square(jax.vmap(lambda x: model(x, t, y, compute=Compute(kernels), remat=remat))(x[None])).mean()
+            return jnp.square(jax.vmap(lambda x: model(x, t, y, apply_block=apply_block))(x[None])).mean()
 
         return jax.value_and_grad(loss)(model)
 
-    expected = jax.tree.leaves(gradient(model, "plain"))
+    expected = jax.tree.leaves(gradient(model, "xla"))
     largest = max(np.abs(leaf).max() for leaf in expected[1:])
     for one, other in zip(jax.tree.leaves(gradient(model, "fused", remat)), expected, strict=True):
         # The gradient of a key's bias is 0 but for rounding, since it moves all logits of a query alike.
@@ -120,8 +121,10 @@ def test_a_block_and_its_gradient_lower_to_eight_launches_for_all_examples(name)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
     x, c = (jax.ShapeDtypeStruct((batch, *shape, width), jnp.bfloat16) for shape in [(config.num_tokens,), ()])
 
+    apply_block = KernelConfig("fused").apply_block()
+
     def loss(block, x, c):
-        return jnp.square(jax.vmap(lambda x, c: block(x, c, Compute("fused")))(x, c).astype(jnp.float32)).sum()
+        return jnp.square(jax.vmap(lambda x, c: apply_block(block, x, c))(x, c).astype(jnp.float32)).sum()
 
     # Newer versions of JAX ask which GPU it is to be for.
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
@@ -137,7 +140,9 @@ def test_norms_with_weights_stay_plain():
     config = dataclasses.replace(ditx.DIT_CONFIGS["DiT-S/8"], depth=1, block="in-context")
     shapes = jax.eval_shape(lambda key: ditx.DiT(config, key=key), jax.random.key(0))
     x, t, y = jax.ShapeDtypeStruct((32, 32, 4), jnp.float32), 0.0, 0
-    traced = str(jax.make_jaxpr(partial(ditx.DiT.__call__, compute=Compute("fused")))(shapes, x, t, y))
+    traced = str(
+        jax.make_jaxpr(partial(ditx.DiT.__call__, apply_block=KernelConfig("fused").apply_block()))(shapes, x, t, y)
+    )
     assert traced.count("platform_index") == 1
 
 
@@ -148,23 +153,21 @@ def test_losses_agree_over_200_steps_in_bfloat16():
     x = jnp.tanh(jax.random.normal(key, (8, 8, 8, 3)))
     batch = {"x": x, "y": jnp.arange(8)}
 
-    def losses(compute, dtype):
-        step = partial(
-            train_step, objective=objective, optimizer=optimizer, ema_decay=0.9, dtype=dtype, compute=compute
-        )
+    def losses(kernels, dtype):
+        step = partial(train_step, objective=objective, optimizer=optimizer, ema_decay=0.9, dtype=jnp.dtype(dtype))
 
         @jax.jit
         def run(state):
             def body(state, _):
-                state, terms = step(state, batch, key, dtype=jnp.dtype(dtype), compute=compute)
+                state, terms = step(state, batch, key, apply_block=kernels.apply_block())
                 return state, terms["loss"]
 
             return jax.lax.scan(body, state, length=200)[1]
 
         return np.asarray(run(TrainState.create(config, optimizer, key=key)))
 
-    exact, plain = losses(PLAIN, jnp.float32), losses(PLAIN, jnp.bfloat16)
-    fused = losses(Compute("fused", "fused"), jnp.bfloat16)
+    exact, plain = losses(KernelConfig(), jnp.float32), losses(KernelConfig(), jnp.bfloat16)
+    fused = losses(KernelConfig("fused", "fused"), jnp.bfloat16)
     assert plain[-20:].mean() < 0.6 * plain[:20].mean()
     # No further from plain bfloat16 than twice what that is from float32, by its typical step.
     noise = np.abs(plain - exact)

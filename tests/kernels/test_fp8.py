@@ -16,12 +16,14 @@ from strategies import BLOCKS, example, random_dit
 import ditx
 from ditx.diffusion.objective import ObjectiveConfig, make_objective
 from ditx.kernels import fp8
-from ditx.nn.layers import Compute, Linear
+from ditx.kernels.block import KernelConfig
+from ditx.nn.dit import call_block
+from ditx.parallel import fsdp
 from ditx.parallel import mesh as sharding
 from ditx.parallel.mesh import MeshConfig, make_mesh
-from ditx.training.step import TrainState, train_step
+from ditx.training.step import TrainState, recompute, train_step
 
-FP8 = Compute(matmul_dtype="fp8")
+FP8 = KernelConfig(matmul_dtype="fp8").apply_block()
 
 
 def draw(*shape, seed=0, dtype=jnp.float32):
@@ -141,7 +143,7 @@ OPTIMIZER = optax.sgd(1e-2)
 @cache
 def step_of(**options):
     objective = make_objective(ObjectiveConfig())
-    step = partial(train_step, objective=objective, optimizer=OPTIMIZER, ema_decay=0.9, compute=FP8)
+    step = partial(train_step, objective=objective, optimizer=OPTIMIZER, ema_decay=0.9, apply_block=FP8)
     return jax.jit(partial(step, **options))
 
 
@@ -176,7 +178,7 @@ def test_a_new_network_whose_gates_are_closed_learns():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_only_products_with_the_weights_of_blocks_are_rounded(block):
     config = ditx.DiTConfig(6, 2, 3, 24, 2, 2, num_classes=10, block=block)
-    traced = str(jax.make_jaxpr(partial(ditx.DiT.__call__, compute=FP8))(random_dit(config), *example(config)))
+    traced = str(jax.make_jaxpr(partial(ditx.DiT.__call__, apply_block=FP8))(random_dit(config), *example(config)))
     assert traced.count("new_dtype=float8") == (20 if block == "cross-attention" else 12)
     assert "float8" not in str(jax.make_jaxpr(ditx.DiT.__call__)(random_dit(config), *example(config)))
 
@@ -190,26 +192,27 @@ def test_networks_are_near_plain_ones_recomputed_or_not(block, remat, unroll):
     model, (x, t, y) = random_dit(config, scale=0.2), example(config)
     x = jnp.stack([x, -x])
 
-    @partial(jax.jit, static_argnums=1)
-    def gradient(model, options):
+    @partial(jax.jit, static_argnums=(1, 2, 3))
+    def gradient(model, apply_block=call_block, remat="none", unroll=1):
         def loss(model):
-            return jnp.square(jax.vmap(lambda x: model(x, t, y, **dict(options)))(x)).mean()
+            apply = recompute(apply_block, remat, unroll=unroll)
+            return jnp.square(jax.vmap(lambda x: model(x, t, y, apply_block=apply, unroll=unroll))(x)).mean()
 
         return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.grad(loss)(model))])
 
-    ours = gradient(model, (("compute", FP8), ("remat", remat), ("unroll", unroll)))
-    usual = gradient(model, (("compute", FP8), ("remat", "none"), ("unroll", 1)))
-    np.testing.assert_allclose(ours, usual, rtol=0, atol=1e-5 * jnp.abs(usual).max())
-    plain = gradient(model, ())
+    ours = gradient(model, FP8, remat, unroll)
+    reference = gradient(model, FP8)
+    np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * jnp.abs(reference).max())
+    plain = gradient(model)
     # Four products in a row, each off by some 2^-5 in norm, and what norms and attention make of that.
     assert 2**-8 < jnp.linalg.norm(ours - plain) / jnp.linalg.norm(plain) < 2**-2
 
 
-def test_a_linear_layer_keeps_the_axes_of_its_output():
-    layer = Linear(8, (3, 16), key=jax.random.key(0))
-    x = draw(5, 8)
-    assert layer(x, FP8).shape == layer(x).shape == (5, 3, 16)
-    np.testing.assert_allclose(layer(x, FP8), layer(x), atol=0.1 * jnp.abs(layer(x)).max())
+def test_a_product_keeps_the_axes_of_a_weight():
+    x, weight = draw(5, 8), draw(8, 3, 16)
+    exact = jnp.tensordot(x, weight, 1)
+    assert fp8.product(x, weight).shape == exact.shape == (5, 3, 16)
+    np.testing.assert_allclose(fp8.product(x, weight), exact, atol=0.1 * jnp.abs(exact).max())
 
 
 def moved(state):
@@ -222,7 +225,7 @@ def test_a_step_on_eight_devices_is_that_on_one():
     batch, key = batch_of(), jax.random.key(1)
     alone, terms = step_of()(state_of(), batch, key)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    placed = sharding.with_shardings(state_of(), mesh)
+    placed = fsdp.with_shardings(state_of(), mesh)
     state = jax.tree.map(lambda leaf, place: sharding.shard_host_array(leaf, place.sharding), state_of(), placed)
     rows = sharding.local_batch_indices(mesh, 16)
     eight, others = step_of(mesh=mesh)(state, sharding.put_batch(batch, mesh, rows, 16), key)

@@ -9,7 +9,7 @@ from references import assert_close
 from strategies import example, forward, random_dit
 
 import ditx
-from ditx.nn.layers import grid_positions
+from ditx.nn.embeddings import grid_positions
 
 CONFIG = ditx.DiTConfig(
     input_size=6, patch_size=2, in_channels=3, hidden_size=24, depth=3, num_heads=2, mlp_ratio=2.0, num_classes=10

@@ -13,7 +13,10 @@ from strategies import BLOCKS, NETWORKS, abstract_dit, configs, example, forward
 from traced import equations
 
 import ditx
-from ditx.nn.layers import grid_positions
+from ditx.kernels.block import KernelConfig
+from ditx.nn.dit import call_block
+from ditx.nn.embeddings import grid_positions
+from ditx.training.step import recompute
 
 SMALL = ditx.DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=24, depth=2, num_heads=2, num_classes=100)
 
@@ -152,7 +155,7 @@ def test_unrolling_and_rematerialising_change_nothing(block):
 
     @functools.partial(jax.jit, static_argnames="remat")
     def gradient(model, remat):
-        return jax.grad(lambda m: jnp.square(m(x, t, y, remat=remat)).mean())(model)
+        return jax.grad(lambda m: jnp.square(m(x, t, y, apply_block=recompute(call_block, remat))).mean())(model)
 
     unrolled = jax.jit(functools.partial(model, unroll=2))(x, t, y)
     assert_close(unrolled, forward(model, x, t, y), 1e-5)
@@ -163,17 +166,18 @@ def test_unrolling_and_rematerialising_change_nothing(block):
         np.testing.assert_allclose(a, b, rtol=0, atol=max(1e-5 * np.abs(b).max(), 1e-7 * largest))
 
 
-def matmul_dtype(jaxpr):
+def count_products(jaxpr):
     """How many products, of one example or of a batch, a traced program has; a loop has those of one turn."""
     return sum(equation.primitive.name in ("product", "dot_general") for equation, _ in equations(jaxpr))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_dots_recomputes_no_product_with_a_weight(block):
+    apply_block = KernelConfig().apply_block()
     model, inputs = new(dataclasses.replace(SMALL, block=block)), [jnp.asarray(one)[None] for one in example(SMALL)]
 
     def example_loss(model, x, t, y, remat):
-        return jnp.square(model(x, t, y, remat=remat)).mean()
+        return jnp.square(model(x, t, y, apply_block=recompute(apply_block, remat))).mean()
 
     def batch_loss(model, *inputs, remat):
         return jax.vmap(lambda *one: example_loss(model, *one, remat))(*inputs).mean()
@@ -186,7 +190,7 @@ def test_dots_recomputes_no_product_with_a_weight(block):
 
     for gradient in (jax.grad(batch_loss), of_one, of_each):
         counts = {
-            remat: matmul_dtype(jax.make_jaxpr(functools.partial(gradient, remat=remat))(model, *inputs).jaxpr)
+            remat: count_products(jax.make_jaxpr(functools.partial(gradient, remat=remat))(model, *inputs).jaxpr)
             for remat in ("none", "dots", "full")
         }
         # Of attention, logits and their products with values are recomputed: two a block, which the trace has once.

@@ -7,17 +7,8 @@ import pytest
 from references import load
 from strategies import x64
 
-from ditx.nn.layers import (
-    MLP,
-    Attention,
-    LabelEmbedding,
-    Linear,
-    TimeEmbedding,
-    grid_positions,
-    layer_norm,
-    modulate,
-    sinusoids,
-)
+from ditx.nn.embeddings import LabelEmbedding, TimeEmbedding, grid_positions, sinusoids
+from ditx.nn.layers import MLP, Attention, Linear, layer_norm, modulate
 
 KEY = jax.random.key(0)
 RANDOM = np.random.default_rng(0)

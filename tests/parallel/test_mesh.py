@@ -15,20 +15,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditx.diffusion.objective import ObjectiveConfig, make_objective
+from ditx.kernels.block import KernelConfig
 from ditx.nn.dit import DiT, DiTConfig
-from ditx.nn.layers import Compute
+from ditx.parallel import fsdp
 from ditx.parallel import mesh as sharding
 from ditx.parallel.compile import compiler_options
-from ditx.parallel.mesh import (
-    MeshConfig,
-    batch_sharding,
-    check_compute,
-    check_fit,
-    local_batch_indices,
-    make_mesh,
-    put_batch,
-    with_shardings,
-)
+from ditx.parallel.fsdp import with_shardings
+from ditx.parallel.mesh import MeshConfig, batch_sharding, check_mesh, local_batch_indices, make_mesh, put_batch
 from ditx.sampling import SamplingConfig, make_sampler
 from ditx.training.step import TrainState, train_step
 
@@ -97,14 +90,14 @@ def alone():
         ("fsdp", {"remat": "dots", "unroll": 3}),
         ("data-fsdp", {"accumulate": 2}),
         ("all", {"accumulate": 2, "remat": "full", "unroll": 3}),
-        ("data-fsdp", {"compute": Compute("fused", attention="fused")}),
+        ("data-fsdp", {"apply_block": KernelConfig("fused", attention="fused").apply_block()}),
     ],
 )
 def test_eight_devices_equal_one(alone, name, options):
     mesh = make_mesh(MESHES[name])
     state = put_state(create(), mesh)
     rows = local_batch_indices(mesh, BATCH)
-    step = compile_checked(name, **options)
+    step = compiled(name, **options)
     state, terms = run_steps(step, state, lambda batch: put_batch(batch, mesh, rows, BATCH))
     for one, eight in zip(alone[1], terms, strict=True):
         assert one["by_time"][0].sum() == pytest.approx(1)
@@ -156,7 +149,7 @@ def leaves(tree):
 
 def test_data_parallel_gradients_are_reduced_in_one_operation():
     model = jax.eval_shape(create).model
-    sent = collectives(compile_checked("data").as_text())
+    sent = collectives(compiled("data").as_text())
     assert set(sent) == {("entry", "all-reduce")}
     (reduced,) = sent["entry", "all-reduce"]
     scalars = [shape for shape in reduced if shape == ()]
@@ -176,7 +169,7 @@ def test_data_parallel_gradients_are_reduced_in_one_operation():
 )
 def test_fsdp_gathers_each_block_once_a_direction_and_reduces_once(name, options):
     state = jax.eval_shape(create)
-    sent = collectives(compile_checked(name, **options).as_text())
+    sent = collectives(compiled(name, **options).as_text())
     block = [shape[1:] for shape in leaves(state.model.blocks)]
     matrices = [shape[1:] for shape in leaves(state.model.blocks) if len(shape) > 2 and shape[1] != 3]
     others = Counter(leaves(state.model)) - Counter(leaves(state.model.blocks))
@@ -201,11 +194,11 @@ def test_fsdp_gathers_each_block_once_a_direction_and_reduces_once(name, options
 
 @pytest.mark.parametrize("name", ["data", "fsdp", "data-fsdp"])
 def test_twice_the_batch_sends_no_more(name):
-    assert sizes(compile_checked(name)) == sizes(compile_checked(name, batch=2 * BATCH))
+    assert sizes(compiled(name)) == sizes(compiled(name, batch=2 * BATCH))
 
 
 def test_tensor_parallelism_sums_twice_a_block_and_direction_and_moves_no_weights():
-    sent = collectives(compile_checked("tensor").as_text())
+    sent = collectives(compiled("tensor").as_text())
     tokens = (BATCH * CONFIG.num_tokens, CONFIG.hidden_size)
     loops = [[sorted(group) for group in groups] for (inside, _), groups in sent.items() if inside != "entry"]
     # Beside attention's result goes what the bias of its values makes of a token. The gradient of the tokens through
@@ -216,7 +209,7 @@ def test_tensor_parallelism_sums_twice_a_block_and_direction_and_moves_no_weight
 
 
 def test_all_three_axes_gather_over_fsdp_alone():
-    state, sent = jax.eval_shape(create), collectives(compile_checked("all").as_text())
+    state, sent = jax.eval_shape(create), collectives(compiled("all").as_text())
     mesh, parts = make_mesh(MESHES["all"]), []
     for leaf in jax.tree.leaves(with_shardings(state.model, mesh).blocks):
         spec = leaf.sharding.spec
@@ -236,20 +229,20 @@ def test_all_three_axes_gather_over_fsdp_alone():
 def test_fsdp_holds_an_eighth_on_each_device_by_xlas_own_figures():
     config = dataclasses.replace(CONFIG, hidden_size=128, depth=4)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(partial(create, config))))
-    step = compile_checked("fsdp", config, remat="full")
+    step = compiled("fsdp", config, remat="full")
     batch = sum(array.nbytes for array in make_batch().values()) / 8
     held = step.memory_analysis().argument_size_in_bytes - batch
     assert whole / 8 <= held <= 1.1 * whole / 8
     # Nor are they gathered all at once: what a step needs besides is less than the weights.
     assert (
         step.memory_analysis().temp_size_in_bytes
-        < compile_checked("data", config, remat="full").memory_analysis().temp_size_in_bytes
+        < compiled("data", config, remat="full").memory_analysis().temp_size_in_bytes
     )
 
 
 def test_every_leaf_of_model_average_and_moments_lies_alike():
     mesh = make_mesh(MESHES["all"])
-    state = sharding.specs(jax.eval_shape(create), mesh)
+    state = fsdp.specs(jax.eval_shape(create), mesh)
     assert state.model == state.ema == state.opt_state[0].mu == state.opt_state[0].nu
     blocks = state.model.blocks
     assert blocks.attention.qkv.weight == P(None, "fsdp", None, "tensor")
@@ -259,9 +252,9 @@ def test_every_leaf_of_model_average_and_moments_lies_alike():
     assert blocks.modulation.weight == P(None, None, "fsdp")
     assert state.model.time.up.weight == P("fsdp", None)
     deep = dataclasses.replace(CONFIG, depth=64)
-    assert sharding.specs(
-        jax.eval_shape(partial(create, deep)), make_mesh(MESHES["fsdp"])
-    ).model.blocks.mlp.up.bias == P(None, "fsdp")
+    assert fsdp.specs(jax.eval_shape(partial(create, deep)), make_mesh(MESHES["fsdp"])).model.blocks.mlp.up.bias == P(
+        None, "fsdp"
+    )
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -296,27 +289,27 @@ def test_batches_are_split_over_all_devices_but_those_that_share_an_example():
     "mesh", [MeshConfig(3, -1), MeshConfig(2, 2), MeshConfig(-1, -1), MeshConfig(0, -1), MeshConfig(tensor=3)]
 )
 def test_a_mesh_that_does_not_make_up_the_devices_is_refused(mesh):
-    with pytest.raises(ValueError, match=r"does not make up the 8 devices at hand; use -1"):
+    with pytest.raises(ValueError, match=r"does not fit 8 devices; use -1"):
         make_mesh(mesh)
 
 
 def test_what_tensor_does_not_divide_is_refused():
     mesh = make_mesh(MESHES["tensor"])
-    check_fit(mesh, num_heads=16, mlp_size=64)
+    check_mesh(mesh, num_heads=16, mlp_size=64)
     with pytest.raises(ValueError, match=r"mesh.tensor is 8, which does not divide num_heads, 6"):
-        check_fit(mesh, num_heads=6, mlp_size=64)
-    with pytest.raises(ValueError, match=r"does not divide the width of the MLP, 100"):
-        check_fit(mesh, num_heads=8, mlp_size=100)
+        check_mesh(mesh, num_heads=6, mlp_size=64)
+    with pytest.raises(ValueError, match=r"does not divide the MLP width, 100"):
+        check_mesh(mesh, num_heads=8, mlp_size=100)
 
 
 def test_the_table_tells_every_leaf():
     placed = with_shardings(jax.eval_shape(create).model, make_mesh(MESHES["all"]))
-    lines = sharding.table(placed).splitlines()
+    lines = fsdp.table(placed).splitlines()
     assert len(lines) == 1 + len(jax.tree.leaves(placed))
     line = next(line for line in lines if "blocks.mlp.up.weight" in line)
     assert line.split() == "blocks.mlp.up.weight 3x32x128 axis 1 over fsdp, axis 2 over tensor 12,288 bytes".split()
     total = sum(int(line.split()[-2].replace(",", "")) for line in lines[1:])
-    assert total == sharding.bytes_per_device(placed)
+    assert total == fsdp.bytes_per_device(placed)
 
 
 class Gpu:
@@ -344,59 +337,62 @@ def test_several_gpus_send_while_they_compute_unless_it_is_said_otherwise(monkey
 
 def test_fp8_has_its_products_made_before_tritons(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    options = compiler_options(gpus(1, 1, 1), Compute(matmul_dtype="fp8"))
+    options = compiler_options(gpus(1, 1, 1), fp8=True)
     assert options == {"xla_gpu_enable_triton_gemm": False} == options | compiler_options(gpus(1, 1, 1))
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
-    assert compiler_options(make_mesh(MESHES["data"]), Compute(matmul_dtype="fp8")) == {}
+    assert compiler_options(make_mesh(MESHES["data"]), fp8=True) == {}
 
 
 @pytest.mark.parametrize(("capability", "fit"), [("8.0", 0), ("8.9", 1), ("9.0", 1), ("10.0", 1), ("gfx942", 0)])
 def test_fp8_needs_ada_or_hopper(monkeypatch, capability, fit):
     monkeypatch.setattr(Gpu, "compute_capability", capability, raising=False)
     monkeypatch.setattr(Gpu, "device_kind", "a card", raising=False)
-    check = partial(check_compute, compute=Compute(matmul_dtype="fp8"), dtype="bfloat16", model=DiTConfig())
+    check = partial(KernelConfig(matmul_dtype="fp8").check_kernels, dtype="bfloat16", model=DiTConfig())
     check(make_mesh(MESHES["all"]))
     if fit:
         check(gpus(2, 2, 2))
     else:
-        with pytest.raises(
-            ValueError, match=rf"from compute capability 8\.9 on .* of a card is {capability}; use plain"
-        ):
+        with pytest.raises(ValueError, match=rf"capability 8\.9 or later .* not {capability} \(a card\); use compute"):
             check(gpus(2, 2, 2))
     monkeypatch.setattr(Gpu, "platform", "tpu")
-    with pytest.raises(ValueError, match="is for GPUs, but the devices are of the kind tpu; use plain"):
+    with pytest.raises(ValueError, match="needs GPUs, not tpu; use compute"):
         check(gpus(1, 1, 1))
 
 
 def test_gpus_compute_blocks_by_every_choice():
-    for choice in (Compute(), Compute("fused"), Compute(attention="cudnn"), Compute("fused", attention="fused")):
-        check_compute(gpus(2, 2, 1), choice, "bfloat16", DiTConfig())
-    check_compute(gpus(1, 1, 2), Compute(attention="cudnn"), "bfloat16", DiTConfig())
-    check_compute(make_mesh(MESHES["tensor"]), Compute(attention="xla"), "float32", DiTConfig(num_heads=6))
+    for choice in (
+        KernelConfig(),
+        KernelConfig("fused"),
+        KernelConfig(attention="cudnn"),
+        KernelConfig("fused", attention="fused"),
+    ):
+        choice.check_kernels(gpus(2, 2, 1), "bfloat16", DiTConfig())
+    KernelConfig(attention="cudnn").check_kernels(gpus(1, 1, 2), "bfloat16", DiTConfig())
+    KernelConfig(attention="xla").check_kernels(make_mesh(MESHES["tensor"]), "float32", DiTConfig(num_heads=6))
 
 
 @pytest.mark.parametrize(
-    ("compute", "tensor", "dtype", "heads", "sentence"),
+    ("kernels", "tensor", "dtype", "heads", "sentence"),
     [
-        (Compute("fused"), 2, "bfloat16", 16, r"kernels is .* needs whole examples, but mesh\.tensor is 2; use plain"),
-        (Compute("fused"), None, "bfloat16", 16, "kernels is fused, .* but the devices are of the kind cpu; use plain"),
-        (Compute(attention="fused"), 2, "bfloat16", 16, r"attention is .* but mesh\.tensor is 2; use auto"),
-        (Compute(attention="fused"), None, "bfloat16", 16, "attention is fused, .* of the kind cpu; use auto"),
-        (Compute(attention="fused"), 1, "bfloat16", 6, "heads up to 128 wide, .* with heads 192 wide; use auto"),
+        (KernelConfig("fused"), 2, "bfloat16", 16, r"kernels is fused, .* mesh\.tensor 2; use xla"),
+        (KernelConfig("fused"), None, "bfloat16", 16, "kernels is fused, .* not cpu; use xla"),
+        (KernelConfig(attention="fused"), 2, "bfloat16", 16, r"attention is fused, .* mesh\.tensor 2; use auto"),
+        (KernelConfig(attention="fused"), None, "bfloat16", 16, "attention is fused, .* not cpu; use auto"),
+        (KernelConfig(attention="fused"), 1, "bfloat16", 6, "heads up to 128 wide, .* with heads 192 wide; use auto"),
         (
-            Compute(attention="fused"),
+            KernelConfig(attention="fused"),
             1,
             "float32",
             16,
-            "fused, which takes bfloat16 .* computes in float32 with heads 72",
+            "fused, which needs bfloat16 .* computes in float32 with heads 72",
         ),
-        (Compute(attention="cudnn"), None, "bfloat16", 16, "attention is cudnn, .* of the kind cpu; use auto"),
-        (Compute(attention="cudnn"), 1, "float32", 16, "computes in float32 with heads 72 wide; use auto"),
-        (Compute(attention="cudnn"), 1, "bfloat16", 32, "computes in bfloat16 with heads 36 wide; use auto"),
-        (Compute(attention="cudnn"), 1, "bfloat16", 6, "computes in bfloat16 with heads 192 wide; use auto"),
+        (KernelConfig(attention="cudnn"), None, "bfloat16", 16, "attention is cudnn, .* not cpu; use auto"),
+        (KernelConfig(attention="cudnn"), 1, "float32", 16, "computes in float32 with heads 72 wide; use auto"),
+        (KernelConfig(attention="cudnn"), 1, "bfloat16", 32, "computes in bfloat16 with heads 36 wide; use auto"),
+        (KernelConfig(attention="cudnn"), 1, "bfloat16", 6, "computes in bfloat16 with heads 192 wide; use auto"),
     ],
 )
-def test_what_cannot_compute_blocks_is_refused(compute, tensor, dtype, heads, sentence):
+def test_what_cannot_compute_blocks_is_refused(kernels, tensor, dtype, heads, sentence):
     mesh = make_mesh(MESHES["data"]) if tensor is None else gpus(1, 1, tensor)
     with pytest.raises(ValueError, match=sentence):
-        check_compute(mesh, compute, dtype, DiTConfig(num_heads=heads))
+        kernels.check_kernels(mesh, dtype, DiTConfig(num_heads=heads))

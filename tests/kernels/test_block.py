@@ -1,0 +1,52 @@
+"""The tuned block equals the plain one, and says so when it has no implementation of a block."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from strategies import BLOCKS, example, random_dit, x64
+
+import ditx
+from ditx.kernels.block import KernelConfig
+from ditx.nn.blocks import InContextBlock
+from ditx.nn.dit import call_block
+from ditx.training.step import recompute
+
+CONFIG = ditx.DiTConfig(6, 2, 3, 24, 3, 2, num_classes=10)
+
+
+@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("block", BLOCKS)
+@x64
+def test_the_tuned_block_equals_the_plain_one(block, unroll):
+    config = dataclasses.replace(CONFIG, block=block)
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), random_dit(config))
+    x, t, y = example(config)
+    x = jnp.stack([x, -x]).astype(jnp.float64)
+
+    def loss(model, apply_block):
+        each = jax.vmap(lambda x: model(x, t, y, apply_block=apply_block, unroll=unroll))
+        return jnp.square(each(x)).mean()
+
+    plain, tuned = (
+        jax.jit(jax.value_and_grad(lambda model, apply=apply: loss(model, apply)))(model)
+        for apply in (call_block, recompute(KernelConfig().apply_block(), "full", unroll=unroll))
+    )
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain))
+    for one, other in zip(jax.tree.leaves(tuned), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-13 * largest)
+
+
+class Fifth(InContextBlock):
+    """A block of a user's own."""
+
+
+def test_a_block_of_ones_own_runs_as_it_is_and_has_no_fused_implementation():
+    model, (x, t, y) = ditx.DiT(CONFIG, block=Fifth, key=jax.random.key(0)), example(CONFIG)
+    tuned = model(x, t, y, apply_block=KernelConfig().apply_block())
+    np.testing.assert_array_equal(tuned, model(x, t, y))
+    for config in (KernelConfig("fused"), KernelConfig(attention="fused"), KernelConfig(matmul_dtype="fp8")):
+        with pytest.raises(ValueError, match="Fifth has no fused or FP8 implementation; use kernels xla"):
+            model(x, t, y, apply_block=config.apply_block())
