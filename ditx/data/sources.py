@@ -157,12 +157,7 @@ def cifar10(path: str | os.PathLike) -> ArraySource | FolderSource:
         return images(path, 32)
     if path.suffix != ".npz":
         raise ValueError(f"{path} is neither a folder nor an .npz; extract an archive first and give its folder")
-    try:
-        arrays = read_npz(path, ("images", "labels", "classes"))
-        names = tuple(map(str, arrays["classes"])) if "classes" in arrays else CIFAR10_CLASSES
-        return ArraySource(arrays["images"], arrays["labels"], names)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"cannot read {path} as arrays `images` and `labels`: {error}") from error
+    return _open_npz(path)
 
 
 def images(path: str | os.PathLike, size: int) -> FolderSource:
@@ -191,30 +186,17 @@ def open_images(path: str, size: int = 0) -> ArraySource | FolderSource:
     """Images to evaluate, or to make a reference of, in their order.
 
     `path` is `digits`; CIFAR-10 in any form; an .npz of `arr_0`, as sample.py and the ADM suite write it; or a folder.
-    A folder's subfolders are its classes, unless images also stand outside of them. Its images must be squares of one
-    size, or are centre-cropped to `size`. Raises ValueError, with the path, if the images cannot be read.
+    A folder's subfolders are its classes, unless some images are in none. Its images must be squares of one size, or
+    are centre-cropped to `size`. Raises ValueError, with the path, if the images cannot be read.
     """
     place = Path(path)
     if path == "digits" and not place.exists():
         return digits()
     if not place.exists():
-        raise ValueError(f"{path}: no such file or folder; give a folder of images, an .npz, or digits")
+        raise ValueError(f"{path}: there is no such file or folder; give a folder of images, an .npz, or digits")
     if _cifar10_batches(place):
         return cifar10(place)
-    if place.is_dir():
-        return _open_folder(place, size)
-    arrays = read_npz(place, ("arr_0", "images", "labels"))
-    if "arr_0" not in arrays:
-        if "images" in arrays:
-            return cifar10(place)
-        raise ValueError(f"{path} has no array arr_0 or images; give an .npz that sample.py --npz wrote")
-    # Files of sample.py have labels but no class names; files of the ADM suite have neither.
-    pixels = arrays["arr_0"]
-    labels = arrays.get("labels", np.zeros(len(pixels), np.int32))
-    try:
-        source = ArraySource(pixels, labels, tuple(map(str, range(int(labels.max(initial=0)) + 1))))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be evaluated: {error}") from error
+    source = _open_folder(place, size) if place.is_dir() else _open_npz(place)
     if source.image_shape[-1] not in (1, 3):
         raise ValueError(f"{path} has images of {source.image_shape[-1]} channels; give 1 (grey) or 3 (RGB)")
     return source
@@ -237,6 +219,22 @@ def _batch(
     return {"x": to_unit(images), "y": labels.astype(np.int32)}
 
 
+def _open_npz(path: Path) -> ArraySource:
+    arrays = read_npz(path, ("arr_0", "images", "labels", "classes"))
+    try:
+        if "arr_0" in arrays:  # Files of sample.py have labels but no class names; files of the ADM suite have neither.
+            pixels = arrays["arr_0"]
+            labels = arrays.get("labels", np.zeros(len(pixels), np.int32))
+            names = range(int(labels.max(initial=0)) + 1)
+        elif arrays.keys() >= {"images", "labels"}:
+            pixels, labels, names = arrays["images"], arrays["labels"], arrays.get("classes", CIFAR10_CLASSES)
+        else:
+            raise ValueError("it has neither arr_0 nor images and labels")
+        return ArraySource(pixels, labels, tuple(map(str, names)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
 def _open_folder(folder: Path, size: int) -> FolderSource:
     files = find_images(folder)  # By name, which is the order in which sample.py drew them.
 
@@ -256,7 +254,7 @@ def _open_folder(folder: Path, size: int) -> FolderSource:
                 " give images of one size or, for a reference, --size to crop them"
             )
         if width != height:
-            raise ValueError(f"the images of {folder} are {width}x{height}, not square; crop them")
+            raise ValueError(f"the images of {folder} are {width}x{height}, which is not square; crop them")
     parts = [Path(file).relative_to(folder).parts for file in files]
     classes = sorted({part[0] for part in parts}) if all(len(part) > 1 for part in parts) else ["images"]
     numbers = {name: number for number, name in enumerate(classes)}

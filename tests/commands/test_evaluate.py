@@ -210,17 +210,17 @@ def test_mistakes_end_in_a_sentence(reference, place, run, tmp_path, monkeypatch
 def test_images_that_cannot_be_judged_are_refused(reference, run, tmp_path):
     colour = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
     for name, arrays, sentence in [
-        ("float", {"arr_0": colour / 255}, "cannot be judged: images are float64 of shape (6, 8, 8, 3); give uint8"),
+        ("float", {"arr_0": colour / 255}, "cannot be used: images are float64 of shape (6, 8, 8, 3); give uint8"),
         ("five", {"arr_0": np.zeros((6, 8, 8, 5), np.uint8)}, "has images of 5 channels; give 1 (grey) or 3 (RGB)"),
-        ("other", {"x": colour}, "has no images, of the name arr_0 or images"),
+        ("other", {"x": colour}, "it has neither arr_0 nor images and labels"),
         ("one", {"arr_0": IMAGES[:1]}, "has 1 images; a covariance needs at least 2"),
-        ("colour", {"arr_0": colour}, "the images are of colour, but the reference is of grey ones"),
+        ("colour", {"arr_0": colour}, "the images are in colour but those of the reference are grey"),
         ("large", {"arr_0": colour.repeat(2, 1).repeat(2, 2)}, "the images are 16x16, those of the reference 8x8"),
     ]:
         np.savez(tmp_path / f"{name}.npz", **arrays)
         assert sentence in refused(run, tmp_path / f"{name}.npz", reference)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "one.npz").read_bytes()[:300])
-    assert "cannot be read as an .npz" in refused(run, tmp_path / "cut.npz", reference)
+    assert "as an .npz of plain arrays" in refused(run, tmp_path / "cut.npz", reference)
 
     folder = write_folder(tmp_path / "folder", IMAGES[::25], LABELS[::25])
     whole = (folder / str(LABELS[75]) / "0003.png").read_bytes()
@@ -230,12 +230,12 @@ def test_images_that_cannot_be_judged_are_refused(reference, run, tmp_path):
     assert "0003.png" in refused(run, folder, reference)
     PIL.Image.new("L", (9, 8)).save(folder / str(LABELS[75]) / "0003.png")
     said = refused(run, folder, reference)
-    assert "has images of 2 sizes: 19 of 8x8, but" in said and "0003.png is another" in said
+    assert "has images of 2 sizes: 19 of 8x8, but not " in said and "0003.png" in said
     shutil.rmtree(folder)
     folder.mkdir()
-    assert "holds no images" in refused(run, folder, reference)
+    assert "contains no images" in refused(run, folder, reference)
     PIL.Image.new("L", (9, 8)).save(folder / "a.png")
-    assert "are 9x8, which is no square" in refused(run, folder, reference)
+    assert "are 9x8, which is not square" in refused(run, folder, reference)
 
 
 def test_a_folder_of_classes_makes_a_reference(run, tmp_path, monkeypatch):
