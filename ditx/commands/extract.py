@@ -72,7 +72,7 @@ class Config:
     def process(self) -> tuple[int, int]:
         """Index of this process and number of processes. Raises ValueError for an index out of range."""
         # The processes do not join each other, or a failure of one would end all. On a TPU pod, JAX knows them.
-        index, count, _ = launched()
+        index, count = launched()
         index, count = (index, count) if count > 1 else (jax.process_index(), jax.process_count())
         index = index if self.process_index is None else self.process_index
         count = count if self.process_count is None else self.process_count

@@ -1,4 +1,4 @@
-"""Several processes as one program: how they find each other, agree, stop and fail together."""
+"""Several processes as one program: they meet, agree, stop and fail together."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# What srun and mpirun tell the processes that they start: the number of each, and how many there are.
-_LAUNCHERS = (
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-)
+from ditx.files import first_line
+
+# The variables in which srun and mpirun give each process its number and the number of all.
+_LAUNCHERS = (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
 _MAX_SENTENCE = 1000
 _FAILED = 1000  # above every signal
 _AT_ONCE_AFTER = 1.0  # seconds
@@ -30,129 +29,128 @@ _AT_ONCE_AFTER = 1.0  # seconds
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """The processes of one program. Those that srun or mpirun has started find each other without any of this."""
+    """Processes of one program; srun, Open MPI's mpirun and TPU pods need no flags."""
 
     coordinator: str = ""
-    """HOST:PORT at which the first process is reached; auto, if a TPU pod or a cluster is to say it"""
+    """HOST:PORT of process 0, or auto: JAX looks for a cluster"""
     count: int = 0
-    """processes in all, where the coordinator is given by address; srun and mpirun tell it"""
+    """processes (srun and mpirun set it)"""
     index: int = -1
-    """number of this process, from 0; srun and mpirun tell it"""
+    """this process, from 0 (srun and mpirun set it)"""
     heartbeat: int = 60
-    """seconds without a sign of life from one process after which the others end, too"""
+    """seconds of silence after which a process counts as dead"""
 
     def __post_init__(self):
         if self.heartbeat < 1:
             raise ValueError(f"distributed.heartbeat is {self.heartbeat}; it must be at least 1 second")
+        unset = (self.count, self.index) == (0, -1)
         if self.coordinator in ("", "auto"):
-            if (self.count, self.index) != (0, -1):
+            if not unset:
                 raise ValueError("distributed.count and distributed.index need --distributed.coordinator HOST:PORT")
             return
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise ValueError(f"distributed.coordinator is {self.coordinator!r}; give HOST:PORT, or auto")
-        if (self.count, self.index) == (0, -1) and launched()[1] > 1:
-            return
-        if not 0 <= self.index < self.count:
+        if not (unset and launched()[1] > 1) and not 0 <= self.index < self.count:
             raise ValueError(
                 f"distributed.index is {self.index} of {self.count}; give both, the index from 0 to count - 1"
             )
 
 
-def launched() -> tuple[int, int, int | None]:
-    """As srun or mpirun tells it: number of this process, of how many, and on this machine; else 0 of 1."""
-    for index, count, local in _LAUNCHERS:
+def launched() -> tuple[int, int]:
+    """This process's number, and how many processes srun or mpirun has started; 0 and 1 without either."""
+    for index, count in _LAUNCHERS:
         if int(os.environ.get(count, "1")) > 1:
-            return int(os.environ[index]), int(os.environ[count]), int(os.environ[local])
-    return 0, 1, None
+            return int(os.environ[index]), int(os.environ[count])
+    return 0, 1
 
 
 def initialize(config: DistributedConfig) -> None:
-    """Join the other processes, if there are any; call it before JAX has looked for devices.
+    """Join the other processes, if there are any; call it before JAX looks for devices.
 
-    From here on only the first process prints. Raises ValueError where the others cannot be reached.
+    From here on only the main process prints. Raises ValueError if the others cannot be reached.
     """
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if not config.coordinator and launched()[1] == 1 and not pod:
         return
-    given = {}
+    given: dict[str, Any] = {}
     if config.coordinator not in ("", "auto"):
-        given = {"coordinator_address": config.coordinator, "num_processes": config.count, "process_id": config.index}
-        if not config.count:
-            index, count, local = launched()
-            given |= {"num_processes": count, "process_id": index, "local_device_ids": local}
-    # It would take SIGTERM for itself, which `stop_signals` answers.
+        given = {"coordinator_address": config.coordinator}
+        if config.count:
+            given |= {"num_processes": config.count, "process_id": config.index}
+        elif "OMPI_COMM_WORLD_SIZE" in os.environ:
+            # JAX recognises Open MPI by this variable, for the coordinator's address; version 5 does not set it.
+            os.environ.setdefault("OMPI_MCA_orte_hnp_uri", "")
+    # JAX's service would take SIGTERM, which `stop_signals` answers.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **given, heartbeat_timeout_seconds=config.heartbeat, shutdown_timeout_seconds=config.heartbeat
         )
     except (RuntimeError, ValueError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"the processes cannot be joined ({line}); give --distributed.coordinator HOST:PORT to each, and"
-            " --distributed.count and --distributed.index where neither srun nor mpirun starts them"
+            f"the processes cannot be joined ({first_line(error)}); give --distributed.coordinator HOST:PORT to each,"
+            " and --distributed.count and --distributed.index where neither srun nor mpirun starts them"
         ) from error
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that prints, and writes all but its part of checkpoints."""
+    """Whether this process prints, and writes everything but the other processes' parts of checkpoints."""
     return jax.process_index() == 0
 
 
 @contextmanager
 def sync_errors() -> Iterator[None]:
-    """Have no process go on where one has failed: its ValueError or OSError is raised in every one, as a ValueError."""
-    failed = None
+    """If one process raises ValueError or OSError, raise in all, so that none waits forever at a collective."""
+    failure = None
     try:
         yield
     except (ValueError, OSError) as error:
-        failed = error
+        failure = error
     if jax.process_count() > 1:
-        sentence = np.zeros(_MAX_SENTENCE, np.uint8)
-        said = str(failed or "").encode()[:_MAX_SENTENCE] or (b"" if failed is None else repr(failed).encode())
-        sentence[: len(said)] = np.frombuffer(said, np.uint8)
-        for index, other in enumerate(np.asarray(multihost_utils.process_allgather(sentence))):
-            if other.any() and failed is None:
-                told = bytes(other).rstrip(b"\0").decode(errors="replace")
-                failed = ValueError(f"process {index} says: {told}")
-    if failed is not None:
-        raise failed
+        sentence = b"" if failure is None else (str(failure) or repr(failure)).encode()[:_MAX_SENTENCE]
+        padded = np.frombuffer(sentence.ljust(_MAX_SENTENCE, b"\0"), np.uint8)
+        for index, other in enumerate(np.asarray(multihost_utils.process_allgather(padded))):
+            if other.any() and failure is None:
+                text = bytes(other).rstrip(b"\0").decode(errors="replace")
+                failure = ValueError(f"process {index}: {text}")
+    if failure is not None:
+        raise failure
 
 
 def max_across_processes(number: float) -> float:
-    """The highest that a process has, in float32."""
+    """The largest number of any process, in float32."""
     if jax.process_count() == 1:
         return number
     return float(np.max(multihost_utils.process_allgather(np.float32(number))))
 
 
 def broadcast_from_main(number: int) -> int:
-    """The number, below 2**31, that the first process has."""
+    """The main process's number, below 2**31."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def assert_same_everywhere(described: Any) -> None:
-    """Raise ValueError, in every process, where they were started for different things."""
+    """Raise ValueError in every process unless all of them have the same description, a tree of JSON values."""
     if jax.process_count() == 1:
         return
-    mine = np.uint32(zlib.crc32(json.dumps(described, sort_keys=True).encode()))
-    sums = np.asarray(multihost_utils.process_allgather(mine))
-    others = np.flatnonzero(sums != sums[0])
+    checksum = np.uint32(zlib.crc32(json.dumps(described, sort_keys=True).encode()))
+    checksums = np.asarray(multihost_utils.process_allgather(checksum))
+    others = np.flatnonzero(checksums != checksums[0])
     if len(others):
         raise ValueError(f"process {others[0]} has other flags or other data than process 0; start all of them alike")
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that a loop can end between two steps; a later SIGINT ends at once.
+    """Collect SIGINT and SIGTERM, so that a loop can end between two steps; a later SIGINT ends the process at once.
 
-    SIGTERM is how preempted machines, Kubernetes and SLURM give notice. It comes more than once where a launcher hands
-    on what the whole group has been sent.
+    SIGTERM is the notice of preempted machines, Kubernetes and SLURM. Launchers can deliver a signal twice: from the
+    group, and forwarded.
     """
     received: list[int] = []
     at_once = 0.0
@@ -174,63 +172,66 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def synced_batches(batches: Iterator[Any], mesh: Mesh, received: list[int]) -> Iterator[Any]:
-    """`batches`, ended at the same one in every process: where one has `received` a signal, or cannot read on.
+class SyncedBatches:
+    """Iterates over `batches` and ends at the same one in every process: if one received a signal, or cannot read on.
 
-    The signal is in everybody's `received` then; a ValueError or OSError of one process is raised in all of them. What
-    is agreed on was sent while the step before was computed, so that no device waits for it.
+    The signal is then in every process's `received`; a ValueError or OSError is in every process's `error`. The
+    processes agree on the next batch while the devices compute, so that no device waits.
     """
-    agree = _make_agree(mesh)
 
-    def read():
+    def __init__(self, batches: Iterator[Any], mesh: Mesh, received: list[int]):
+        self.error: ValueError | OSError | None = None
+        self._batches, self._mesh, self._received = batches, mesh, received
+        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+
+    def __iter__(self) -> Iterator[Any]:
+        ahead = self._read()
+        while True:
+            batch, error, agreed = ahead
+            code = int(agreed)
+            if code == _FAILED:
+                try:
+                    with sync_errors():
+                        if error:
+                            raise error
+                except (ValueError, OSError) as failure:
+                    self.error = failure
+                return
+            if code:
+                self._received[:] = [code]
+                return
+            ahead = self._read()
+            yield batch
+
+    def _read(self) -> tuple[Any, Any, Any]:
         batch, error = None, None
         try:
-            batch = next(batches)
+            batch = next(self._batches)
         except (ValueError, OSError) as caught:
             error = caught
-        return batch, error, agree(_FAILED if error else max(received, default=0))
-
-    ahead = read()
-    while True:
-        batch, error, agreed = ahead
-        code = int(agreed)
-        if code == _FAILED:
-            with sync_errors():
-                if error:
-                    raise error
-        if code:
-            received[:] = [code]
-            return
-        ahead = read()
-        yield batch
-
-
-def _make_agree(mesh: Mesh) -> Callable[[int], Any]:
-    """The function from a number to the highest that a process has, which is not waited for."""
-    if jax.process_count() == 1:
-        return lambda number: number
-    mine, everywhere = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
-    highest = jax.jit(jnp.max, out_shardings=everywhere)
-    shape = (mesh.size,)
-    return lambda number: highest(jax.make_array_from_callback(shape, mine, lambda index: np.full(1, number, np.int32)))
+        code = _FAILED if error else max(self._received, default=0)
+        if jax.process_count() == 1:
+            return batch, error, code
+        spread = NamedSharding(self._mesh, P(self._mesh.axis_names))
+        codes = jax.make_array_from_callback((self._mesh.size,), spread, lambda _: np.full(1, code, np.int32))
+        return batch, error, self._largest(codes)
 
 
 @contextmanager
 def exit_if_peer_dies() -> Iterator[None]:
-    """End this process at once where another one has gone, since nothing that needs it can be finished."""
+    """End this process at once if another one dies, since no collective can finish."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        line = next(iter(str(error).splitlines()), "")[:200]
-        remedy = "start all of them again, to go on from the newest checkpoint"
-        print(f"another process has gone ({line}); {remedy}", file=sys.stderr)
+        remedy = "start all of them again to resume from the newest checkpoint"
+        print(f"another process has died ({first_line(error)}); {remedy}", file=sys.stderr)
         end(os.EX_TEMPFAIL)
 
 
 def end(code: int) -> int:
-    """Leave the others, after a failure at once, since they may wait for what does not come; returns the exit code."""
+    """The exit code; one of several processes that has failed exits here, since a regular exit waits for the others."""
     if jax.process_count() > 1 and code:
         sys.stderr.flush()
         sys.stdout.flush()

@@ -1,107 +1,152 @@
-"""What makes up a training run: its configuration, and the named ones, all of the paper's among them."""
+"""The configuration of a training run, and the presets, among them all of the paper's networks."""
 
-from dataclasses import dataclass, field, replace
+import importlib.util
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
+from ditx import cli
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.kernels.block import KernelConfig
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 from ditx.parallel.distributed import DistributedConfig
-from ditx.parallel.mesh import MeshConfig
+from ditx.parallel.mesh import MeshConfig, check_batch, check_mesh
 from ditx.sampling import SamplingConfig
 from ditx.training import ema
-from ditx.training.logger import check_wandb
 from ditx.training.step import Remat
 
 
 @dataclass(frozen=True)
-class Config(KernelConfig, ObjectiveConfig):
-    """One training run. The defaults are the paper's; a preset changes what its data needs."""
+class Common:
+    """The fields that most runs set: a base class, so that `train.py --help` lists them first."""
 
     dataset: Literal["digits", "cifar10", "images", "latents"] = "images"
-    """the embedded digits, CIFAR-10, a folder with a subfolder of images for each class, or what ditx extract wrote"""
+    """embedded digits, CIFAR-10, a folder of images a class, latents of ditx extract"""
     data_path: str = ""
-    """where CIFAR-10 (its batches, an .npz or a folder), the image folder or the latents lie"""
-    vae: str = ""
-    """latents alone: what decodes the pictures (ft-ema, ft-mse, original, or a path); without it, none are drawn"""
-    model: DiTConfig = field(default_factory=DiTConfig)
-    init_from: str = ""
-    """run or weights to begin from instead of random ones; with other classes, the label table begins anew"""
+    """CIFAR-10 (batches, .npz or folder), images or latents"""
+    run: str = ""
+    """folder to write, or to resume; runs/PRESET if empty"""
     steps: int = 400_000
     """training steps in all"""
     batch_size: int = 256
     """images a step, over all devices"""
     learning_rate: float = 1e-4
-    decay: Literal["constant", "cosine"] = "constant"
-    """the learning rate over the run: constant, or falling to 0 at the last step"""
+    """of AdamW"""
     warmup: int = 0
-    """steps over which the learning rate rises, on top of its decay"""
-    weight_decay: float = 0.0
-    beta2: float = 0.999
-    """Adam's averaging of squared gradients"""
+    """steps over which the learning rate rises"""
+    decay: Literal["constant", "cosine"] = "constant"
+    """learning rate: constant, or falling to 0 at the last step"""
     ema_decay: float = 0.9999
-    """averaging of the weights, from which all samples are drawn"""
-    ema_every: int = 0
-    """steps between those at which averages by power profiles are stored, for ditx ema; 0 keeps none"""
-    ema_lengths: tuple[float, ...] = (0.05, 0.1)
-    """their lengths, as shares of the training so far"""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """what the network computes in; weights, average and moments are float32 in any case"""
+    """of the averaged weights, from which samples are drawn"""
     flip: bool = True
     """mirror half of the images left to right"""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """of the network's arithmetic; weights, averages and moments are float32"""
     seed: int = 0
-    """of weights, data order, noise: everything random"""
-    unroll: int = 1
-    """blocks compiled in a row: more is faster on a GPU and slower to compile"""
-    remat: Remat = "none"
-    """what the backward pass recomputes: none; all but the products with weights (dots); whole blocks (full)"""
-    accumulate: int = 1
-    """parts of a batch that follow each other within one step: less memory, the same result"""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    workers: int = 0
-    """processes that decode images; 0 decodes in threads"""
-    run: str = ""
-    """folder to write to, or to go on in; runs/PRESET if not given"""
+    """of weights, data order, times and noise"""
+    vae: str = ""
+    """decoder of latents for pictures: ft-ema, ft-mse, original or a path"""
+    init_from: str = ""
+    """run or weights to start from; other classes get a new label table"""
+
+
+@dataclass(frozen=True)
+class Config(KernelConfig, ObjectiveConfig, Common):
+    """One training run. The defaults are the paper's; a preset changes the fields that its data need."""
+
     log_every: int = 100
-    """steps over which one line of metrics.jsonl is the mean"""
+    """steps of which a line of metrics.jsonl is the mean"""
     checkpoint_every: int = 5_000
+    """steps between checkpoints"""
+    sample_every: int = 10_000
+    """steps between pictures of samples; 0: none"""
+    eval_every: int = 0
+    """steps between FIDs of unguided samples; 0: none"""
+    eval_stats: str = ""
+    """reference of the FIDs: a file of ditx evaluate --make-stats, or an ADM .npz"""
+    eval_samples: int = 2_000
+    """samples of each FID; fewer than 10,000 only compare steps"""
+    eval_inception: str = ""
+    """file of Inception weights; pytorch-fid's are fetched if empty"""
+    unroll: int = 1
+    """blocks compiled in a row: faster on a GPU, slower to compile"""
+    remat: Remat = "none"
+    """backward pass recomputes: nothing, all but matmuls (dots), blocks (full)"""
+    accumulate: int = 1
+    """parts of a batch computed in turn: less memory, the same result"""
+    workers: int = 0
+    """processes that decode images; 0: threads"""
+    weight_decay: float = 0.0
+    """of AdamW"""
+    beta2: float = 0.999
+    """of AdamW"""
+    ema_every: int = 0
+    """steps between stored power-function EMAs, for ditx ema; 0: none"""
+    ema_lengths: tuple[float, ...] = (0.05, 0.1)
+    """lengths of the EMAs, as shares of the training so far"""
     keep: int = 3
     """newest checkpoints to keep"""
     keep_every: int = 0
-    """of the others, those of every so many steps are kept, too; 0 keeps none"""
+    """also keep checkpoints at multiples of this step; 0: none"""
     keep_best: int = 0
-    """of the others, so many of the lowest mean loss or, with eval_every, at least one, of the lowest FID, are kept"""
-    max_skipped: int = 10
-    """updates in a row that are skipped, for a loss or a gradient that is not finite, before the run ends"""
-    sample_every: int = 10_000
-    """steps between pictures; 0 draws none"""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """how the pictures are drawn"""
-    eval_every: int = 0
-    """steps between FIDs of the averaged weights, drawn as the pictures but without guidance; 0 computes none"""
-    eval_stats: str = ""
-    """what they compare with: a file that ditx evaluate --make-stats has written, or an ADM reference"""
-    eval_samples: int = 2_000
-    """samples of each; fewer than 10,000 tell one step from another, and no more"""
-    eval_inception: str = ""
-    """file of the Inception weights; pytorch-fid's, fetched once, if not given"""
+    """also keep this many of the lowest loss (with eval_every: FID, at least 1)"""
     profile_steps: int = 0
-    """steps, soon after the start, of which a trace is written to the run's folder profile; 0 writes none"""
+    """steps to trace into the run's folder profile; 0: none"""
     wandb: str = ""
-    """project of Weights and Biases to which metrics and pictures go, too (--extra wandb)"""
+    """Weights & Biases project to log to (--extra wandb)"""
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """shape of the network"""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """sampling of the pictures"""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """devices along each axis; -1 takes the rest"""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """several processes; srun, mpirun and TPU pods need no flags"""
+
+    @property
+    def ema_gammas(self) -> tuple[float, ...]:
+        """The powers of the stored EMAs. Raises ValueError for an impossible length."""
+        return tuple(map(ema.gamma_of, self.ema_lengths)) if self.ema_every else ()
+
+    def matched_to(self, dataset: Any, preset: "Config") -> "Config":
+        """With the data's number of classes and channels, where no flag has changed the preset's.
+
+        Raises ValueError where the data does not fit the model.
+        """
+        size, (height, width, channels) = self.model.input_size, dataset.image_shape
+        if (height, width) != (size, size):
+            raise ValueError(f"the images are {height}x{width}, model.input_size is {size}; make the two agree")
+        values = {"in_channels": channels}
+        if self.model.num_classes:  # 0 is a network without labels
+            values["num_classes"] = len(dataset.class_names)
+        for name, value in values.items():
+            if getattr(self.model, name) not in (value, getattr(preset.model, name)):
+                raise ValueError(f"model.{name} is {getattr(self.model, name)}, but the data has {value}")
+        return replace(self, model=replace(self.model, **values))
+
+    def describe(self, preset: str, dataset: Any) -> dict[str, Any]:
+        """The contents of a run's `config.json`."""
+        names = dataset.class_names[: self.model.num_classes]
+        described = {"preset": preset, **asdict(self), "class_names": names, "data_checksum": dataset.checksum}
+        return described | ({"latents": dataset.latents} if dataset.latents else {})
+
+    @property
+    def changeable_on_resume(self) -> set[str]:
+        """The fields that may differ when a run is resumed."""
+        return CHANGEABLE_ON_RESUME | ({"steps"} if self.decay == "constant" else set())
 
 
 def paper(name: str, steps: int = 400_000, **changes: Any) -> Config:
-    """A run of the paper, on latents: what the defaults are made of, and pictures as in the released code."""
+    """A run of the paper on latents, with pictures as in the released code."""
     model = replace(DIT_CONFIGS[name], **changes)
     sampling = SamplingConfig(guidance_scale=4.0, guidance_channels=3)
     return Config(dataset="latents", model=model, steps=steps, sampling=sampling)
 
 
 PRESETS = {
-    # 5,000 digits, legible after some minutes on two CPU cores: few tokens and small batches, so that there are many
-    # updates, and times that lean towards the noise, where the shape of a digit is decided.
+    # 5,000 digits, legible after some minutes on two CPU cores. Few tokens and small batches allow many updates; most
+    # training times are near the noise, where the shape of a digit is decided.
     "digits": Config(
         dataset="digits",
         model=DiTConfig(28, 7, 1, 128, 4, 4, num_classes=10, learn_sigma=False),
@@ -123,8 +168,8 @@ PRESETS = {
         sample_every=1000,
         sampling=SamplingConfig(steps=25, sampler="euler", guidance_scale=2.5),
     ),
-    # 32x32 colour pixels in the token grid of the paper's latents: 200 epochs. Objective, sampler and average are those
-    # that were best on small stand-ins (README).
+    # 32x32 colour pixels in the token grid of the paper's latents, 200 epochs. Objective, sampler and average were the
+    # best on small stand-ins (README).
     "cifar10": Config(
         dataset="cifar10",
         model=replace(DIT_CONFIGS["DiT-S/2"], in_channels=3, num_classes=10, learn_sigma=False),
@@ -162,55 +207,29 @@ PRESETS = {
     # 11.93; with the ft-EMA decoder 12.03, and 3.04 with guidance 1.5.
     "imagenet512-xl2": paper("DiT-XL/2", steps=3_000_000, input_size=64),
 }
-# What may differ when a run goes on: it changes neither the data nor the arithmetic (beyond rounding).
-CHANGEABLE_ON_RESUME = {
-    "preset",
-    "run",
-    "data_path",
-    "vae",
-    "workers",
-    "mesh",
-    "processes",
-    "unroll",
-    "remat",
-    "kernels",
-    "attention",
-}
-CHANGEABLE_ON_RESUME |= {
-    "log_every",
-    "checkpoint_every",
-    "keep",
-    "keep_every",
-    "keep_best",
-    "max_skipped",
-    "sample_every",
-    "sampling",
-}
-CHANGEABLE_ON_RESUME |= {"profile_steps", "wandb", "init_from", "accumulate"}
-CHANGEABLE_ON_RESUME |= {"eval_every", "eval_stats", "eval_samples", "eval_inception"}
+# Fields that change neither the data nor, beyond rounding, the arithmetic.
+CHANGEABLE_ON_RESUME: set[str] = set(
+    "preset run data_path vae init_from workers mesh distributed unroll remat kernels attention accumulate log_every"
+    " checkpoint_every keep keep_every keep_best sample_every sampling eval_every eval_stats eval_samples"
+    " eval_inception profile_steps wandb".split()
+)
 
 
 def check(config: Config) -> None:
-    """Raise ValueError for values that the parts do not check themselves."""
-    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "max_skipped", "unroll", "accumulate"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    least_zero = ("learning_rate", "warmup", "weight_decay", "sample_every", "workers", "seed")
-    for name in (*least_zero, "keep_every", "keep_best", "profile_steps", "ema_every", "eval_every"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
-    if config.seed >= 2**32:
-        raise ValueError(f"seed is {config.seed}; it goes from 0 to {2**32 - 1}")
+    """Raise ValueError for values that are impossible with any data or devices."""
+    cli.at_least(config, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep", "unroll", "accumulate")
+    cli.at_least(config, 0, "learning_rate", "warmup", "weight_decay", "sample_every", "workers", "keep_every")
+    cli.at_least(config, 0, "keep_best", "profile_steps", "ema_every", "eval_every")
+    cli.check_seed(config.seed)
     for name in ("ema_decay", "beta2"):
         if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it goes from 0 up to, not with, 1")
+            raise ValueError(f"{name} is {getattr(config, name)}; give 0 to below 1")
     if config.vae and config.dataset != "latents":
-        raise ValueError(f"vae is {config.vae!r}, but dataset {config.dataset} is of pixels; leave it out")
+        raise ValueError(f"vae is {config.vae!r}, but dataset {config.dataset} has pixels; leave it out")
     config.check(config.model.learn_sigma and not config.model.sit)
     if config.sample_every:
         config.sampling.check(config.model, config)
-    if config.ema_every:
-        power_ema_gammas(config)
+    _ = config.ema_gammas
     if config.eval_every:
         if not config.eval_stats:
             raise ValueError("eval_every needs --eval-stats; make them with: ditx evaluate --make-stats OUT DATA")
@@ -218,10 +237,12 @@ def check(config: Config) -> None:
             raise ValueError("eval_every needs --vae, which decodes the latents")
         if config.eval_samples < 2:
             raise ValueError(f"eval_samples is {config.eval_samples}; a covariance needs at least 2")
-    if config.wandb:
-        check_wandb()
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb is not installed; put --extra wandb after uv run, or pip install wandb")
 
 
-def power_ema_gammas(config: Config) -> tuple[float, ...]:
-    """The powers of the profiles of which averages are kept. Raises ValueError for an impossible length."""
-    return tuple(map(ema.gamma_of, config.ema_lengths)) if config.ema_every else ()
+def check_devices(config: Config, mesh: Mesh) -> None:
+    """Raise ValueError where the network, the batch or the kernels do not fit the devices."""
+    check_mesh(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
+    config.check_kernels(mesh, config.dtype, config.model)
+    check_batch(mesh, config.batch_size, config.accumulate)

@@ -1,40 +1,177 @@
-"""The folder of a run: its description `config.json`, its lines of `metrics.jsonl`, and the lock of who writes them."""
+"""The folder of a run: `config.json`, `metrics.jsonl`, checkpoints, pictures, averages, and the lock of its writer."""
 
 import json
 import math
+import sys
+import time
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from ditx.files import lock
+import jax
+import numpy as np
+
+from ditx import pictures
+from ditx.files import lock, write_atomically
+from ditx.parallel.distributed import assert_same_everywhere, broadcast_from_main, is_main_process, sync_errors
+from ditx.training import checkpoint
+from ditx.training.config import Config
+from ditx.training.step import TrainState
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
+Sums = dict[str, np.ndarray]
 
 
-def check_run(run: Path, described: dict[str, Any], *, free: set[str]) -> None:
-    """Raise ValueError where `run` holds another run than the one described, or anything else; nothing is written.
+class Run:
+    """A run's folder, which no other process can train in until `close`."""
 
-    Of the description, the fields in `free` may differ, and others be left out.
+    def __init__(self, config: Config, held: IO[str] | None):
+        self.folder, self._config, self._lock = Path(config.run), config, held
+        self._checkpoints: checkpoint.Checkpoints | None = None
+        self._saved = -1
+
+    @staticmethod
+    def check(config: Config, described: dict[str, Any]) -> bool:
+        """Whether the run `config.run` is finished. Raises ValueError as `open` does for other runs; writes nothing."""
+        own = ("data_path", "distributed")  # may differ between processes
+        assert_same_everywhere({name: value for name, value in described.items() if name not in own})
+        folder, finished = Path(config.run), False
+        with sync_errors():
+            if is_main_process():
+                check_run(folder, described, changeable=config.changeable_on_resume)
+                finished = config.steps <= max(checkpoint.steps(folder / "checkpoints"), default=0)
+        return bool(broadcast_from_main(finished))
+
+    @classmethod
+    def open(cls, config: Config, described: dict[str, Any]) -> "Run":
+        """Make the folder `config.run`, or open it to resume, in all processes alike.
+
+        Raises ValueError if it holds another run, or anything else; if another process trains in it; or if the
+        processes do not share it.
+        """
+        folder, held = Path(config.run), None
+        with sync_errors():
+            if is_main_process():
+                held = open_run(folder, described, changeable=config.changeable_on_resume)
+        token = str(broadcast_from_main(time.time_ns() % 2**31))
+        with sync_errors():
+            if is_main_process():
+                write(folder / "shared", token)
+        with sync_errors():
+            if not (folder / "shared").exists() or (folder / "shared").read_text() != token:
+                raise ValueError(f"{folder} is not shared with process 0; give a --run that all processes share")
+        return cls(config, held)
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, and unlock the folder."""
+        try:
+            if self._checkpoints:
+                self._checkpoints.close()
+        finally:
+            if self._lock:
+                self._lock.close()
+
+    def restore(self, shapes: TrainState, sums: Sums) -> tuple[TrainState, Sums, int] | None:
+        """State, metric sums and step of the newest sound checkpoint, on the devices of `shapes`; None in a new run.
+
+        A damaged checkpoint is reported, renamed and skipped. Raises ValueError if none is sound, or if a run that
+        has come further has none.
+        """
+        folder = self.folder / "checkpoints"
+        restored = checkpoint.load_newest(folder, _parts(shapes) | {"metric_sums": sums})
+        if restored is None:
+            reached = max((line["step"] for line in read_metrics(self.folder)), default=0)
+            with sync_errors():
+                # Each save waits for the one before it, so that a kill cannot cause this.
+                if reached >= 2 * self._config.checkpoint_every or self._curves()[0].exists():
+                    raise ValueError(
+                        f"{self.folder} has come to step {reached:,} but has no checkpoint; bring back {folder}, or"
+                        " choose another --run"
+                    )
+            return None
+        step, trees, damaged = restored
+        for number, sentence in damaged:
+            aside = checkpoint.quarantine(folder, number)
+            print(f"warning: {sentence}; moved to {aside}, going back to step {step:,}", file=sys.stderr)
+        sums = jax.tree.map(np.asarray, trees.pop("metric_sums"))
+        return TrainState(**trees), sums, step
+
+    def start(self, step: int) -> None:
+        """Prepare to train after `step`: drop the later lines of metrics, and curves of a shorter run."""
+        config = self._config
+        with sync_errors():
+            if is_main_process():
+                for file in (*self._curves(), *self.folder.glob("averages/*.partial")):
+                    file.unlink(missing_ok=True)
+                trim_metrics(self.folder, step)
+        self._checkpoints = checkpoint.Checkpoints(
+            self.folder / "checkpoints",
+            keep=config.keep,
+            keep_every=config.keep_every,
+            keep_best=max(config.keep_best, config.eval_every > 0),
+            best="fid" if config.eval_every else "loss",
+            described=read_config(self.folder),
+        )
+
+    def save(self, step: int, state: TrainState, sums: Sums, **metrics: float | None) -> None:
+        """Start to write the checkpoint of `step`, unless there is one."""
+        if self._checkpoints and step != self._saved:
+            self._checkpoints.save(step, _parts(state) | {"metric_sums": sums}, metrics=metrics)
+            self._saved = step
+
+    def picture(self, step: int) -> Path:
+        """The file of the samples of a step."""
+        return self.folder / "samples" / f"step-{step:07d}.png"
+
+    def write_loss_curves(self) -> None:
+        """Draw the loss over training and by time, unless both are there."""
+        if not is_main_process() or all(file.exists() for file in self._curves()):
+            return
+        lines = [line for line in read_metrics(self.folder) if "loss" in line]
+        names = ("step", "loss", "loss_by_time", "count_by_time")
+        steps, losses, by_time, counts = (np.array([line[name] for line in lines], np.float64) for name in names)
+        curve, curve_by_time = self._curves()
+        pictures.loss_curve(steps, losses).save(curve)
+        pictures.loss_by_time(by_time, counts).save(curve_by_time)
+
+    def _curves(self) -> tuple[Path, Path]:
+        return self.folder / "loss.png", self.folder / "loss-by-time.png"
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that have arrays, each a tree of its own in a checkpoint."""
+    parts = {field.name: getattr(state, field.name) for field in fields(state)}
+    return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
+
+
+def check_run(run: Path, described: dict[str, Any], *, changeable: Collection[str]) -> None:
+    """Raise ValueError if `run` holds another run than the one described, or anything else.
+
+    Fields in `changeable` may differ.
     """
     file = run / CONFIG
     if file.exists():
-        changed = diff(read_config(run), json.loads(json.dumps(described)), free=free)
+        changed = diff(read_config(run), json.loads(json.dumps(described)), ignore=changeable)
         if changed:
-            raise ValueError(f"{run} holds another run: {changed}; give its flags to go on, or another --run")
-    elif run.exists() and (not run.is_dir() or {entry.name for entry in run.iterdir()} - {f"{CONFIG}.partial", "lock"}):
+            raise ValueError(f"{run} holds another run: {changed}; give its flags to resume it, or another --run")
+    elif run.exists() and not (run.is_dir() and all(_left_by_a_kill(entry.name) for entry in run.iterdir())):
         raise ValueError(f"{run} exists and is not a run; choose another --run")
 
 
-def open_run(run: Path, described: dict[str, Any], *, free: set[str]) -> IO[str]:
-    """Make the folder of a new run, or check that `run` holds the run described, and describe it anew.
+def _left_by_a_kill(name: str) -> bool:
+    return name == "lock" or (name.startswith(CONFIG) and name.endswith(".partial"))
 
-    Of the description, the fields in `free` may differ. Returns the lock, which is held until it is closed or the
-    process ends, however it ends. Raises ValueError if the folder holds another run, or anything else, or if another
-    process is writing to it.
+
+def open_run(run: Path, described: dict[str, Any], *, changeable: Collection[str] = ()) -> IO[str]:
+    """Make or check the folder of a run, write its description, and return its lock.
+
+    The lock is held until it is closed or the process ends. Raises ValueError as `check_run` does, and if another
+    process holds the lock.
     """
-    check_run(run, described, free=free)
+    check_run(run, described, changeable=changeable)
     run.mkdir(parents=True, exist_ok=True)
     held = lock(run / "lock", f"another process is training in {run}; wait for it, or choose another --run")
     versions = {name: version(name) for name in ("ditx", "jax", "equinox", "optax", "orbax-checkpoint")}
@@ -43,13 +180,11 @@ def open_run(run: Path, described: dict[str, Any], *, free: set[str]) -> IO[str]
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The description of a run. Raises ValueError if there is none, or none that can be read."""
+    """The description of a run. Raises ValueError if there is none that can be read."""
     try:
         return json.loads((run / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{run} is not a run that can be read ({error}); give the folder that train.py wrote"
-        ) from error
+        raise ValueError(f"{run} is not a readable run ({error}); give the folder that train.py wrote") from error
 
 
 def newest_run(root: Path) -> Path:
@@ -57,7 +192,7 @@ def newest_run(root: Path) -> Path:
     runs = [file.parent for file in root.glob(f"*/{CONFIG}")]
     if not runs:
         raise ValueError(f"there is no run under {root}/; train one with train.py, or give the folder of one")
-    # Not by the folder's own time, which drawing samples into an older run would renew.
+    # Not by the folder's own time, which changes when samples are drawn into an older run.
     return max(runs, key=lambda run: max(file.stat().st_mtime for name in (CONFIG, METRICS) for file in run.glob(name)))
 
 
@@ -67,7 +202,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of JSON in a file, of which there may be none, less one that a kill may have cut off."""
+    """The lines of a file of JSON lines, without one that a kill has cut off; none if there is no file."""
     lines = []
     for line in file.read_text().splitlines() if file.exists() else []:
         with suppress(ValueError):
@@ -76,40 +211,39 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def trim_metrics(run: Path, step: int) -> None:
-    """Drop the lines after `step`, which the run is about to write again."""
+    """Drop the lines after `step`, which a resumed run writes again."""
     kept = [json.dumps(line) + "\n" for line in read_metrics(run) if line.get("step", math.inf) <= step]
     write(run / METRICS, "".join(kept))
 
 
 def average_file(run: Path, step: int, length: float) -> Path:
-    """Where an average by a power profile, of so many steps and such a length, is stored in a run."""
+    """The file of a power-function EMA in a run, by its step and relative length."""
     return run / "averages" / f"{step:07d}-{length}.safetensors"
 
 
 def stored_averages(run: Path) -> list[tuple[int, float]]:
-    """Step and length of each average that is stored."""
+    """Step and relative length of each stored power-function EMA."""
     names = sorted(file.stem.split("-", 1) for file in run.glob("averages/[0-9]*-*.safetensors"))
     return [(int(step), float(length)) for step, length in names]
 
 
-def diff(before: dict[str, Any], now: dict[str, Any], *, free: Collection[str] = ()) -> str:
-    """The fields in which two descriptions differ, both values told, or nothing; those in `free` may differ."""
+def diff(before: dict[str, Any], now: dict[str, Any], *, ignore: Collection[str] = ()) -> str:
+    """The fields that differ between two descriptions, with both values; empty if none but those in `ignore` do."""
     was = _flatten(before)
     return ", ".join(
         f"{name} was {was[name]!r} and is {value!r}"
         for name, value in _flatten(now).items()
-        # A field that an older version did not write had no choice then.
-        if name in was and was[name] != value and name.split(".")[0] not in free
+        # A field that an older version did not write offered no choice.
+        if name in was and was[name] != value and name.split(".")[0] not in ignore
     )
-
-
-def write(file: Path, text: str) -> None:
-    """Write a whole file or, if killed, nothing."""
-    unfinished = file.with_name(f"{file.name}.partial")
-    unfinished.write_text(text)
-    unfinished.replace(file)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     parts = [_flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in tree.items()]
     return {name: value for part in parts for name, value in part.items()}
+
+
+def write(file: Path, text: str) -> None:
+    """Write a text file whole or, if killed, not at all."""
+    with write_atomically(file) as stream:
+        stream.write(text.encode())

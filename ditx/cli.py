@@ -1,0 +1,74 @@
+"""Command lines: presets, checks of fields, unknown names, exit codes. Shared by both scripts and all verbs."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from ditx.files import first_line
+
+MAX_SEED = 2**32 - 1
+
+
+def run(prog: str, function: Callable[[], int], *, out_of_memory: str = "try a smaller --batch-size") -> int:
+    """Call a command and return its exit code: a mistake is one sentence and code 2, Ctrl-C is 130.
+
+    A mistake is a ValueError or an OSError. Too little memory on a device ends with the advice `out_of_memory`. Of
+    several processes, one that fails exits at once. Compiled programs are kept on disk for the next start.
+    """
+    import jax
+
+    from ditx.parallel.distributed import end
+
+    # JAX reads these names itself; set to nothing, the first switches the cache off.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "ditx" / "jax"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        return function()
+    except (ValueError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return end(2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"{prog}: the devices have too little memory ({first_line(error)}); {out_of_memory}", file=sys.stderr)
+        return end(2)
+    except KeyboardInterrupt:
+        return end(130)
+
+
+def split_preset(arguments: list[str], presets: Collection[str], *, default: str) -> tuple[str, list[str]]:
+    """The preset named first, or `default`, and the other arguments. Raises ValueError for an unknown preset."""
+    if not arguments or arguments[0].startswith("-"):
+        return default, arguments
+    if arguments[0] not in presets:
+        raise unknown("preset", arguments[0], presets)
+    return arguments[0], arguments[1:]
+
+
+def unknown(kind: str, name: str, choices: Collection[str]) -> ValueError:
+    """The error for a name that does not exist, with the nearest existing one."""
+    near = difflib.get_close_matches(name, choices, n=1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    return ValueError(f"unknown {kind} {name!r}; {guess}choose from {', '.join(choices)}")
+
+
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Raise ValueError for the first field of `config` that is below `least`, or not a number; `a.b` is nested."""
+    for name in names:
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if not value >= least:
+            bound = "not be negative" if least == 0 else f"be at least {least}"
+            raise ValueError(f"{name} is {value}; it must {bound}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless the seed fits 32 bits."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed is {seed}; it goes from 0 to {MAX_SEED}")
