@@ -76,14 +76,14 @@ def outputs_of(distributed, which):
 
 
 def check_start(output, newest):
-    """A start that came so far goes on from the newest complete checkpoint, and has found no other; whether it did."""
-    goes_on = re.search(r"goes on  from step ([\d,]+)\n", output)
+    """Whether a start has resumed; if it came that far, then from the newest complete checkpoint."""
+    resumed = re.search(r"resume    from step ([\d,]+)\n", output)
     assert "moved to" not in output, output
-    if goes_on:
-        assert int(goes_on[1].replace(",", "")) == newest, (newest, output)
-    elif "begins " in output:
+    if resumed:
+        assert int(resumed[1].replace(",", "")) == newest, (newest, output)
+    elif "init " in output:
         assert newest == 0, (newest, output)
-    return goes_on is not None
+    return resumed is not None
 
 
 def check_left(run):
@@ -115,32 +115,32 @@ def assert_same(run, other, step):
 
 def soak(folder, *, kills, steps, seed, flags=(), devices=4, say=lambda line: None):
     """Disturb runs of `steps` steps with so many kills in all; returns what happened. Raises AssertionError."""
-    rng, told = random.Random(seed), dict.fromkeys(("kills", "of both", "half-written", "went on", "runs"), 0)
+    rng, counts = random.Random(seed), dict.fromkeys(("kills", "of both", "half-written", "resumed", "runs"), 0)
     began = time.monotonic()
     outputs_of(launch(folder / "undisturbed", steps, flags, devices), None)
     span = time.monotonic() - began
     say(f"the undisturbed run took {span:.0f} s")
-    while told["kills"] < kills:
-        run, newest, which = folder / f"disturbed-{told['runs']}", 0, []
+    while counts["kills"] < kills:
+        run, newest, which = folder / f"disturbed-{counts['runs']}", 0, []
         while which is not None:
             distributed = launch(run, steps, flags, devices)
-            which = strike(distributed, run, rng, span) if told["kills"] < kills else None
-            told["went on"] += check_start(outputs_of(distributed, which)[0], newest)
+            which = strike(distributed, run, rng, span) if counts["kills"] < kills else None
+            counts["resumed"] += check_start(outputs_of(distributed, which)[0], newest)
             if which is not None:
                 before, (newest, half) = newest, check_left(run)
                 assert newest >= before, f"checkpoint {before} is lost, {newest} is left"
-                told["kills"] += 1
-                told["of both"] += len(which) == 2
-                told["half-written"] += half
-                say(f"kill {told['kills']}, of {which}: checkpoint {newest} is left{' and a part of one' * half}")
-        assert newest == 0 or told["went on"]
+                counts["kills"] += 1
+                counts["of both"] += len(which) == 2
+                counts["half-written"] += half
+                say(f"kill {counts['kills']}, of {which}: checkpoint {newest} is left{' and a part of one' * half}")
+        assert newest == 0 or counts["resumed"]
         if devices > 1:  # both processes write
             written = {file.name for file in (run / "checkpoints" / str(steps) / "model").iterdir()}
             assert {"ocdbt.process_0", "ocdbt.process_1"} <= written, written
         assert_same(run, folder / "undisturbed", steps)
         shutil.rmtree(run)
-        told["runs"] += 1
-    return told | {"seconds": round(time.monotonic() - began)}
+        counts["runs"] += 1
+    return counts | {"seconds": round(time.monotonic() - began)}
 
 
 def main():
@@ -151,7 +151,7 @@ def main():
     parser.add_argument("flags", nargs="*", help="more flags for train.py, behind --")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        told = soak(
+        counts = soak(
             Path(folder),
             kills=given.kills,
             steps=given.steps,
@@ -159,7 +159,7 @@ def main():
             flags=given.flags,
             say=lambda line: print(line, flush=True),
         )
-    print(json.dumps(told))
+    print(json.dumps(counts))
     return 0
 
 

@@ -93,7 +93,7 @@ def test_without_an_autoencoder_it_trains_and_says_that_there_are_no_pictures(ru
     shards, folder = tmp_path / "latents", tmp_path / "run"
     run.ditx("extract", photos, shards, "--vae", vae, "--size", 16)
     code, said = run.train("imagenet256-xl2-adaln", *TINY, "--data-path", shards, "--run", folder)
-    assert code == 0 and "no pictures, for which latents need --vae" in said, said
+    assert code == 0 and "no pictures, which need --vae to decode latents" in said, said
     assert not list((folder / "samples").glob("*"))
     code, said = run.train("imagenet256-s8", *TINY, "--data-path", photos, "--run", tmp_path / "other")
     assert code == 2 and "holds no latents; give the folder that `ditx extract` wrote" in said

@@ -39,7 +39,7 @@ def losses(run):
 def assert_same_run(run, other, step=40):
     with warnings.catch_warnings(action="ignore"):  # Orbax prefers to be told where arrays are to lie.
         a, b = (ocp.load_checkpointables(str(folder / "checkpoints" / str(step))) for folder in (run, other))
-    assert set(a) == {"step", "model", "ema", "opt_state", "window"}
+    assert set(a) == {"step", "model", "ema", "opt_state", "metric_sums"}
     leaves = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     assert len(leaves) > 40
     for x, y in leaves:
@@ -52,7 +52,7 @@ def assert_same_run(run, other, step=40):
 
 def test_a_run_is_a_folder_of_plain_files(finished):
     run, output = finished
-    said = ("parameters", "multiply-adds", "5,000 images of 28x28x1, 10 classes", "devices  1 x", str(run), "compiled")
+    said = ("parameters", "multiply-adds", "5,000 images of 28x28x1, 10 classes", "devices   1 x", str(run), "compiled")
     assert all(words in output for words in said), output
     assert [step for step, _, _ in losses(run)] == list(range(4, 41, 4))
     assert checkpoint.steps(run / "checkpoints") == [30, 35, 40]
@@ -69,7 +69,7 @@ def test_killed_at_any_time_it_ends_as_the_undisturbed_run(finished, tmp_path):
     for _ in range(3):
         process = start(*TINY, "--steps", 40, "--run", run)
         line = ""
-        while process.poll() is None and not line.startswith(("begins", "goes on")):
+        while process.poll() is None and not line.startswith(("init", "resume")):
             line = process.stdout.readline()
         time.sleep(rng.uniform(0, 0.6))
         process.kill()
@@ -110,7 +110,7 @@ def test_a_signal_saves_and_more_steps_can_follow(tmp_path, number, code):
     (newest,) = checkpoint.steps(run / "checkpoints")[-1:]
     assert f"stopped after step {newest:,};" in output
     returned, output = finish(start(*flags, "--steps", newest + 3))
-    assert returned == 0 and f"goes on  from step {newest:,}" in output, output
+    assert returned == 0 and f"resume    from step {newest:,}" in output, output
     assert losses(run)[-1][0] == newest + 3
 
 
@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     run, limited = tmp_path / "full", "import resource, runpy, sys; sys.argv = sys.argv[1:];"
     # Files may not grow beyond 4 kB once the first checkpoint lies there: what a full disk does to a write.
     limited += (
-        "import pathlib; from ditx import checkpoint; save = checkpoint.Checkpoints.save\n"
+        "import pathlib; from ditx.training import checkpoint; save = checkpoint.Checkpoints.save\n"
         "def full(self, step, trees, metrics):\n"
         "    if step == 10:\n"
         "        self._manager.wait()\n"
@@ -145,7 +145,7 @@ def test_lost_checkpoints_do_not_start_a_run_anew(copy, monkeypatch, capsys):
 
 
 def test_two_processes_cannot_share_a_run(copy, monkeypatch, capsys):
-    with runs.open_run(copy, runs.read_config(copy), free=set()):
+    with runs.open_run(copy, runs.read_config(copy)):
         code, said = call(train, monkeypatch, capsys, *TINY, "--steps", 40, "--run", copy)
     assert code == 2 and "another process is training in" in said
 
@@ -166,18 +166,19 @@ def test_updates_that_are_no_numbers_are_skipped_and_end_the_run(tmp_path, monke
     # From its eighth update on, it diverges.
     optimizer = optax.adamw(lambda count: jnp.where(count < 7, 1e-3, 1e30))
     monkeypatch.setattr(train, "make_optimizer", lambda config: optimizer)
-    flags = [*TINY, "--steps", 40, "--run", run, "--max-skipped", 7, "--keep", 1]
+    flags = [*TINY, "--steps", 40, "--run", run, "--keep", 1]
     code, said = call(train, monkeypatch, capsys, *flags)
-    assert code == 2 and said.count("its update is skipped") == 6, said
-    assert "7 updates in a row were skipped, up to step 15 (loss" in said and "seed 0" in said, said
+    assert code == 2 and said.count("its update is skipped") == 9, said
+    assert "10 updates in a row were skipped, up to step 18 (loss" in said and "seed 0" in said, said
     assert "try a lower --learning-rate" in said
     lines = runs.read_metrics(run)
     assert [(line["step"], line["skipped"], line["loss"] is None) for line in lines] == [
         (4, 0, False),
         (8, 0, False),
         (12, 4, True),
+        (16, 4, True),
     ]
-    # None was written since, so that the newest is a good one.
+    # No checkpoint was written since, so that the newest is a good one.
     assert checkpoint.steps(run / "checkpoints") == [5]
     weights = checkpoint.load_newest(run / "checkpoints", ema_of(run))[1]["ema"]
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(weights)) < 10
@@ -193,7 +194,7 @@ def test_a_new_run_begins_from_the_weights_of_another(finished, tmp_path, monkey
     before = checkpoint.load_newest(finished[0] / "checkpoints", ema_of(finished[0]))[1]["ema"]
     flags = [*TINY, "--init-from", finished[0], "--steps", 1, "--learning-rate", 0, "--sample-every", 0]
     code, said = call(train, monkeypatch, capsys, *flags, "--run", tmp_path / "same")
-    assert code == 0 and f"begins from {finished[0]} at step 40" in said and "label table" not in said, said
+    assert code == 0 and f"init {finished[0]} at step 40" in said and "label table" not in said, said
     after = checkpoint.load_newest(tmp_path / "same" / "checkpoints", ema_of(tmp_path / "same"))[1]["ema"]
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
@@ -234,8 +235,8 @@ def test_a_profile_and_the_checkpoints_asked_for_are_there(tmp_path):
     run = tmp_path / "run"
     flags = [*TINY, "--steps", 20, "--run", run, "--sample-every", 0, "--keep", 1, "--profile-steps", 30]
     code, output = finish(start(*flags, "--keep-every", 10, "--keep-best", 1))
-    assert code == 0 and f"profile  {run / 'profile'}" in output, output
-    assert "holds    0.3 MiB on each device: weights 0.1, average 0.1, moments 0.1" in output, output
+    assert code == 0 and f"profile   {run / 'profile'}" in output, output
+    assert "memory    0.3 MiB a device: weights 0.1, averages 0.1, moments 0.1" in output, output
     assert "a step takes" in output
     assert list((run / "profile").glob("**/*.xplane.pb"))
     kept = checkpoint.steps(run / "checkpoints")
@@ -262,10 +263,10 @@ def folder_of_images(path, *names):
 MISTAKES = {
     "nowhere: there is no such file or folder": ["--init-from", "nowhere"],
     "distributed.count and distributed.index need --distributed.coordinator": ["--distributed.count", 2],
-    "max_skipped is 0; it must be at least 1": ["--max-skipped", 0],
+    "accumulate is 0; it must be at least 1": ["--accumulate", 0],
     "keep_best is -1; it must not be negative": ["--keep-best", -1],
     "seed is 4294967296; it goes from 0 to 4294967295": ["--seed", 2**32],
-    "no preset 'digit'; choose digits, cifar10, images": ["digit"],
+    "unknown preset 'digit'; did you mean 'digits'? choose from digits, cifar10, images": ["digit"],
     "patch_size 5 does not divide input_size 28": ["--model.patch-size", 5],
     "hidden_size 100 is not divisible by num_heads 3": ["--model.hidden-size", 100, "--model.num-heads", 3],
     "hidden_size 6 is not divisible by 4": ["--model.hidden-size", 6, "--model.num-heads", 1],

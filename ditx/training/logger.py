@@ -151,7 +151,7 @@ class MetricsLogger:
         self._write(line)
         if self.bar.disable:
             loss = "none" if means["loss"] is None else f"{means['loss']:.4f}"
-            left = (config.steps - self.step) * config.batch_size / speed
+            left = (config.steps - self.step) * config.batch_size / max(speed, 1e-9)
             print(f"step {self.step:,}  loss {loss}  {speed:.0f} images/s  {left:.0f} s left", flush=True)
         self.sums = {name: np.zeros_like(total) for name, total in self.sums.items()}
         self._restart_clock(self.step)

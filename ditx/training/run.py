@@ -22,7 +22,7 @@ from ditx.training.config import Config
 from ditx.training.step import TrainState
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
-Sums = dict[str, np.ndarray]
+Sums = dict[str, Any]  # arrays and NumPy numbers, by name of a term
 
 
 class Run:

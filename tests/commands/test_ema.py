@@ -36,9 +36,9 @@ def test_any_length_is_made_of_two_that_a_run_stored(run, tmp_path):
     # In half precision, of what the checkpoint has in full.
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     create = jax.jit(lambda key: DiT(pretrained.describe(folder).model, key=key), out_shardings=first)
-    abstract = {"profiles": (create.eval_shape(jax.random.key(0)),) * 3}
+    abstract = {"power_emas": (create.eval_shape(jax.random.key(0)),) * 3}
     _, trees, _ = checkpoint.load_newest(folder / "checkpoints", abstract)
-    for file, exact in zip(last.values(), trees["profiles"], strict=True):
+    for file, exact in zip(last.values(), trees["power_emas"], strict=True):
         for half, whole in zip(leaves(file), jax.tree.leaves(exact), strict=True):
             assert np.all(np.abs(half - whole) <= 2**-11 * np.abs(whole) + 2**-25)
     assert last[0.1].stat().st_size < 0.55 * sum(leaf.nbytes for leaf in leaves(last[0.1])) + 3000
@@ -49,7 +49,7 @@ def test_any_length_is_made_of_two_that_a_run_stored(run, tmp_path):
     last[0.1].unlink()
     (folder / "averages" / "0000060-0.1.safetensors.7.partial").write_bytes(b"half")
     code, said = run.train(*FLAGS, "--run", folder)
-    assert code == 0 and "goes on from step 30" in said, said
+    assert code == 0 and "resume from step 30" in said, said
     assert {path.name: path.read_bytes() for path in (folder / "averages").iterdir()} == before
 
     # The third, as it was tracked, beside what the two others make of it.

@@ -73,7 +73,7 @@ def test_bytes_of_one_device_of_a_mesh_that_is_not_at_hand(run):
         (["info", "--mesh.data", 0], "mesh.data is 0"),
         (["info", "--mesh.tensor", 3], "mesh.tensor is 3, which does not divide num_heads, 16"),
         (["info", "--mesh.fsdp", 6], "batch_size is 256; make it a multiple of the 6 devices"),
-        (["inform"], "there is no verb 'inform'; choose bench, convert, ema, evaluate, extract"),
+        (["inform"], "unknown verb 'inform'; did you mean 'info'? choose from bench, convert, ema, evaluate, extract"),
     ],
 )
 def test_mistakes_are_one_sentence(run, arguments, sentence):

@@ -27,8 +27,11 @@ TINY = (
 
 
 def call(module, monkeypatch, capsys, *arguments):
-    """A script's main in this process: its exit code and what it said, with single spaces."""
+    """Call a script's main in this process; returns its exit code and its output, with single spaces."""
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # The cache in the home folder is the user's, not the tests'.
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # Python 3.11 can fail in `ast.parse`, which tyro calls, when JAX's garbage is collected within it.
     gc.disable()
     try:
@@ -54,38 +57,35 @@ class Runner:
         return call(sample, self.monkeypatch, self.capsys, *arguments)
 
     def ditx(self, *arguments):
-        # The cache of compiled programs is the user's, not the tests'.
-        self.monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-        self.monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
         return call(ditx.__main__, self.monkeypatch, self.capsys, *arguments)
 
 
 def start(*arguments, devices=1, **environment):
-    """A script in a process of its own, with so many devices."""
+    """A script in a process of its own, with `devices` devices."""
     command, output = [sys.executable, *map(str, arguments)], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment
     return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **output)
 
 
 def start_together(*arguments, devices=4, launcher=""):
-    """A script as two processes on this machine, with so many devices each, told by flags, or as srun or mpirun do."""
+    """A script as two processes on this machine, started by flags, or as srun or mpirun start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
-    told = {
+    launchers = {
         "": lambda n: (["--distributed.coordinator", place, "--distributed.count", 2, "--distributed.index", n], {}),
         "srun": lambda n: ([], slurm(n)),
         "mpirun": lambda n: (["--distributed.coordinator", place], open_mpi(n)),
     }
     started = []
     for n in range(2):
-        flags, environment = told[launcher](n)
+        flags, environment = launchers[launcher](n)
         started.append(start(*arguments, *flags, devices=devices, **environment))
     return started
 
 
 def slurm(n):
-    job = str(os.getpid())  # of which JAX makes the number of a port
+    job = str(os.getpid())  # JAX derives the port from it
     names = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
     return names | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}
 
@@ -100,7 +100,7 @@ def finish(process):
 
 
 def write_reference(path, images):
-    """Statistics of some images, in batches of 5, by a classifier that was never trained; told as of the digits."""
+    """Write statistics of some images by an untrained classifier, under the name of the digits."""
     features, gathered = FeatureNetwork(Classifier(images.shape[-1], 10, key=jax.random.key(0))), FeatureStore()
     gathered.add(make_feature_extractor(features, make_mesh(MeshConfig()), 5)(images))
     Reference.of(gathered, features, "digits", images.shape[1:]).write(path)

@@ -83,7 +83,7 @@ def test_a_step_too_large_is_refused_in_one_sentence(run, photos, tmp_path, monk
 
 
 def test_what_does_not_fit_is_said_before_anything_is_compiled(run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "compile_checked", lambda *_, **__: pytest.fail("compiled"))
+    monkeypatch.setattr(train, "compile_step", lambda *_, **__: pytest.fail("compiled"))
     npz = tmp_path / "data.npz"
     np.savez(npz, images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.zeros(4, int))
     (tmp_path / "run").mkdir()
@@ -108,7 +108,7 @@ def test_a_finished_run_compiles_nothing_unless_its_last_checkpoint_is_gone(run,
         if file.is_file():
             file.write_bytes(b"")
     code, said = run.train(*flags)
-    assert code == 0 and "goes on from step 1" in said and "compiled in" in said, said
+    assert code == 0 and "resume from step 1" in said and "compiled in" in said, said
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 2
 
 
