@@ -357,7 +357,7 @@ def test_other_data_is_noticed(tmp_path, monkeypatch, capsys):
     assert code == 2 and "data_checksum was" in said
     np.savez(tmp_path / "data.npz", images=stored["images"][:0], labels=stored["labels"][:0])
     code, said = call(train, monkeypatch, capsys, *flags, "--run", tmp_path / "empty")
-    assert code == 2 and "holds 0 images" in said and not (tmp_path / "empty").exists()
+    assert code == 2 and "has 0 images" in said and not (tmp_path / "empty").exists()
 
 
 def test_a_folder_of_images_trains(tmp_path, monkeypatch, capsys):
