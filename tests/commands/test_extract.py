@@ -23,7 +23,7 @@ FLAGS = ("--size", 16, "--batch-size", 8, "--shard-size", 7)
 
 
 class Corners(AutoencoderKL):
-    """It compiles at once: the mean is the first pixel of each block, the deviation 1 where that is bright, else 0."""
+    """A fast stand-in: the mean is the first pixel of each block, the deviation is 1 where the mean is positive, else 0."""
 
     weight: jax.Array
 
@@ -38,7 +38,7 @@ class Corners(AutoencoderKL):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """24 images of three classes, one of them damaged, none square."""
+    """24 images of three classes; one is damaged and none is square."""
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for number in range(24):
         file = folder / f"class-{number % 3}" / f"{number:02d}.png"
@@ -56,7 +56,7 @@ def corners(monkeypatch):
 
 @pytest.fixture
 def encoded(run, corners, photos, tmp_path):
-    """The latents of all images by the simple encoder."""
+    """The latents of all images by the stand-in, and the output."""
     code, said = run.ditx("extract", photos, tmp_path / "encoded", *FLAGS)
     assert code == 0, said
     return tmp_path / "encoded", said
@@ -67,13 +67,13 @@ def files(folder):
 
 
 def expected(file):
-    """What `Corners` makes of a file, by hand."""
+    """The latents of a file by `Corners`, computed by hand."""
     image = to_unit(read(str(file), 16))
     means = np.stack([image[::8, ::8], image[:, ::-1][::8, ::8]])
     return np.stack([means, means > 0], 1).astype(np.float16)
 
 
-# What is written
+# Output
 
 
 def test_latents_of_image_and_mirror_image_with_label_and_name(encoded, photos):
@@ -143,7 +143,7 @@ def vae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(photos, vae, tmp_path_factory):
-    """What the command leaves in a process of its own that nobody disturbs, and what it said."""
+    """The folder and the output of an undisturbed extraction, in a process of its own."""
     out = tmp_path_factory.mktemp("undisturbed") / "latents"
     code, said = finish(start("-m", "ditx", "extract", photos, out, "--vae", vae[1], *FLAGS))
     assert code == 0, said
@@ -164,7 +164,7 @@ def test_an_autoencoder_gives_the_mean_and_deviation_of_its_posterior(undisturbe
 # Kills
 
 
-def test_killed_at_any_time_it_ends_as_the_undisturbed_extraction(undisturbed, photos, vae, tmp_path):
+def test_a_killed_and_resumed_extraction_equals_an_undisturbed_one(undisturbed, photos, vae, tmp_path):
     out = tmp_path / "latents"
     command = ("-m", "ditx", "extract", photos, out, "--vae", vae[1], *FLAGS)
     process = start(*command)
@@ -178,8 +178,8 @@ def test_killed_at_any_time_it_ends_as_the_undisturbed_extraction(undisturbed, p
     assert files(out) == files(undisturbed[0])
 
 
-def test_from_whatever_a_kill_leaves_it_ends_as_the_undisturbed_extraction(corners, run, photos, tmp_path, monkeypatch):
-    """Every state of the folder between two writes, renamings or removals, each the start of another extraction."""
+def test_every_state_that_a_kill_can_leave_is_resumable(corners, run, photos, tmp_path, monkeypatch):
+    """Copies the folder before every write, rename and removal, and resumes from each copy."""
     out, states = tmp_path / "out", []
 
     def keep(cls, name):
@@ -205,8 +205,8 @@ def test_from_whatever_a_kill_leaves_it_ends_as_the_undisturbed_extraction(corne
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_with_how_to_go_on(corners, run, photos, tmp_path, monkeypatch, number):
-    """In this process: the signal comes with the tenth image."""
+def test_a_signal_stops_it_and_the_same_command_resumes(corners, run, photos, tmp_path, monkeypatch, number):
+    """Raises the signal in this process while the tenth image is written."""
     write = extract.latents.ShardWriter.write
     written = []
 
@@ -231,17 +231,17 @@ def test_a_signal_ends_with_how_to_go_on(corners, run, photos, tmp_path, monkeyp
     assert len(LatentSource(tmp_path / "out")) == 23
 
 
-# Going on
+# Resuming
 
 
-def test_a_finished_extraction_is_left_alone(encoded, run, photos):
+def test_a_finished_extraction_is_unchanged(encoded, run, photos):
     before = {file: file.stat().st_mtime_ns for file in (encoded[0] / "shards").iterdir()}
     code, said = run.ditx("extract", photos, encoded[0], *FLAGS)
     assert code == 0 and "0 of 4 are missing" in said and "done 23 latents" in said, said
     assert {file: file.stat().st_mtime_ns for file in (encoded[0] / "shards").iterdir()} == before
 
 
-def test_a_lost_or_truncated_shard_is_made_again(encoded, run, photos):
+def test_a_lost_or_truncated_shard_is_replaced(encoded, run, photos):
     before = files(encoded[0])
     shards = sorted((encoded[0] / "shards").glob("*.array_record"))
     shards[1].unlink()
@@ -251,7 +251,7 @@ def test_a_lost_or_truncated_shard_is_made_again(encoded, run, photos):
     assert files(encoded[0]) == before
 
 
-def test_a_mended_image_is_taken_up(corners, run, photos, tmp_path):
+def test_a_repaired_image_is_added(corners, run, photos, tmp_path):
     copy, out = tmp_path / "photos", tmp_path / "out"
     shutil.copytree(photos, copy)
     run.ditx("extract", copy, out, *FLAGS)
@@ -266,7 +266,7 @@ def test_a_mended_image_is_taken_up(corners, run, photos, tmp_path):
     assert code == 2 and "images was 24 and is 23, names_checksum was" in said
 
 
-def test_another_plan_is_refused_by_field(encoded, run, photos):
+def test_other_settings_are_refused_by_field(encoded, run, photos):
     before = files(encoded[0])
     flags = ("--size", 24, "--batch-size", 8, "--shard-size", 8, "--vae", "ft-ema", "--dtype", "bfloat16")
     code, said = run.ditx("extract", photos, encoded[0], *flags)
@@ -275,7 +275,7 @@ def test_another_plan_is_refused_by_field(encoded, run, photos):
     assert files(encoded[0]) == before
 
 
-def test_two_processes_cannot_make_the_same_part(corners, run, photos, tmp_path):
+def test_two_processes_cannot_write_the_same_shard(corners, run, photos, tmp_path):
     (tmp_path / "out" / "shards").mkdir(parents=True)
     with extract.lock(tmp_path / "out" / "shards" / "00001-of-00004.partial"):
         code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS, "--process-index", 1, "--process-count", 4)
@@ -287,7 +287,7 @@ def test_two_processes_cannot_make_the_same_part(corners, run, photos, tmp_path)
 # Mistakes and failures
 
 
-def test_strict_ends_at_the_first_damaged_image_and_goes_on_when_mended(corners, run, photos, tmp_path):
+def test_strict_stops_at_the_first_damaged_image(corners, run, photos, tmp_path):
     copy, out = tmp_path / "photos", tmp_path / "out"
     shutil.copytree(photos, copy)
     (copy / "class-2" / "23.png").write_bytes(b"")
@@ -297,14 +297,14 @@ def test_strict_ends_at_the_first_damaged_image_and_goes_on_when_mended(corners,
     assert code == 0 and "3 of 4 are missing" in said and "skipped 2 images in all" in said, said
 
 
-def test_images_of_which_none_can_be_read(corners, run, tmp_path):
+def test_a_folder_without_readable_images_is_refused(corners, run, tmp_path):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     (tmp_path / "photos" / "cat" / "a.png").write_bytes(b"no image")
     code, said = run.ditx("extract", tmp_path / "photos", tmp_path / "out", *FLAGS)
     assert code == 2 and "none of the 1 images can be read" in said, said
 
 
-def test_numbers_that_are_none_end_it(run, photos, tmp_path, monkeypatch):
+def test_non_finite_latents_stop_it(run, photos, tmp_path, monkeypatch):
     broken = Corners(jnp.nan)
     monkeypatch.setattr(extract, "load_vae", lambda name: (broken, name))
     code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS)
@@ -346,33 +346,33 @@ def test_a_mistake_gets_one_sentence_and_writes_nothing(sentence, request, run, 
     assert files(tmp_path) == before and not Path("out").exists()
 
 
-def test_where_nobody_watches_it_prints_lines(corners, run, photos, tmp_path, monkeypatch):
+def test_progress_is_printed_as_lines_without_a_terminal(corners, run, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(extract.Progress, "SECONDS_BETWEEN_LINES", 0)
     code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS)
     assert code == 0 and "24 of 24 images" in said and "images/s 0 s left" in said, said
 
 
-def test_strict_does_not_pass_over_what_was_skipped_before(encoded, run, photos):
+def test_strict_retries_images_that_were_skipped_before(encoded, run, photos):
     code, said = run.ditx("extract", photos, encoded[0], *FLAGS, "--strict")
     assert code == 2 and "13.png" in said and "cannot read image" in said
 
 
-def test_metadata_does_not_outlive_the_shards_it_describes(encoded, run, photos, monkeypatch):
+def test_metadata_is_removed_before_a_shard_is_replaced(encoded, run, photos, monkeypatch):
     next((encoded[0] / "shards").glob("00001-*.array_record")).unlink()
-    monkeypatch.setattr(extract, "finish", lambda *_: None)  # as if killed before it
+    monkeypatch.setattr(extract, "finish", lambda *_: None)  # as if it were killed there
     assert run.ditx("extract", photos, encoded[0], *FLAGS)[0] == 0
     with pytest.raises(ValueError, match="is unfinished"):
         LatentSource(encoded[0])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", "{}"])
-def test_a_damaged_plan_is_said(encoded, run, photos, text):
+def test_a_damaged_plan_is_refused(encoded, run, photos, text):
     (encoded[0] / "plan.json").write_text(text)
     code, said = run.ditx("extract", photos, encoded[0], *FLAGS)
     assert code == 2 and ("plan.json is damaged" in said or "holds other latents" in said), said
 
 
-def test_the_same_weights_elsewhere_are_the_same(encoded, run, photos, monkeypatch):
+def test_weights_may_move(encoded, run, photos, monkeypatch):
     monkeypatch.setattr(extract, "load_vae", lambda name: (Corners(), f"/moved/{name} (CRC-32 0)"))
     assert run.ditx("extract", photos, encoded[0], *FLAGS)[0] == 0
     monkeypatch.setattr(extract, "load_vae", lambda name: (Corners(), f"{name} (CRC-32 1)"))
@@ -380,7 +380,7 @@ def test_the_same_weights_elsewhere_are_the_same(encoded, run, photos, monkeypat
     assert code == 2 and "vae was" in said
 
 
-def test_more_shards_than_can_be_held_open_are_refused(corners, run, photos, tmp_path, monkeypatch):
+def test_more_shards_than_can_be_open_at_once_are_refused(corners, run, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(extract, "MAX_SHARDS", 4)
     code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS[:-1], 5)
     assert code == 2 and "shard_size 5 makes more than 4 shards; give 6 or more" in said

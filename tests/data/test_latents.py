@@ -18,12 +18,12 @@ OPTIONS = {"batch_size": 12, "seed": 5, "flip": True}
 
 
 def halves(number):
-    """Latents that tell the number of their image, in four arrays that differ."""
+    """Latents of the image's number, in four arrays that differ by a fraction."""
     return (number + np.arange(4).reshape(2, 2, 1, 1, 1) / 4 + np.zeros(SHAPE)).astype(np.float16)
 
 
 def write(folder, counts, **changes):
-    """A folder as `ditx extract` leaves it, of shards of so many images."""
+    """A folder as `ditx extract` writes it, with `counts` images in its shards."""
     (folder / "shards").mkdir(parents=True)
     shards, number = [], 0
     for index, count in enumerate(counts):
@@ -51,7 +51,7 @@ def shapes():
 
 
 @given(shapes().flatmap(lambda s: hnp.arrays(np.float16, (2, *s))), st.integers(0, 2**31 - 1), st.text())
-def test_a_record_gives_back_what_was_packed(latent, label, name):
+def test_unpack_inverts_pack(latent, label, name):
     name = name.encode("utf-8", "replace").decode()
     record = pack(latent, label, name)
     assert len(record) == 2 * latent.size + 4 + len(name.encode())
@@ -60,7 +60,7 @@ def test_a_record_gives_back_what_was_packed(latent, label, name):
     assert rest == [label, name]
 
 
-def test_names_that_are_no_unicode_survive():
+def test_names_that_are_not_unicode_survive():
     name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
     assert unpack(pack(halves(0)[0], 0, name), SHAPE)[2] == name
 
@@ -101,12 +101,12 @@ def test_a_shard_counts_when_it_is_finished(tmp_path):
     assert read_shard(path) is None
 
 
-def test_shards_are_alike_down_to_the_byte(tmp_path):
+def test_shards_are_reproducible_to_the_byte(tmp_path):
     a, b = (shard_path(write(tmp_path / name, (9,)), 0, 1).read_bytes() for name in "ab")
     assert a == b
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match="shards"):
         ShardWriter(shard_path(tmp_path, 0, 1))
 
@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 # The source
 
 
-def test_every_image_is_found_with_label_and_name(source):
+def test_every_image_has_its_label_and_name(source):
     assert (len(source), source.image_shape, source.class_names) == (50, SHAPE, tuple("0123456789"))
     assert source.latents == {"vae": "a", "scale": 0.5, "image_size": 16}
     for number in (0, 19, 20, 36, 37, 49, -1):
@@ -135,32 +135,32 @@ def test_take_gives_means_and_deviations_of_image_or_mirror_image(source):
     np.testing.assert_array_equal(batch["y"], indices % 10)
 
 
-def test_a_copy_sent_to_another_process_reads_the_same(source):
+def test_a_pickled_source_reads_the_same(source):
     source[3]
     copy = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(copy[49]["latents"], source[49]["latents"])
     assert copy.checksum == source.checksum
 
 
-def test_checksum_tells_other_latents_and_other_classes(source, tmp_path):
+def test_checksum_depends_on_latents_and_classes(source, tmp_path):
     assert LatentSource(write(tmp_path / "same", (20, 0, 17, 13))).checksum == source.checksum
     others = write(tmp_path / "fewer", (20, 17, 12)), write(tmp_path / "named", (20, 0, 17, 13), class_names=["a"] * 10)
     assert len({source.checksum, *(LatentSource(other).checksum for other in others)}) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_are_resumable_and_depend_on_nothing_else(source, workers):
-    found = take(loader.batches(source, **OPTIONS), 9)
-    assert_same(take(loader.batches(source, start=4, workers=workers, **OPTIONS), 5), found[4:])
-    for batch in found:
+def test_batches_resume_exactly(source, workers):
+    batches = take(loader.batches(source, **OPTIONS), 9)
+    assert_same(take(loader.batches(source, start=4, workers=workers, **OPTIONS), 5), batches[4:])
+    for batch in batches:
         number = np.floor(batch["x"][:, 0, 0, 0]).astype(int)
         np.testing.assert_array_equal(batch["y"], number % 10)
         np.testing.assert_array_equal(batch["std"] - batch["x"], np.full_like(batch["x"], 0.25))
 
 
 def test_batches_see_every_latent_once_an_epoch_and_half_of_them_mirrored(source):
-    found = take(loader.batches(source, batch_size=50, seed=0, flip=True), 40)
-    values = np.stack([batch["x"][:, 0, 0, 0] for batch in found])
+    batches = take(loader.batches(source, batch_size=50, seed=0, flip=True), 40)
+    values = np.stack([batch["x"][:, 0, 0, 0] for batch in batches])
     for epoch in np.floor(values):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(50))
     # 2,000 fair coins: standard deviation 0.011.
@@ -247,6 +247,6 @@ def test_an_unfinished_extraction_is_refused(folder):
         LatentSource(folder)
 
 
-def test_a_source_stays_as_it_is(source):
+def test_a_source_is_immutable(source):
     with pytest.raises(dataclasses.FrozenInstanceError):
         source.path = "elsewhere"

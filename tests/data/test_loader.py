@@ -15,21 +15,21 @@ from tests import reading_rates
 
 
 def numbered(count, side=2):
-    """Images whose every pixel tells their index, apart from a column gradient that shows a flip."""
+    """Images of their index in every pixel; the last column is brighter, which shows a flip."""
     pixels = np.arange(count, dtype=np.uint8)[:, None, None, None] + np.zeros((1, side, side, 1), np.uint8)
     pixels[:, :, -1] += 100
     return sources.ArraySource(pixels, np.arange(count) % 10, tuple("0123456789"))
 
 
-def indices(found):
-    """Which images of `numbered` a batch holds, mirrored or not."""
-    return to_uint8(found["x"])[:, 0, :, 0].min(axis=1)
+def indices(batch):
+    """Indices of the images in a batch of `numbered`, mirrored or not."""
+    return to_uint8(batch["x"])[:, 0, :, 0].min(axis=1)
 
 
 # batches
 
 
-def test_a_batch_is_what_the_network_takes():
+def test_a_batch_has_images_in_unit_range_and_labels():
     source = sources.digits()
     (batch,) = take(loader.batches(source, batch_size=7, seed=0, flip=True), 1)
     assert batch["x"].shape == (7, 28, 28, 1) and batch["x"].dtype == np.float32
@@ -44,8 +44,8 @@ def test_images_keep_their_labels():
 
 @pytest.mark.parametrize("batch_size", [1, 5, 10, 23, 60])
 def test_each_epoch_sees_each_image_once_in_a_new_order(batch_size):
-    found = take(loader.batches(numbered(30), batch_size=batch_size, seed=3, flip=False), -(-120 // batch_size))
-    epochs = np.concatenate([indices(batch) for batch in found])[:120].reshape(4, 30)
+    batches = take(loader.batches(numbered(30), batch_size=batch_size, seed=3, flip=False), -(-120 // batch_size))
+    epochs = np.concatenate([indices(batch) for batch in batches])[:120].reshape(4, 30)
     for epoch in epochs:
         np.testing.assert_array_equal(np.sort(epoch), np.arange(30))
     for a, b in itertools.combinations([*epochs, np.arange(30)], 2):
@@ -67,10 +67,10 @@ def test_seeds_differ_and_one_seed_repeats():
 
 def test_half_of_the_images_are_mirrored():
     source = numbered(100)
-    found = take(loader.batches(source, batch_size=50, seed=0, flip=True), 40)
+    batches = take(loader.batches(source, batch_size=50, seed=0, flip=True), 40)
     plain = take(loader.batches(source, batch_size=50, seed=0, flip=False), 40)
     flips = []
-    for a, b in zip(found, plain, strict=True):
+    for a, b in zip(batches, plain, strict=True):
         flipped = np.all(a["x"] == b["x"][:, :, ::-1], axis=(1, 2, 3))
         kept = np.all(a["x"] == b["x"], axis=(1, 2, 3))
         assert np.all(flipped ^ kept)
@@ -137,7 +137,7 @@ def test_batches_refuses_an_empty_source():
         loader.batches(numbered(0), batch_size=4, seed=0, flip=False)
 
 
-def test_worker_processes_end_with_the_one_that_reads():
+def test_worker_processes_end_with_their_parent():
     code = (
         "import os, signal\n"
         "from ditx.data import loader, sources\n"
@@ -146,7 +146,7 @@ def test_worker_processes_end_with_the_one_that_reads():
         "    next(iterator)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
-    # It waits for all who hold the pipes, and so for the workers.
+    # `run` waits until all processes have closed the pipes, workers too.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
 
@@ -156,7 +156,7 @@ def test_worker_processes_end_with_the_one_that_reads():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Nine images, of which number 4 is damaged and number 7 a link to nowhere."""
+    """Nine images; number 4 is damaged, and number 7 is a broken link."""
     rng = np.random.default_rng(0)
     for number in range(9):
         save(tmp_path / "cat" / f"{number}.png", rng.integers(0, 256, (9 + number, 12, 3), dtype=np.uint8))
@@ -167,14 +167,14 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 0), (20, 0), (4, 2)])
-def test_images_are_decoded_in_order_and_damaged_ones_told(folder, batch_size, workers):
-    found = list(loader.decode(folder, 8, batch_size=batch_size, workers=workers))
-    assert all(len(pixels) == len(wrong) == batch_size for pixels, wrong in found[:-1])
-    pixels, wrong = np.concatenate([p for p, _ in found]), [reason for _, w in found for reason in w]
-    assert [bool(reason) for reason in wrong] == [number in (4, 7) for number in range(9)]
-    assert "cannot identify image file" in wrong[4] and "No such file" in wrong[7]
+def test_images_are_decoded_in_order_with_an_error_for_damaged_ones(folder, batch_size, workers):
+    batches = list(loader.decode(folder, 8, batch_size=batch_size, workers=workers))
+    assert all(len(pixels) == len(errors) == batch_size for pixels, errors in batches[:-1])
+    pixels, errors = np.concatenate([p for p, _ in batches]), [error for _, e in batches for error in e]
+    assert [bool(error) for error in errors] == [number in (4, 7) for number in range(9)]
+    assert "cannot identify image file" in errors[4] and "No such file" in errors[7]
     for number, file in enumerate(folder):
-        expected = np.zeros((8, 8, 3)) if wrong[number] else image_files.read(file, 8)
+        expected = np.zeros((8, 8, 3)) if errors[number] else image_files.read(file, 8)
         np.testing.assert_array_equal(pixels[number], expected)
 
 

@@ -166,7 +166,7 @@ def test_images(tmp_path):
     save(tmp_path / "a" / "x.bmp", pixels[2])
     save(tmp_path / "c" / "grey.png", pixels[3, :, :, 0])
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    (tmp_path / "a" / "._x.png").write_text("what macOS leaves behind")
+    (tmp_path / "a" / "._x.png").write_text("a file that macOS writes")
     (tmp_path / ".cache").mkdir()
     source = sources.images(tmp_path, 8)
     assert source.class_names == ("a", "b", "c") and source.image_shape == (8, 8, 3) and len(source) == 4

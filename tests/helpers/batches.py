@@ -7,9 +7,9 @@ import PIL.Image
 
 
 def take(iterator, count):
-    found = list(itertools.islice(iterator, count))
+    result = list(itertools.islice(iterator, count))
     iterator.close()
-    return found
+    return result
 
 
 def assert_same(ours, theirs):
