@@ -23,7 +23,7 @@ FLAGS = ("--size", 16, "--batch-size", 8, "--shard-size", 7)
 
 
 class Corners(AutoencoderKL):
-    """The mean is the first pixel of each block, the deviation 1 where that is positive, else 0; it compiles at once."""
+    """The mean is the first pixel of each block, the deviation 1 where that is positive, else 0."""
 
     weight: jax.Array
 
