@@ -1,6 +1,12 @@
-"""Runs before any test module is imported: every array shape in ditx is checked from here on."""
+"""Setup before any test module is imported. From here on every array shape in ditx is checked."""
 
+import os
 import shutil
+from pathlib import Path
+
+# Programs that one test process compiles serve the others and the next session. JAX reads this when it is imported.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest
@@ -9,10 +15,10 @@ from jaxtyping import install_import_hook
 
 install_import_hook("ditx", "beartype.beartype")
 
-# Eight devices in every test, so that sharding is tested anywhere; what is not sharded runs on the first.
+# Eight devices in every test, so that sharding is tested anywhere. Other tests run on the first device.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Strategies are drawn alike in every run, and no deadline counts a compilation as slowness.
+# Every run draws the same examples, and no deadline counts a compilation as slowness.
 settings.register_profile("ditx", deadline=None, derandomize=True, max_examples=15)
 settings.load_profile("ditx")
 

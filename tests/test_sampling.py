@@ -17,7 +17,8 @@ from ditx.diffusion import flow
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.diffusion.parameterization import NoiseLevel, to_target
 from ditx.nn.dit import DiT, DiTConfig
-from ditx.parallel.mesh import MeshConfig, make_mesh, shard_host_array, with_shardings
+from ditx.parallel.fsdp import with_shardings
+from ditx.parallel.mesh import MeshConfig, make_mesh, shard_host_array
 from ditx.sampling import STEPS, SamplingConfig, choose_batch_size, make_sampler
 
 CONFIG = DiTConfig(8, 4, 1, 16, 1, 1, num_classes=1)
@@ -40,7 +41,7 @@ class Best:
         self.objective, self.means = objective, jnp.array([mean, unlabelled])
         self.config = SimpleNamespace(num_classes=num_classes, null_label=num_classes)
 
-    def __call__(self, x, t, y, *, compute, unroll=1):
+    def __call__(self, x, t, y, *, apply_block, unroll=1):
         if self.objective.is_flow:
             level = flow.level(t / 1000)
         else:

@@ -1,1 +1,1 @@
-"""Faster functions of the same blocks: only scripts and commands import this room."""
+"""Faster functions of the same blocks. Networks do not import this room; training and sampling hand them in."""

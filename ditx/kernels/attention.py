@@ -1,10 +1,10 @@
-"""Attention as GPU kernels of our own, in Pallas for Triton.
+"""Attention as fused GPU kernels, in Pallas for Triton (Dao 2023).
 
-The scores of a block of queries with one block of keys after another are never stored, and are made again for the
-gradients (Dao 2023). Queries, keys and values are read as the products before leave them, every head by its own
-columns. Heads whose width is no power of two are multiplied in parts: 72 as 64 and 16, half of which is masked. All
-sees one example; `jax.vmap` puts the batch into the grid of the same launch. Anywhere but on a GPU, Pallas interprets
-the kernels, slowly, for tests.
+A program loops over blocks of keys for one block of queries. Scores are never stored, and are recomputed for the
+gradients. The kernels read queries, keys and values in the layout of the projections, each head by its own columns.
+Heads whose width is not a power of two are multiplied in parts: 72 as 64 and 16, with half of the second part masked. A
+kernel sees one example; `jax.vmap` puts the batch into the grid of one launch. Without a GPU, Pallas interprets the
+kernels, slowly, for tests.
 """
 
 import math
@@ -21,8 +21,8 @@ from jaxtyping import Array, Float
 
 from ditx.kernels.elementwise import on_gpu
 
-# Queries or keys of a program, and of a step of its loop. With four warps, which an H100's products of 64 rows want, no
-# kernel needs more registers than there are (125 to 185 a thread for heads of width 72), nor 64 KiB of shared memory.
+# Number of queries or keys of a program, and of one step of its loop. An H100's products of 64 rows want four warps; no
+# kernel then exceeds the registers (125 to 185 a thread for heads of width 72) or 64 KiB of shared memory.
 _ROWS, _STEP = 64, 64
 
 
@@ -30,7 +30,7 @@ _ROWS, _STEP = 64, 64
 def attend(
     q: Float[Array, "n d"], k: Float[Array, "m d"], v: Float[Array, "m d"], num_heads: int
 ) -> Float[Array, "n d"]:
-    """Scaled dot-product attention in each of `num_heads` equal parts of the channels; float32 within."""
+    """Scaled dot-product attention, each of `num_heads` heads on its share of the channels; float32 inside."""
     return _forward(q, k, v, num_heads)[0]
 
 
@@ -53,7 +53,7 @@ def _forward(q, k, v, num_heads):
         carry = jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.float32), _zeros(queries)
         top, total, mixed = jax.lax.fori_loop(0, pl.cdiv(m, step), add, carry)
         out.store(start, [part / total[:, None] for part in mixed])
-        log.store(start, top + jnp.log2(total))  # of the sum of exponentials, base 2
+        log.store(start, top + jnp.log2(total))  # base-2 logarithm of the sum of exponentials
 
     like = _split(q, num_heads)
     out, log = _call(kernel, pl.cdiv(n, rows), [*_split((q, k, v), num_heads)], [like, _vector(num_heads, n)])
@@ -119,36 +119,36 @@ def _vector(num_heads, n):
 
 
 def _scale(width):
-    """What makes logits of scores, for powers of 2 in place of e, which are what a GPU computes."""
+    """Factor from scores to base-2 logits; GPUs compute powers of 2."""
     return width**-0.5 * math.log2(math.e)
 
 
 def _block(count, most):
-    """How many rows to take at once: Triton multiplies blocks whose sides are powers of 2 from 16."""
+    """Rows per block: Triton multiplies blocks whose sides are powers of 2, at least 16."""
     return min(most, max(16, pl.next_power_of_2(count)))
 
 
 def _parts(width):
-    """Where the parts of a head begin, and their sizes: the largest power of 2 within, and one over what is left."""
+    """Starts and sizes of a head's parts: the largest power of 2 that fits, then one power of 2 over the rest."""
     first = max(16, pl.next_power_of_2(width + 1) // 2)
     return [(0, first)] if width <= first else [(0, first), (first, _block(width - first, first))]
 
 
 @dataclass(frozen=True)
 class _Head:
-    """A head's rows in memory, of `width` columns in parts, or, where that is 0, of a number each."""
+    """A head's rows in memory, in parts of its `width` columns; with width 0, one number a row."""
 
     ref: Any
     count: int
     width: int
 
     def load(self, start, rows):
-        """The parts of a block of rows, 0 beyond the end."""
+        """The parts of a block of rows, zeros beyond the last row."""
         loaded = [triton.load(ref, mask=mask, other=None if mask is None else 0) for ref, mask in self._at(start, rows)]
         return loaded if self.width else loaded[0]
 
     def store(self, start, parts):
-        """Write a block of rows, but what is beyond the end."""
+        """Write a block of rows up to the last row."""
         parts = parts if self.width else [parts]
         for (ref, mask), part in zip(self._at(start, parts[0].shape[0]), parts, strict=True):
             triton.store(ref, part.astype(ref.dtype), mask=mask)
@@ -168,7 +168,7 @@ class _Head:
 
 
 def _call(kernel, blocks, arguments, results):
-    """Run `kernel(*arguments, *results)`, those of one head (`_Head`), for each block of each head."""
+    """Run `kernel(*arguments, *results)` on the arrays of one head (`_Head`), for each block of each head."""
     arrays = [*arguments, *results]
 
     def sides(array):
@@ -176,7 +176,7 @@ def _call(kernel, blocks, arguments, results):
 
     def spec(array):
         count, width = sides(array)
-        padded = pl.cdiv(count, max(_ROWS, _STEP)) * max(_ROWS, _STEP)  # since blocks may go beyond the end
+        padded = pl.cdiv(count, max(_ROWS, _STEP)) * max(_ROWS, _STEP)  # blocks may reach beyond the last row
         if width == 0:
             return pl.BlockSpec((None, padded), lambda i, head: (head, 0))
         return pl.BlockSpec((padded, None, sum(_parts(width)[-1])), lambda i, head: (0, head, 0))
@@ -198,7 +198,7 @@ def _call(kernel, blocks, arguments, results):
 
 
 def _only(start, count, scores, other):
-    """`scores`, and `other` in columns of keys that there are not."""
+    """`scores`, with `other` in the columns beyond the last key."""
     size = scores.shape[1]
     return scores if count % size == 0 else jnp.where((start + jnp.arange(size) < count)[None], scores, other)
 
@@ -208,7 +208,7 @@ def _zeros(parts):
 
 
 def _product(a, b, axis):
-    exact = jax.lax.Precision.HIGHEST  # for float32 alone
+    exact = jax.lax.Precision.HIGHEST  # matters for float32 only
     return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision=exact, preferred_element_type=jnp.float32)
 
 
@@ -218,6 +218,6 @@ def _dot(a, b):
 
 
 def _add(totals, weights, parts):
-    """`totals` and sums of rows with weights, which are rounded as the rows are."""
+    """`totals` plus weighted sums of rows. Weights are rounded to the dtype of the rows."""
     weights = weights.astype(parts[0].dtype)
     return [total + _product(weights, part, 0) for total, part in zip(totals, parts, strict=True)]

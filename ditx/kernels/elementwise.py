@@ -1,9 +1,9 @@
-"""Element-wise passes of a transformer block as GPU kernels of our own, in Pallas for Triton.
+"""Element-wise passes of a transformer block as fused GPU kernels, in Pallas for Triton.
 
-XLA needs several passes over the tokens for what is here one: each kernel reads its inputs once, computes in float32,
-writes its results in the type of the tokens, and sums over tokens, which gradients of shifts, scales, gates and biases
-are, on the way. All see one example; `jax.vmap` puts the batch into the grid of the same launch. Anywhere else,
-Pallas interprets them, slowly, for tests.
+XLA needs several passes over the tokens where one of these kernels needs one. A kernel reads its inputs once, computes
+in float32 and writes its results in the dtype of the tokens. In the same pass it sums over tokens, for the gradients of
+shifts, scales, gates and biases. A kernel sees one example; `jax.vmap` puts the batch into the grid of one launch.
+Without a GPU, Pallas interprets the kernels, slowly, for tests.
 """
 
 import math
@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-# Tokens that a program goes through, one after another, and channels of a part where tokens are split. With eight
-# elements a thread, Triton loads 16 bytes at a time, and no kernel below needs more than 100 registers.
+# Number of tokens that a program loops over, and number of channels in a part of a split token. With eight elements a
+# thread, Triton loads 16 bytes at a time, and no kernel below needs more than 100 registers.
 _TOKENS, _PART = 32, 512
 _EPS = 1e-6
 
@@ -27,9 +27,9 @@ _EPS = 1e-6
 def norm_modulate(
     x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"]
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-    """`x` and its layer norm, scaled and shifted: `norm(x) * (1 + scale) + shift`.
+    """`x`, and its modulated layer norm `norm(x) * (1 + scale) + shift`.
 
-    `x` comes back so that what its later uses send to it is added in the pass that makes the gradient of the norm.
+    Returning `x` lets the pass for the norm's gradient also add the gradient of its later uses.
     """
     return _norm_modulate_forward(x, shift, scale)[0]
 
@@ -64,7 +64,7 @@ def gate_norm_modulate(
     shift: Float[Array, " d"],
     scale: Float[Array, " d"],
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-    """`x + gate * (branch + bias)`, and its layer norm, scaled and shifted."""
+    """`x + gate * (branch + bias)`, and its modulated layer norm."""
     return _gate_norm_modulate_forward(x, gate, branch, bias, shift, scale)[0]
 
 
@@ -72,7 +72,7 @@ def _gate_norm_modulate_forward(x, gate, branch, bias, shift, scale):
     dtype = x.dtype
 
     def body(mean, x, branch, gate, bias, shift, scale):
-        # The norm is of the sum as it is stored, as it is in the backward pass.
+        # Normalise the sum as stored, since the backward pass reads the stored one.
         x = (x + gate * (branch + bias)).astype(dtype).astype(jnp.float32)
         return (x, _norm(mean, x)[0] * (1 + scale) + shift), ()
 
@@ -160,23 +160,23 @@ def _as_type(dtype, *vectors):
 
 
 def _norm(mean, x):
-    """The layer norm of a token, and by what its distance from the mean was multiplied."""
+    """The layer norm of a token, and the inverse of its standard deviation."""
     centred = x - mean(x)
     inverse = jax.lax.rsqrt(mean(centred * centred) + _EPS)
     return centred * inverse, inverse
 
 
 def _norm_gradient(mean, x, dy, scale):
-    """What `norm(x) * (1 + scale)` sends to `x`, and the norm."""
+    """The gradient of `norm(x) * (1 + scale)` with respect to `x`, and the norm."""
     normed, inverse = _norm(mean, x)
     dnormed = dy * (1 + scale)
     return inverse * (dnormed - mean(dnormed) - normed * mean(dnormed * normed)), normed
 
 
 def _gelu_parts(x):
-    """The share `(1 + tanh u) / 2` of `x` that GELU lets through, and the derivative of `u`.
+    """The factor `(1 + tanh u) / 2` of GELU, and the derivative of `u`.
 
-    As a logistic function of `2 u`, since Triton has no fast hyperbolic tangent that is exact to float32.
+    Computed as a logistic function of `2 u`, since Triton has no fast hyperbolic tangent that is exact to float32.
     """
     a, b = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
     return 1 / (1 + jnp.exp(-2 * x * (a + b * x * x))), a + 3 * b * x * x
@@ -191,13 +191,13 @@ def _pass(
     sums: int = 0,
     split: bool = False,
 ) -> tuple[Sequence[Float[Array, "n d"]], list[Float[Array, " d"]]]:
-    """What `body` makes of every token, and sums over tokens of what else it makes, in float32.
+    """Outputs of `body` for every token, and float32 sums of its summands over all tokens.
 
-    `body(mean, *tokens, *vectors) -> outputs, summands` sees one token at a time in float32, or, with `split`, a part
-    of its channels; `mean` is over all its channels, hence not for parts.
+    `body(mean, *tokens, *vectors) -> outputs, summands` sees one token at a time in float32 or, with `split`, a part of
+    its channels. `mean` is over all channels; do not use it with `split`.
     """
     (n, d), dtype = tokens[0].shape, tokens[0].dtype
-    # Triton's arrays have sizes that are powers of two; what is too much of them is masked.
+    # Triton's arrays have sizes that are powers of two; the surplus is masked.
     width = min(pl.next_power_of_2(d), _PART) if split else pl.next_power_of_2(d)
     blocks, parts = pl.cdiv(n, _TOKENS), pl.cdiv(d, width)
 
@@ -212,9 +212,9 @@ def _pass(
             return [triton.load(ref.at[k], mask=inside, other=0) for ref in ins[: len(tokens)]]
 
         def step(k, carry):
-            totals, here = carry
-            following = load_tokens(jnp.minimum(k + 1, count - 1))  # under way while this one is computed
-            results, summands = body(mean, *(token.astype(jnp.float32) for token in here), *fixed)
+            totals, current = carry
+            following = load_tokens(jnp.minimum(k + 1, count - 1))  # loads while the current token is computed
+            results, summands = body(mean, *(token.astype(jnp.float32) for token in current), *fixed)
             for ref, result in zip(outs[:outputs], results, strict=True):
                 triton.store(ref.at[k], result.astype(dtype), mask=inside)
             return [total + summand for total, summand in zip(totals, summands, strict=True)], following
@@ -222,7 +222,7 @@ def _pass(
         fixed = [triton.load(ref, mask=inside, other=0).astype(jnp.float32) for ref in ins[len(tokens) :]]
         count = jnp.minimum(_TOKENS, n - pl.program_id(0) * _TOKENS)
         zeros = [jnp.zeros(width, jnp.float32)] * sums
-        first = jnp.minimum(0, count)  # 0, but traced, which Pallas' interpreter needs
+        first = jnp.minimum(0, count)  # a traced 0, which Pallas' interpreter needs
         totals, _ = jax.lax.fori_loop(0, count, step, (zeros, load_tokens(first)))
         for ref, total in zip(outs[outputs:], totals, strict=True):
             triton.store(ref, total, mask=inside)
@@ -245,5 +245,5 @@ def _pass(
 
 
 def on_gpu(call: Callable[..., Any], *arguments: Array) -> Any:
-    """`call()(*arguments)`, a kernel's results; anywhere but on a GPU by `call(interpret=True)`, for tests."""
+    """Results of the kernel `call()(*arguments)`. Without a GPU, of `call(interpret=True)`, for tests."""
     return jax.lax.platform_dependent(*arguments, cuda=call(), rocm=call(), default=call(interpret=True))

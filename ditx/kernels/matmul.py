@@ -1,9 +1,9 @@
-"""The product of tokens with a weight, which takes the tokens of a batch for the rows of one matrix.
+"""The product of tokens with a weight, with the tokens of a batch as the rows of one matrix.
 
-Modules see one example. What `jax.vmap` makes of `x @ weight` has three axes, and so a weight's gradient sums over two:
-XLA for CPUs then transposes both factors, and computes within these transpositions all that leads up to them (where
-blocks are unrolled, the residual sums of all blocks before, once for each weight). So this is a primitive of its own,
-of which `jax.vmap` makes a product of matrices.
+Modules see one example. `jax.vmap` turns `x @ weight` into a product of three axes, whose gradient for the weight sums
+over two of them. XLA for CPUs then transposes both factors and recomputes inside each transposition everything that
+leads to it (with unrolled blocks, the residual sums of all earlier blocks, once for each weight). This product is a
+primitive of its own, which `jax.vmap` turns into a product of two matrices.
 """
 
 import math
@@ -18,12 +18,12 @@ from jaxtyping import Array, Float
 
 
 def product(x: Float[Array, "... i"], weight: Float[Array, "i *o"]) -> Float[Array, "..."]:
-    """`x @ weight`, over the last axis of the one and the first of the other.
+    """`x @ weight`, summed over the last axis of `x` and the first axis of `weight`.
 
-    Policies of `jax.checkpoint` see it as "product" in one example, and as "dot_general" in a batch.
+    Policies of `jax.checkpoint` see the primitive "product" for a single example, and "dot_general" for a batch.
     """
     dtype = jnp.result_type(x, weight)
-    # That of now, whenever this is lowered or transformed; type checkers do not know the states of JAX's configuration.
+    # The current setting, kept for lowering and transformation. Type checkers do not know JAX's configuration states.
     precision = cast(Any, jax.config).jax_default_matmul_precision
     return _product.bind(x.astype(dtype), weight.astype(dtype), precision=precision)
 
@@ -34,10 +34,10 @@ def _plain(x, weight, *, precision):
 
 def _of_batch(factors, axes, *, precision):
     plain, (x, weight) = partial(_plain, precision=precision), factors
-    if axes[1] is not None:  # each example has a weight of its own
+    if axes[1] is not None:  # a weight for each example
         return jax.vmap(plain, axes)(x, weight), 0
     x = jnp.moveaxis(x, axes[0], 0)
-    if any(jax.typeof(x).sharding.spec[1:-1]):  # tokens that lie on several devices are no rows of one matrix
+    if any(jax.typeof(x).sharding.spec[1:-1]):  # tokens split over devices cannot be the rows of one matrix
         return jax.vmap(plain, (0, None))(x, weight), 0
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return plain(rows, weight).reshape(*x.shape[:-1], *weight.shape[1:]), 0

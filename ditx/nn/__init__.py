@@ -1,1 +1,1 @@
-"""Networks: pure functions of one example and their arrays, ignorant of diffusion, devices and precision."""
+"""Networks: pure functions of one example and their arrays. They know nothing of diffusion, devices or precision."""

@@ -19,16 +19,16 @@ Remat: TypeAlias = Literal["none", "dots", "full"]
 
 
 class TrainState(eqx.Module):
-    """All that a run carries from one step to the next; randomness and data follow from `step`."""
+    """State that a run carries from one step to the next. Randomness and data follow from `step`."""
 
     step: Int[Array, ""]
-    """updates made so far"""
+    """number of updates so far"""
     model: DiT
     ema: DiT
-    """exponential moving average of the weights, from the initial ones on"""
+    """exponential moving average of the weights, starting at the initial weights"""
     opt_state: optax.OptState
     power_emas: tuple[DiT, ...] = ()
-    """averages by power profiles (`ditx.training.ema`), from which those of other lengths are made"""
+    """averages with power profiles (`ditx.training.ema`), from which averages of any length are reconstructed"""
 
     @classmethod
     def create(
@@ -36,7 +36,7 @@ class TrainState(eqx.Module):
     ) -> "TrainState":
         """The state before the first step."""
         model: Any = DiT(config, key=key)
-        # Copies, since the step donates all to the next.
+        # Copies, because each step donates the whole state to the next.
         ema, *others = (jax.tree.map(jnp.copy, model) for _ in range(1 + power_emas))
         return cls(jnp.zeros((), jnp.int32), model, ema, optimizer.init(model), tuple(others))
 
@@ -44,14 +44,14 @@ class TrainState(eqx.Module):
 def adamw(
     learning_rate: float | optax.Schedule, *, beta2: float = 0.999, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019), with what the paper leaves at its usual values."""
+    """AdamW (Loshchilov and Hutter 2019). The paper keeps the remaining hyperparameters at their defaults."""
     return optax.adamw(learning_rate, b1=0.9, b2=beta2, eps=1e-8, weight_decay=weight_decay)
 
 
 def drop_label(y: Int[Array, ""], config: DiTConfig, *, key: PRNGKeyArray) -> Int[Array, ""]:
     """The null label with probability `label_dropout`, else `y` (Ho and Salimans 2022, Algorithm 1).
 
-    Where there are no classes, the null label.
+    An unconditional network always gets its null label.
     """
     if config.null_label is None:
         return y
@@ -171,10 +171,10 @@ def _accumulated(gradients: Callable[[Any, Any], Any], count: int) -> Callable[[
 
 @jax.custom_vjp
 def _materialize_gradient(leaf):
-    """`leaf`, whose gradient is written before it is used.
+    """Identity whose gradient is materialised by an optimization barrier.
 
-    Where blocks are unrolled, XLA would otherwise gather their gradients within the optimizer, once for each of the
-    arrays that this updates: 60 bytes a weight rather than 38, and copies of the state.
+    With unrolled blocks, XLA would otherwise collect their gradients inside the optimizer, once for each array that it
+    updates: 60 bytes a weight instead of 38, and copies of the state.
     """
     return leaf
 

@@ -35,7 +35,7 @@ def test_more_than_a_device_has_is_said_before_anything_runs(monkeypatch):
     double, x = jax.jit(lambda x: 2 * x), jax.ShapeDtypeStruct((2**20,), jnp.float32)
     assert compile.compile_checked(double, x)[2] == 2**23 < compile.device_memory()
     monkeypatch.setattr(compile, "device_memory", lambda: 2**22)
-    with pytest.raises(compile.OutOfMemoryError, match=r"takes 0.01 GiB on each device, which has 0.00; try less"):
+    with pytest.raises(compile.OutOfMemoryError, match=r"needs 0.01 GiB on each device, which has 0.00; try less"):
         compile.compile_checked(double, x, remedy="less")
 
 

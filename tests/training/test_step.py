@@ -25,7 +25,7 @@ PAPER = ObjectiveConfig()
 
 
 def make_step(optimizer, objective=PAPER, config=CONFIG, **options):
-    state = TrainState.create(config, optimizer, power_emas=len(options.get("gammas", ())), key=jax.random.key(0))
+    state = TrainState.create(config, optimizer, power_emas=len(options.get("ema_gammas", ())), key=jax.random.key(0))
     objective = make_objective(objective)
     return state, partial(train_step, objective=objective, optimizer=optimizer, **({"ema_decay": 0.9} | options))
 
