@@ -1,7 +1,7 @@
-"""The Inception-v3 network (Szegedy et al. 2015) of 2015-12-05, whose features are those of FID and its kin.
+"""Inception-v3 (Szegedy et al. 2015) as released on 2015-12-05: the network behind FID and related metrics.
 
-It is not the network that was published: its average pools do not count the border, and its last block has a maximum in
-place of one. Names of layers are those of the TensorFlow graph, which torch's files have as well.
+It differs from the published network: average pools ignore the border, and the last block has a max pool instead of an
+average pool. Layers have the names of the TensorFlow graph, which torch's files use as well.
 """
 
 import re
@@ -20,7 +20,7 @@ from ditx.nn.layers import at_least_float32
 Resize = Literal["adm", "pytorch-fid"]
 Pool = Literal["avg", "max", "max/2"]
 
-SIDE = 299  # of the images that the network is made for
+SIDE = 299  # side of the network's input
 
 
 def _a(pool: int) -> dict[str, str]:
@@ -50,8 +50,8 @@ def _e(pool: Pool) -> dict[str, str]:
     }
 
 
-# Each block's branches, whose outputs lie side by side in this order. A branch is a pool or none, then convolutions to
-# so many channels by height and width, "/2" at every second position; two joined by "+" see the same input.
+# The branches of each block, whose outputs are concatenated in this order. A branch is an optional pool, then
+# convolutions "channels:height x width", with "/2" for stride 2; two convolutions joined by "+" have the same input.
 _BLOCKS: dict[str, dict[str, str]] = {
     "Mixed_5b": _a(32),
     "Mixed_5c": _a(64),
@@ -72,7 +72,7 @@ _BLOCKS: dict[str, dict[str, str]] = {
 
 
 class ConvUnit(eqx.Module):
-    """A convolution, batch normalisation by fixed statistics (Ioffe and Szegedy 2015), and a ReLU."""
+    """Convolution, batch normalisation with fixed statistics (Ioffe and Szegedy 2015), ReLU."""
 
     weight: Float[Array, "h w i o"]
     scale: Float[Array, " o"]
@@ -107,20 +107,20 @@ class ConvUnit(eqx.Module):
             (self.stride, self.stride),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=jax.lax.Precision.HIGHEST,  # Features are compared with those of other programs.
+            precision=jax.lax.Precision.HIGHEST,  # Features are compared with other programs' features.
         )
         return jax.nn.relu(y[0] + (self.bias - self.mean * scale))
 
 
 class Branch(eqx.Module):
-    """A pool or none, then steps of one convolution, or of two whose outputs lie side by side, as the table says."""
+    """Optional pool, then steps of one convolution or of two with concatenated outputs, as in the table of blocks."""
 
     steps: tuple[tuple[ConvUnit, ...], ...]
     pool: Pool | None = eqx.field(static=True)
     out_channels: int = eqx.field(static=True)
 
     def __init__(self, name: str, description: str, in_channels: int, *, key: PRNGKeyArray):
-        """A lone convolution is called as the branch is, others with their number in it and, of two, their letter."""
+        """A single convolution has the name of the branch, others a number and, if two share an input, a letter."""
         words, steps = description.split(), []
         self.pool = next((pool for pool in get_args(Pool) if pool == words[0]), None)
         words = words[self.pool is not None :]
@@ -129,9 +129,9 @@ class Branch(eqx.Module):
             for letter, part in zip("ab", parts, strict=False):
                 channels, height, width, *stride = map(int, re.split("[:x/]", part))
                 unit = name + f"_{number}" * (len(words) > 1) + letter * (len(parts) > 1)
-                how = (stride[0], "VALID") if stride else (1, "SAME")
+                padding = (stride[0], "VALID") if stride else (1, "SAME")
                 key, unit_key = jax.random.split(key)
-                step.append(ConvUnit(unit, in_channels, channels, (height, width), *how, key=unit_key))
+                step.append(ConvUnit(unit, in_channels, channels, (height, width), *padding, key=unit_key))
             steps.append(tuple(step))
             in_channels = sum(unit.bias.size for unit in step)
         self.steps, self.out_channels = tuple(steps), in_channels
@@ -147,18 +147,18 @@ class Branch(eqx.Module):
 
 
 class Features(NamedTuple):
-    """What the metrics are computed from."""
+    """The features from which the metrics are computed."""
 
     pool: Float[Array, "*n 2048"]
-    """for FID, precision and recall: means over the positions of the last block's output"""
+    """for FID, precision and recall: mean of the last block's output over positions"""
     spatial: Float[Array, "*n 2023"]
-    """for sFID: the first 7 channels of Mixed_6d's 1 x 1 branch at 17 x 17 positions, those of one side by side"""
+    """for sFID: the first 7 channels of Mixed_6d's 1 x 1 branch at 17 x 17 positions, channels last"""
     logits: Float[Array, "*n 1008"] | None
-    """for the Inception Score: without bias, as the ADM suite has them"""
+    """for the Inception Score: without bias, as in the ADM suite"""
 
 
 class Inception(eqx.Module):
-    """The FID network on one image of any size; `logits=False` leaves out the layer that the Inception Score needs."""
+    """The FID network for one image of any size; `logits=False` omits the layer that only the Inception Score needs."""
 
     stem: tuple[ConvUnit, ...]
     blocks: tuple[tuple[Branch, ...], ...]
@@ -186,7 +186,7 @@ class Inception(eqx.Module):
         self.logits = jax.random.normal(logits_key, (channels, 1008)) / channels**0.5 if logits else None
 
     def __call__(self, image: Float[Array, "h w c"] | UInt8[Array, "h w c"], *, resize: Resize = "adm") -> Features:
-        """Features of an image in 0..255; for the meaning of `resize` see `prepare`."""
+        """Features of an image in 0..255; `resize` as in `prepare`."""
         x = prepare(image, resize).astype(self.stem[0].weight.dtype)
         for unit in self.stem[:3]:
             x = unit(x)
@@ -204,15 +204,13 @@ class Inception(eqx.Module):
 
 
 def prepare(image: Float[Array, "h w c"] | UInt8[Array, "h w c"], resize: Resize = "adm") -> Float[Array, "299 299 3"]:
-    """An image in 0..255 of any size as the network's input: interpolated linearly, without antialiasing, then scaled.
+    """Resize an image in 0..255 to the network's input by linear interpolation without antialiasing, and scale it.
 
-    "adm" is what the TensorFlow graph itself does, and so the ADM suite: output position i is input position i h / 299,
-    and values become (x - 128) / 128. In "pytorch-fid" these are the centres of pixels, and (x - 127.5) / 127.5.
+    "adm" is the TensorFlow graph's resize, also used by the ADM suite: output position i is input position i h / 299,
+    and values become (x - 128) / 128. "pytorch-fid" aligns pixel centres and scales to (x - 127.5) / 127.5.
     """
     if image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-        raise ValueError(
-            f"the image has shape {image.shape}; give height, width and 3 channels (of grey, repeat its one)"
-        )
+        raise ValueError(f"the image has shape {image.shape}; give height, width and 3 channels (repeat a grey one)")
     if resize not in get_args(Resize):
         raise ValueError(f"resize is {resize!r}; it must be one of {', '.join(get_args(Resize))}")
     x = jnp.asarray(image).astype(at_least_float32(image.dtype))
@@ -224,20 +222,20 @@ def prepare(image: Float[Array, "h w c"] | UInt8[Array, "h w c"], resize: Resize
 
 def _resized(x: Float[Array, "h w c"], axis: int, shift: float) -> Float[Array, "h2 w2 c"]:
     size = x.shape[axis]
-    place = np.clip((np.arange(SIDE) + shift) * (size / SIDE) - shift, 0, size - 1)
-    low = np.floor(place).astype(int)
-    rest = np.expand_dims(place - low, [other for other in range(3) if other != axis])
+    position = np.clip((np.arange(SIDE) + shift) * (size / SIDE) - shift, 0, size - 1)
+    low = np.floor(position).astype(int)
+    fraction = np.expand_dims(position - low, [other for other in range(3) if other != axis])
     start = jnp.take(x, low, axis)
-    return start + (jnp.take(x, np.minimum(low + 1, size - 1), axis) - start) * rest.astype(x.dtype)
+    return start + (jnp.take(x, np.minimum(low + 1, size - 1), axis) - start) * fraction.astype(x.dtype)
 
 
 def max_pool(x: Float[Array, "h w c"], stride: int = 1) -> Float[Array, "h2 w2 c"]:
-    """The largest of 3 x 3 positions, around each or, within the image, around every `stride`-th."""
+    """3 x 3 max pool: padded with stride 1, unpadded with others."""
     return _windows(x, jax.lax.max, -jnp.inf, stride)
 
 
 def average_pool(x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-    """The mean of 3 x 3 positions, at the border of those that there are."""
+    """3 x 3 average pool with stride 1 that counts only positions within the image."""
     return _windows(x, jax.lax.add, 0.0, 1) / _windows(jnp.ones((*x.shape[:2], 1), x.dtype), jax.lax.add, 0.0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion (Rombach et al. 2022): images to latents an eighth of their side, and back."""
+"""The autoencoder of latent diffusion (Rombach et al. 2022): images to latents of an eighth of their side, and back."""
 
 import dataclasses
 import math
@@ -14,20 +14,20 @@ from ditx.nn.layers import Attention, Linear, at_least_float32
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """The shape of an autoencoder; the defaults are Stable Diffusion's. Raises ValueError for sizes that do not fit."""
+    """Sizes of an autoencoder, by default Stable Diffusion's. Raises ValueError for sizes that do not fit together."""
 
     in_channels: int = 3
     """channels of an image"""
     latent_channels: int = 4
     """channels of a latent"""
     block_channels: tuple[int, ...] = (128, 256, 512, 512)
-    """width of each level, from the image on; each level but the last halves the sides"""
+    """channels of each level, from the image to the latent; each level but the last halves the sides"""
     layers_per_block: int = 2
-    """residual blocks in each level of the encoder; the decoder has one more"""
+    """residual blocks in each level of the encoder; the decoder has one more per level"""
     norm_groups: int = 32
-    """groups of channels that are normalised together"""
+    """groups of the group normalisation"""
     scale: float = 0.18215
-    """what latents are multiplied by, so that they have about unit variance"""
+    """factor on latents that gives them about unit variance"""
 
     def __post_init__(self):
         for name in ("in_channels", "latent_channels", "layers_per_block", "norm_groups"):
@@ -42,12 +42,12 @@ class VAEConfig:
 
     @property
     def downsampling(self) -> int:
-        """Side of an image over that of its latent."""
+        """Side of an image divided by the side of its latent."""
         return 2 ** (len(self.block_channels) - 1)
 
 
 class Conv(eqx.Module):
-    """A 3 x 3 convolution with bias; initial weights uniform within `1 / sqrt(fan-in)`."""
+    """3 x 3 convolution with bias; initial weights are uniform within `1 / sqrt(fan-in)`."""
 
     weight: Float[Array, "3 3 i o"]
     bias: Float[Array, " o"]
@@ -58,7 +58,7 @@ class Conv(eqx.Module):
         self.bias = jnp.zeros(out_channels)
 
     def __call__(self, x: Float[Array, "h w i"], *, halve: bool = False) -> Float[Array, "h2 w2 o"]:
-        """With `halve`, every second position, the border of zeros being on the right and below alone."""
+        """With `halve`, stride 2, zero-padded only on the right and at the bottom."""
         stride, padding = (2, (0, 1)) if halve else (1, (1, 1))
         dimensions = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(
@@ -68,7 +68,7 @@ class Conv(eqx.Module):
 
 
 class GroupNorm(eqx.Module):
-    """Group normalisation (Wu and He 2018), statistics in float32."""
+    """Group normalisation (Wu and He 2018) with statistics in float32."""
 
     weight: Float[Array, " c"]
     bias: Float[Array, " c"]
@@ -86,7 +86,7 @@ class GroupNorm(eqx.Module):
 
 
 class ResBlock(eqx.Module):
-    """Two rounds of norm, SiLU and convolution, added to the input, whose width is adapted where it changes."""
+    """Twice norm, SiLU and convolution, added to the input; `shortcut` adapts the input's channels if they change."""
 
     norm1: GroupNorm
     conv1: Conv
@@ -106,8 +106,8 @@ class ResBlock(eqx.Module):
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
-class NoiseLevel(eqx.Module):
-    """Residual blocks at one resolution; then a convolution to half, or from nearest neighbours to twice, the sides."""
+class Level(eqx.Module):
+    """Residual blocks at one resolution, then a convolution that halves the sides, or doubles them (nearest first)."""
 
     blocks: tuple[ResBlock, ...]
     resample: Conv | None
@@ -132,7 +132,7 @@ class NoiseLevel(eqx.Module):
 
 
 class Middle(eqx.Module):
-    """Two residual blocks around self-attention of one head, at the lowest resolution."""
+    """Residual block, self-attention with one head, residual block, at the lowest resolution."""
 
     block1: ResBlock
     norm: GroupNorm
@@ -151,10 +151,10 @@ class Middle(eqx.Module):
 
 
 class Encoder(eqx.Module):
-    """From an image to the mean and log variance of its latent, side by side in the channels."""
+    """Image to the mean and the log variance of its latent, concatenated along the channels."""
 
     conv_in: Conv
-    levels: tuple[NoiseLevel, ...]
+    levels: tuple[Level, ...]
     middle: Middle
     norm: GroupNorm
     conv_out: Conv
@@ -164,7 +164,7 @@ class Encoder(eqx.Module):
         in_key, middle_key, out_key, *keys = jax.random.split(key, 3 + len(widths))
         self.conv_in = Conv(config.in_channels, widths[0], key=in_key)
         self.levels = tuple(
-            NoiseLevel(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, i + 1 < len(widths), key=k)
+            Level(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, i + 1 < len(widths), key=k)
             for i, k in enumerate(keys)
         )
         self.middle, self.norm = Middle(widths[-1], groups, key=middle_key), GroupNorm(widths[-1], groups)
@@ -178,11 +178,11 @@ class Encoder(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """From a latent to an image."""
+    """Latent to image."""
 
     conv_in: Conv
     middle: Middle
-    levels: tuple[NoiseLevel, ...]
+    levels: tuple[Level, ...]
     norm: GroupNorm
     conv_out: Conv
 
@@ -192,9 +192,7 @@ class Decoder(eqx.Module):
         self.conv_in = Conv(config.latent_channels, widths[0], key=in_key)
         self.middle = Middle(widths[0], groups, key=middle_key)
         self.levels = tuple(
-            NoiseLevel(
-                widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, i + 1 < len(widths), key=k
-            )
+            Level(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, i + 1 < len(widths), key=k)
             for i, k in enumerate(keys)
         )
         self.norm = GroupNorm(widths[-1], groups)
@@ -208,9 +206,10 @@ class Decoder(eqx.Module):
 
 
 class AutoencoderKL(eqx.Module):
-    """Stable Diffusion's autoencoder (Rombach et al. 2022, section 3.1) over one image of any sides it can halve.
+    """Stable Diffusion's autoencoder (Rombach et al. 2022, section 3.1) of one image.
 
-    Latents are those that a DiT sees, multiplied by `config.scale`, wherever they enter or leave.
+    Latents that enter or leave are multiplied by `config.scale`, as a DiT sees them. Sides of images are multiples of
+    `config.downsampling`.
     """
 
     encoder: Encoder
@@ -229,19 +228,19 @@ class AutoencoderKL(eqx.Module):
         self.config = config
 
     def encode(self, image: Float[Array, "h w c"]) -> tuple[Float[Array, "h8 w8 z"], Float[Array, "h8 w8 z"]]:
-        """The mean and the log variance of the latent of an image in [-1, 1], for `sample_posterior`."""
+        """Mean and log variance of the latent of an image in [-1, 1], for `sample_posterior`."""
         factor, channels = self.config.downsampling, self.config.in_channels
         if image.shape[0] % factor or image.shape[1] % factor or image.shape[2] != channels:
             raise ValueError(
-                f"the image has shape {image.shape}; give sides that {factor} divides, and {channels} channels"
+                f"the image has shape {image.shape}; its sides must be multiples of {factor}, its channels {channels}"
             )
         mean, log_variance = jnp.split(self.quant(self.encoder(image)), 2, axis=-1)
-        # Bounds as in the reference: beyond them the standard deviation means nothing.
+        # The reference's bounds, beyond which the standard deviation is meaningless.
         scale = self.config.scale
         return scale * mean, jnp.clip(log_variance, -30, 20) + 2 * math.log(scale)
 
     def decode(self, latent: Float[Array, "h8 w8 z"]) -> Float[Array, "h w c"]:
-        """The image, in about [-1, 1], of a latent."""
+        """Image of a latent, in about [-1, 1]."""
         if latent.shape[-1] != self.config.latent_channels:
             raise ValueError(
                 f"the latent has shape {latent.shape}; the autoencoder has {self.config.latent_channels} channels"
@@ -252,5 +251,5 @@ class AutoencoderKL(eqx.Module):
 def sample_posterior(
     mean: Float[Array, "*shape"], log_variance: Float[Array, "*shape"], noise: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """A latent drawn from what `AutoencoderKL.encode` returns, by standard normal `noise`."""
+    """Sample the latent's distribution, as `AutoencoderKL.encode` returns it, with standard normal `noise`."""
     return mean + jnp.exp(0.5 * log_variance) * noise

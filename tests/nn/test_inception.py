@@ -14,13 +14,13 @@ from ditx.nn.inception import SIDE, ConvUnit, average_pool, max_pool, prepare
 
 @functools.cache
 def golden():
-    """The network, and `inception_formula.npz` with its images, made anew from their seeds."""
+    """The network, and `inception_formula.npz` with its images regenerated from their seeds."""
     file = load("inception_formula.npz")
-    # Of the images, which are noise, the file keeps a grid of pixels to tell that these are they.
+    # The images are noise. The file has a grid of their pixels, to check the regenerated images.
     for seed, side, every in ((1, 299, 100), (2, 32, 10)):
-        made = np.random.RandomState(seed).randint(0, 256, (2, side, side, 3)).astype(np.uint8)
-        np.testing.assert_array_equal(made[:, ::every, ::every], file[f"images{side}"])
-        file[f"images{side}"] = made
+        images = np.random.RandomState(seed).randint(0, 256, (2, side, side, 3)).astype(np.uint8)
+        np.testing.assert_array_equal(images[:, ::every, ::every], file[f"images{side}"])
+        file[f"images{side}"] = images
     return ditx.weights.convert.inception_from_torch(inception_weights()), file
 
 
@@ -36,12 +36,12 @@ def abstract(**options):
 def test_the_suites_features_equal_the_reference():
     model, file = golden()
     images = file["images299"].astype(np.float32)
-    found = features(model, images)
-    assert_close(found.pool, file["adm_pool_299"], 1e-5)
-    assert_close(found.spatial, file["adm_spatial_299"].reshape(2, 2023), 1e-5)
-    assert_close(found.logits, file["adm_logits_nobias_299"], 1e-5)
-    # In the same compiled network: no image knows of others, and the other program's scale is the one difference.
-    jax.tree.map(np.testing.assert_array_equal, features(model, images[::-1]), jax.tree.map(lambda x: x[::-1], found))
+    outputs = features(model, images)
+    assert_close(outputs.pool, file["adm_pool_299"], 1e-5)
+    assert_close(outputs.spatial, file["adm_spatial_299"].reshape(2, 2023), 1e-5)
+    assert_close(outputs.logits, file["adm_logits_nobias_299"], 1e-5)
+    # With the same compiled network: images do not affect each other, and pytorch-fid differs only in its scale.
+    jax.tree.map(np.testing.assert_array_equal, features(model, images[::-1]), jax.tree.map(lambda x: x[::-1], outputs))
     prepared = np.stack([prepare(image, "pytorch-fid") for image in jnp.asarray(file["images299"])])
     assert_close(features(model, 128 * prepared + 128).pool, file["pytorch_fid_pool_299"], 1e-5)
 
@@ -53,7 +53,7 @@ def test_pytorch_fids_features_equal_the_reference():
 
 def test_the_suites_resizing_equals_the_reference():
     file, random = load("metrics.npz"), np.random.RandomState(0)
-    random.standard_normal(64 * (64 + 700 + 900))  # the other arrays of that file, whose tests tell of it
+    random.standard_normal(64 * (64 + 700 + 900))  # drawn before the images; see tests/evaluation/test_metrics.py
     images = jnp.asarray(random.randint(0, 256, (2, 40, 56, 3)), jnp.uint8)
     resized = 128 * np.stack([prepare(image) for image in images]) + 128
     np.testing.assert_allclose(resized[:, ::7, ::7], file["resized_299"], atol=0.07)  # half precision: 1/16 below 256
@@ -61,18 +61,18 @@ def test_the_suites_resizing_equals_the_reference():
 
 @settings(max_examples=8)
 @given(st.sampled_from([1, 9]), st.sampled_from([1, 2, 50, SIDE, 640]))
-def test_resizing_a_slope_tells_the_positions(height, width):
+def test_resizing_a_slope_shows_the_input_positions(height, width):
     slope = jnp.broadcast_to(jnp.arange(width, dtype=jnp.float32)[:, None] / width, (height, width, 3))
-    places = np.arange(SIDE) * width / SIDE
+    positions = np.arange(SIDE) * width / SIDE
     centres = (np.arange(SIDE) + 0.5) * width / SIDE - 0.5
-    for resize, expected, middle in (("adm", places, 128), ("pytorch-fid", centres, 127.5)):
+    for resize, expected, middle in (("adm", positions, 128), ("pytorch-fid", centres, 127.5)):
         expected = np.clip(expected, 0, width - 1) / width / middle - 1
         for image, along in ((slope, 0), (slope.swapaxes(0, 1), 1)):
             prepared = np.moveaxis(prepare(image, resize), along, 0)
             np.testing.assert_allclose(prepared, np.broadcast_to(expected[:, None], (SIDE, SIDE, 3)), atol=1e-6)
 
 
-def test_pools_by_their_definition():
+def test_pools_equal_their_definition():
     x = np.random.default_rng(0).standard_normal((5, 7, 2)).astype(np.float32)
     rows, columns = range(5), range(7)
     near = [[x[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].reshape(-1, 2) for j in columns] for i in rows]
@@ -99,13 +99,13 @@ def test_a_batch_is_one_convolution_a_layer():
         assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line and ": (tensor<5x" in line
 
 
-def test_sizes_of_the_outputs_and_a_network_without_logits():
+def test_output_sizes_with_and_without_logits():
     image = jax.ShapeDtypeStruct((60, 70, 3), jnp.float32)
     for logits in (True, False):
         model = abstract(logits=logits)
-        found = jax.eval_shape(lambda model, image: model(image), model, image)
-        assert found.pool.shape == (2048,) and found.spatial.shape == (2023,)
-        assert (found.logits.shape == (1008,)) if logits else (model.logits is None and found.logits is None)
+        outputs = jax.eval_shape(lambda model, image: model(image), model, image)
+        assert outputs.pool.shape == (2048,) and outputs.spatial.shape == (2023,)
+        assert (outputs.logits.shape == (1008,)) if logits else (model.logits is None and outputs.logits is None)
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model))
 
 

@@ -61,7 +61,7 @@ def test_sides_may_differ(height, width):
     assert decode(model, mean).shape == (height, width, 3)
 
 
-def test_rows_are_not_columns():
+def test_height_and_width_are_not_exchanged():
     model, golden = vae_tiny()
     image = hwc(golden["x"])[0]
     mean, _ = encode(model, image)
@@ -70,7 +70,7 @@ def test_rows_are_not_columns():
 
 
 @given(st.floats(-3, 3), st.floats(-8, 2), st.integers(0, 99))
-def test_posterior_samples_have_its_mean_and_variance(mean, log_variance, seed):
+def test_posterior_samples_have_the_mean_and_variance(mean, log_variance, seed):
     noise = jax.random.normal(jax.random.key(seed), (4096,))
     sample = sample_posterior(jnp.full(4096, mean), jnp.full(4096, log_variance), noise)
     deviation = np.exp(0.5 * log_variance)
@@ -78,7 +78,7 @@ def test_posterior_samples_have_its_mean_and_variance(mean, log_variance, seed):
     assert sample.std() == pytest.approx(deviation, rel=0.06)
 
 
-def test_scale_is_a_factor_of_every_latent():
+def test_scale_multiplies_every_latent():
     model, golden = vae_tiny()
     config = ditx.VAEConfig(block_channels=(16, 32), layers_per_block=1, norm_groups=8, scale=0.5)
     scaled = ditx.weights.convert.vae_from_torch(ditx.weights.convert.vae_to_torch(model), config)
@@ -88,18 +88,20 @@ def test_scale_is_a_factor_of_every_latent():
     assert_close(decode(scaled, latents[1]), decode(model, latents[0]), 1e-5)
 
 
-def test_bfloat16_is_near():
+def test_bfloat16_is_close():
     model, golden = vae_tiny()
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
     decoded = jax.jit(jax.vmap(half.decode))(hwc(golden["latent"]).astype(jnp.bfloat16))
     assert decoded.dtype == jnp.bfloat16
-    assert_close(chw(decoded.astype(jnp.float32)), golden["decoded"], 0.05)  # eight bits of mantissa, some ten layers
+    assert_close(chw(decoded.astype(jnp.float32)), golden["decoded"], 0.05)  # 8-bit mantissa, about ten layers
 
 
 @pytest.mark.parametrize("shape", [(15, 16, 3), (16, 18, 1), (1, 2, 3)])
 def test_images_that_cannot_be_halved_are_named(shape):
     model, _ = vae_tiny()
-    with pytest.raises(ValueError, match=r"the image has shape \(.*\); give sides that 2 divides, and 3 channels"):
+    with pytest.raises(
+        ValueError, match=r"the image has shape \(.*\); its sides must be multiples of 2, its channels 3"
+    ):
         model.encode(jnp.zeros(shape))
 
 
