@@ -1,106 +1,107 @@
-"""`ditx convert SOURCE TARGET`: weights of runs, of the authors and of diffusers, each into the others."""
+"""`ditx convert SOURCE TARGET`: convert weights between ditx, the authors' programs and diffusers."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 from ditx.weights import convert, files, pretrained
 
-OVERRIDES = ("sit", "num_heads", "num_classes", "input_size", "frequency_shift")
 SUFFIXES = {"ditx": (".safetensors",), "authors": (".pt", ".safetensors"), "diffusers": ("",)}
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to read and what to write. Nothing that exists is overwritten."""
+    """The source, the target, and facts that the source does not tell. Existing files are never overwritten."""
 
     source: tyro.conf.Positional[str]
-    """a run's folder; a file of the authors' (.pt), of diffusers or of ours; or diffusers' folder"""
+    """a run, a file of the authors (.pt), of diffusers or of ditx, or a folder of diffusers"""
     target: tyro.conf.Positional[str]
-    """a new .safetensors or .pt file, or, for diffusers, a new folder"""
+    """a new .safetensors or .pt file or, for diffusers, a new folder"""
     to: Literal["auto", "ditx", "authors", "diffusers"] = "auto"
-    """layout to write: ditx, which sample.py takes in place of a run, for .safetensors; authors for .pt"""
+    """layout of the target; auto: ditx, which sample.py reads like a run, for .safetensors, authors for .pt"""
     sit: bool = False
-    """the source holds weights of SiT, whose files are like DiT's"""
+    """the source is a checkpoint of SiT; the file does not tell, since DiT's have the same tensors"""
     num_heads: int | None = None
-    """of a source that does not tell, with a width that was never published"""
+    """for a source of a width that was never published"""
     num_classes: int | None = None
-    """of a source that was trained without a null label; else its label table has one row more than classes"""
+    """for a source without a null label; otherwise classes are one fewer than rows of the label table"""
     input_size: int | None = None
-    """of a file from diffusers without its config.json: side of the latents"""
+    """for a file of diffusers without its config.json: side of the latents"""
     frequency_shift: int | None = None
-    """of a source from diffusers: 0 if its weights were trained in the authors' program and then converted"""
+    """for a source of diffusers: 0 if its weights were trained in the authors' program and then converted"""
 
 
 def main(argv: list[str]) -> int:
     """Convert; returns the exit code."""
-    config = tyro.cli(
-        Config, args=argv, prog="ditx convert", description="Convert weights between ditx, the authors and diffusers."
-    )
+    description = "Convert weights between ditx, the authors' programs and diffusers."
+    config = tyro.cli(Config, args=argv, prog="ditx convert", description=description)
     source, target = Path(config.source), Path(config.target)
     to = config.to if config.to != "auto" else "authors" if target.suffix == ".pt" else "ditx"
     if target.suffix not in SUFFIXES[to]:
-        wanted = " or ".join(suffix or "no suffix, for a folder" for suffix in SUFFIXES[to])
-        raise ValueError(f"the target is {target}; a name for the layout of {to} has {wanted}")
+        suffixes = " or ".join(suffix or "no suffix, for a folder" for suffix in SUFFIXES[to])
+        raise ValueError(f"the target is {target}; a name for the layout of {to} has {suffixes}")
     if target.exists():
-        raise ValueError(f"{target} exists already; choose another name")
-    overrides = {name: getattr(config, name) for name in OVERRIDES}
-    overrides = {name: value for name, value in overrides.items() if value is not None and value is not False}
-    description = pretrained.describe(source, **overrides)
-    objective = description.objective
+        raise ValueError(f"{target} already exists; choose another name")
+    overrides = {name: getattr(config, name) for name in ("num_heads", "num_classes", "input_size", "frequency_shift")}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    described = pretrained.describe(source, **overrides, **({"sit": True} if config.sit else {}))
+    objective = described.objective
     if to != "ditx" and (objective.schedule, objective.prediction) != ("linear", "eps"):
         raise ValueError(
             f"{source} was trained with schedule {objective.schedule} and prediction {objective.prediction}, which the"
-            f" layout of {to} cannot tell; write a .safetensors of ours"
+            f" layout of {to} does not tell; write a .safetensors in the layout of ditx"
         )
-    model, note = pretrained.load(source, description)
+    model, note = pretrained.load(source, described)
     print(f"read     {note}", flush=True)
-    width, depth = model.config.hidden_size, model.config.depth
-    published = {c.hidden_size: c.depth for c in DIT_CONFIGS.values()}
-    if published.get(width, depth) != depth:
-        print(f"note     the published network of width {width} has {published[width]} blocks, and this one {depth}")
-    if to != "ditx" and model.config.null_label is None:
-        print(f"note     it has no null label, which the layout of {to} cannot tell; read it with --num-classes")
+    for note in _notes(model.config, to):
+        print(f"note     {note}")
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "ditx":
-        pretrained.write(target, model, description)
+        pretrained.write(target, model, described)
     elif to == "authors":
-        _warn(description.model.frequency_shift == 1, "the authors' program")
-        state = convert.dit_to_torch(model)
-        (files.write_torch if target.suffix == ".pt" else files.write_safetensors)(target, state)
+        write = files.write_torch if target.suffix == ".pt" else files.write_safetensors
+        write(target, convert.dit_to_torch(model))
     else:
-        _warn(description.model.frequency_shift == 0, "diffusers")
-        described = json.dumps(diffusers_config(model.config), indent=2) + "\n"
-        state = convert.dit_to_diffusers(model)
+        described, state = diffusers_config(model.config), convert.dit_to_diffusers(model)
         target.mkdir()
         files.write_safetensors(target / "diffusion_pytorch_model.safetensors", state, {"format": "pt"})
-        (target / "config.json").write_text(described)
+        (target / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     print(f"wrote    {target} in the layout of {to}")
     return 0
 
 
-def diffusers_config(model: DiTConfig) -> dict[str, object]:
-    """What `DiTTransformer2DModel.from_pretrained` reads beside the weights. Raises ValueError for what it lacks."""
+def _notes(model: DiTConfig, to: str) -> list[str]:
+    """Facts about the network that its new layout does not tell, or that its user may not expect."""
+    notes, depths = [], {published.hidden_size: published.depth for published in DIT_CONFIGS.values()}
+    depth = depths.get(model.hidden_size, model.depth)
+    if model.depth != depth:
+        notes.append(f"the published network of width {model.hidden_size} has {depth} blocks, this one {model.depth}")
+    if to != "ditx" and model.null_label is None:
+        notes.append(f"it has no null label, which the layout of {to} does not tell; read it with --num-classes")
+    if (to, model.frequency_shift) in (("authors", 1), ("diffusers", 0)):
+        notes.append(
+            f"{to} use other time frequencies than this network was trained with, so its outputs there will differ"
+            " slightly; the weights are unchanged"
+        )
+    return notes
+
+
+def diffusers_config(model: DiTConfig) -> dict[str, Any]:
+    """The `config.json` of diffusers' `DiTTransformer2DModel`. Raises ValueError for networks that it lacks."""
     if model.mlp_ratio != 4 or model.null_label is None:
         raise ValueError(
-            f"mlp_ratio is {model.mlp_ratio} and label_dropout {model.label_dropout}; diffusers has 4 alone, and"
-            " networks with a null label"
+            f"mlp_ratio is {model.mlp_ratio} and label_dropout {model.label_dropout}; diffusers only has networks with"
+            " mlp_ratio 4 and a null label"
         )
-    return {
-        "_class_name": "DiTTransformer2DModel",
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
+    return pretrained.DIFFUSERS_DIT | {
         "attention_head_dim": model.hidden_size // model.num_heads,
         "dropout": 0.0,
         "in_channels": model.in_channels,
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-06,
         "norm_num_groups": 32,
-        "norm_type": "ada_norm_zero",
         "num_attention_heads": model.num_heads,
         "num_embeds_ada_norm": model.num_classes,
         "num_layers": model.depth,
@@ -109,11 +110,3 @@ def diffusers_config(model: DiTConfig) -> dict[str, object]:
         "sample_size": model.input_size,
         "upcast_attention": False,
     }
-
-
-def _warn(differs: bool, program: str) -> None:
-    if differs:
-        print(
-            f"note     {program} spaces the frequencies of time otherwise than this network was trained with, so that"
-            " its outputs there will differ slightly; the weights themselves are kept"
-        )

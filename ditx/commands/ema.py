@@ -1,4 +1,4 @@
-"""`ditx ema RUN TARGET --length 0.08`: an average of the weights of any length, after training."""
+"""`ditx ema RUN TARGET --length 0.08`: an average of a run's weights, of any length, after training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,41 +15,41 @@ from ditx.weights import pretrained
 
 @dataclass(frozen=True)
 class Config:
-    """Which average to make, of a run that was trained with --ema-every. Nothing that exists is overwritten."""
+    """An average of the weights of a run that was trained with --ema-every. Existing files are never overwritten."""
 
     run: tyro.conf.Positional[str]
     """folder of the run"""
     target: tyro.conf.Positional[str]
-    """a new .safetensors file, which sample.py takes in place of a run"""
+    """a new .safetensors file, which sample.py reads like a run"""
     length: float
-    """standard deviation of the average's profile, as a share of the training up to its step: 0.05, say"""
+    """standard deviation of the average's profile, as a fraction of the training so far, such as 0.05"""
     step: int = 0
-    """one at which averages are stored; the last if not given"""
+    """a step at which the run stored averages; 0: the last"""
 
 
 def main(argv: list[str]) -> int:
-    """Reconstruct and write; returns the exit code."""
-    description = "Make an average of the weights of any length from those that a run has stored."
+    """Reconstruct the average (Karras et al. 2024) and write it; returns the exit code."""
+    description = "Make an average of a run's weights, of any length, from the averages that the run stored."
     config = tyro.cli(Config, args=argv, prog="ditx ema", description=description)
     run, target, gamma = Path(config.run), Path(config.target), ema.gamma_of(config.length)
-    kept = runs.stored_averages(run)
+    stored = runs.stored_averages(run)
     if target.suffix != ".safetensors" or target.exists():
         raise ValueError(f"the target is {target}; give a new name that ends in .safetensors")
-    if not kept:
-        raise ValueError(f"{run} has stored no averages; train it with --ema-every")
-    steps = sorted({step for step, _ in kept})
+    if not stored:
+        raise ValueError(f"{run} has no stored averages; train it with --ema-every")
+    steps = sorted({step for step, _ in stored})
     step = config.step or steps[-1]
     if step not in steps:
-        raise ValueError(f"step is {step}; averages are stored of {', '.join(map(str, steps))}")
-    powers = [ema.gamma_of(length) for _, length in kept]
-    shares = ema.reconstruction([step for step, _ in kept], powers, step=step, gamma=gamma)
-    files = [runs.average_file(run, *each) for each in kept]
+        raise ValueError(f"step is {step}; averages are stored at {', '.join(map(str, steps))}")
+    gammas = [ema.gamma_of(length) for _, length in stored]
+    weights = ema.reconstruction([step for step, _ in stored], gammas, step=step, gamma=gamma)
+    files = [runs.average_file(run, *each) for each in stored]
     described = pretrained.describe(files[0])
     total: Any = jax.tree.map(jnp.zeros_like, pretrained.load(files[0], described)[0])
-    for share, file in zip(shares.tolist(), files, strict=True):
-        stored, _ = pretrained.load(file, described)
-        total = jax.tree.map(lambda sum, leaf, share=share: sum + share * leaf, total, stored)
+    for weight, file in zip(weights.tolist(), files, strict=True):
+        average = pretrained.load(file, described)[0]
+        total = jax.tree.map(lambda sum, leaf, weight=weight: sum + weight * leaf, total, average)
     target.parent.mkdir(parents=True, exist_ok=True)
     pretrained.write(target, total, described)
-    print(f"wrote    {target}: length {config.length} at step {step:,}, of {len(files)} stored averages")
+    print(f"wrote    {target}: length {config.length} at step {step:,}, from {len(files)} stored averages")
     return 0

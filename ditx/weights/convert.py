@@ -196,6 +196,11 @@ def inception_from_torch(state_dict: StateDict) -> Inception:
     return _read(state_dict, template, layout, {}, ignored=ignored)
 
 
+def dit_tensor_names(layout: str) -> dict[str, str]:
+    """Tensor names of the layout "authors" or "diffusers" by our attribute paths; of block 0 for stacked arrays."""
+    return {path: name.replace("{n}", "0") for name, path, _ in (_DIT if layout == "authors" else _DIFFUSERS)}
+
+
 def fixed_positions(config: DiTConfig) -> np.ndarray:
     """The `pos_embed` of the authors' checkpoints, of shape (1, n, d), which ditx computes and does not store."""
     return grid_positions(config.input_size // config.patch_size, config.hidden_size)[None].astype(np.float32)

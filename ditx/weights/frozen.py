@@ -5,18 +5,16 @@ import http.client
 import math
 import os
 import urllib.request
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from ditx.files import checksum_arrays, first_line, read_npz, write_atomically
 from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.weights import convert, files
-from ditx.weights.pretrained import open_weights
+from ditx.weights.pretrained import check_config, open_weights
 
 # The three decoders of the paper's Table 5: repository and file on the Hugging Face hub.
 VAES = {
@@ -83,7 +81,7 @@ def load_inception(source: str = "") -> tuple[Inception, str]:
     path = Path(source) if source else download(PYTORCH_FID)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; give pytorch-fid's weights, or no file to download them")
-    model = convert.inception_from_torch(read_npz(path) if _is_npz(path) else files.read(path).tensors)
+    model = convert.inception_from_torch(read_npz(path) if path.suffix == ".npz" else files.read(path).tensors)
     return model, f"{path.absolute()} (CRC-32 {checksum_arrays(jax.tree.leaves(model))})"
 
 
@@ -130,14 +128,6 @@ def fetch(repository: str, file: str) -> Path:
         raise ValueError(f"{failure} ({cause}); check both names and the network, or give a path") from error
 
 
-def _is_npz(path: Path) -> bool:
-    """Whether a file is a zip archive of arrays only, which torch's files are not."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as file:
-        return all(name.endswith(".npy") for name in file.namelist())
-
-
 def _vae_config(source: str, config: dict[str, Any]) -> VAEConfig:
     """`VAEConfig` from diffusers' `config.json`. Raises ValueError for features that `AutoencoderKL` lacks."""
     supported = {
@@ -149,15 +139,12 @@ def _vae_config(source: str, config: dict[str, Any]) -> VAEConfig:
         "mid_block_add_attention": True,
         "shift_factor": None,
     }
-    differing = [f"{name} {config[name]!r}" for name, value in supported.items() if config.get(name, value) != value]
-    if differing:
-        raise ValueError(f"the autoencoder {source} is of a kind that is not supported: {', '.join(differing)}")
+    check_config(source, config, supported)
     fields = {ours: config[theirs] for theirs, ours in _VAE_FIELDS.items() if theirs in config}
     for name, value in fields.items():
         values = value if name == "block_channels" and isinstance(value, list) else [value]
-        kind = int | float if name == "scale" else int
-        if not all(isinstance(each, kind) and not isinstance(each, bool) and math.isfinite(each) for each in values):
+        types = (int, float) if name == "scale" else (int,)
+        if not all(type(number) in types and math.isfinite(number) for number in values):
             raise ValueError(f"the autoencoder {source} has {name} {value!r} in its config.json; correct that file")
-    if "block_channels" in fields:
-        fields["block_channels"] = tuple(np.atleast_1d(fields["block_channels"]).tolist())
+        fields[name] = tuple(values) if name == "block_channels" else value
     return VAEConfig(**fields)

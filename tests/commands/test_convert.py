@@ -22,7 +22,7 @@ DIFFUSERS = weights(load("diffusers_dit_tiny.npz"))
 
 @pytest.fixture
 def released(tmp_path):
-    """A file as the authors released them."""
+    """A file in the layout of the authors' checkpoints."""
     write_torch(tmp_path / "tiny.pt", TINY)
     return tmp_path / "tiny.pt"
 
@@ -35,10 +35,10 @@ def assert_same(tensors, expected):
 
 def test_the_authors_weights_come_back_bit_for_bit(run, released, tmp_path):
     ours, back = tmp_path / "new" / "ours.safetensors", tmp_path / "back.pt"
-    code, said = run.ditx("convert", released, ours, "--num-heads", 3)
-    assert code == 0 and "in the layout of authors" in said and f"wrote {ours} in the layout of ditx" in said
-    code, said = run.ditx("convert", ours, back)
-    assert code == 0 and "in the layout of authors" in said
+    code, output = run.ditx("convert", released, ours, "--num-heads", 3)
+    assert code == 0 and "in the layout of authors" in output and f"wrote {ours} in the layout of ditx" in output
+    code, output = run.ditx("convert", ours, back)
+    assert code == 0 and "in the layout of authors" in output
     assert_same(read(back).tensors, TINY)
     code, _ = run.ditx("convert", back, tmp_path / "back.safetensors", "--to", "authors", "--num-heads", 3)
     assert code == 0
@@ -52,8 +52,8 @@ def test_a_diffusers_folder_comes_back_bit_for_bit(run, tmp_path):
     (source / "config.json").write_text(json.dumps(config | {"_class_name": "DiTTransformer2DModel"}))
     write_safetensors(source / "diffusion_pytorch_model.safetensors", DIFFUSERS)
     for arguments in ((source, ours), (ours, back, "--to", "diffusers")):
-        code, said = run.ditx("convert", *arguments)
-        assert code == 0 and "spaces the frequencies" not in said, said
+        code, output = run.ditx("convert", *arguments)
+        assert code == 0 and "time frequencies" not in output, output
     assert_same(read(back / "diffusion_pytorch_model.safetensors").tensors, DIFFUSERS)
     written = json.loads((back / "config.json").read_text())
     assert {name: written[name] for name in config} == config
@@ -61,28 +61,28 @@ def test_a_diffusers_folder_comes_back_bit_for_bit(run, tmp_path):
     assert pretrained.describe(ours).model.frequency_shift == 1
 
 
-def test_what_differs_in_diffusers_is_said(run, released, tmp_path):
-    code, said = run.ditx("convert", released, tmp_path / "folder", "--num-heads", 3, "--to", "diffusers")
-    assert code == 0 and "diffusers spaces the frequencies of time otherwise" in said
+def test_a_difference_of_diffusers_is_noted(run, released, tmp_path):
+    code, output = run.ditx("convert", released, tmp_path / "folder", "--num-heads", 3, "--to", "diffusers")
+    assert code == 0 and "diffusers use other time frequencies than this network was trained with" in output
     folder = tmp_path / "folder"
-    code, said = run.ditx("convert", folder, tmp_path / "back.pt", "--frequency-shift", 0)
-    assert code == 0 and "spaces the frequencies" not in said
+    code, output = run.ditx("convert", folder, tmp_path / "back.pt", "--frequency-shift", 0)
+    assert code == 0 and "time frequencies" not in output
     assert_same(read(tmp_path / "back.pt").tensors, TINY)
 
 
-def test_weights_of_sit_are_read_as_what_they_are_said_to_be(run, released, tmp_path):
+def test_sit_weights_are_read_with_their_flag(run, released, tmp_path):
     ours = tmp_path / "sit.safetensors"
-    code, said = run.ditx("convert", released, ours, "--num-heads", 3, "--sit")
-    assert code == 0, said
+    code, output = run.ditx("convert", released, ours, "--num-heads", 3, "--sit")
+    assert code == 0, output
     described = pretrained.describe(ours)
     assert described.objective == ObjectiveConfig("flow", "velocity") and described.model.sit
     assert described.sampling.sampler == "euler-maruyama"
-    code, said = run.ditx("convert", ours, tmp_path / "again.safetensors", "--sit")
-    assert code == 2 and "tells sit itself; leave that out" in said
+    code, output = run.ditx("convert", ours, tmp_path / "again.safetensors", "--sit")
+    assert code == 2 and "tells sit itself; leave that out" in output
 
 
 @pytest.mark.parametrize("block", ["adaln", "cross-attention", "in-context"])
-def test_every_block_is_kept_in_our_layout(tmp_path, block):
+def test_our_layout_keeps_every_block(tmp_path, block):
     config = ditx.DiTConfig(8, 2, 4, 24, 2, 2, num_classes=3, learn_sigma=False, block=block)
     model = random_dit(config)
     sampling = SamplingConfig(steps=3, sampler="heun", guidance_interval=(0.0, 500.0))
@@ -94,14 +94,14 @@ def test_every_block_is_kept_in_our_layout(tmp_path, block):
     jax.tree.map(np.testing.assert_array_equal, back, model)
 
 
-def test_a_hostile_pickle_is_refused_and_not_run(run, tmp_path):
+def test_a_hostile_pickle_is_refused_and_not_executed(run, tmp_path):
     class Hostile:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "run"),)
 
     (tmp_path / "hostile.pt").write_bytes(pickle.dumps({"weight": Hostile()}, protocol=2))
-    code, said = run.ditx("convert", tmp_path / "hostile.pt", tmp_path / "out.safetensors")
-    assert code == 2 and "cannot read weights from" in said and "Traceback" not in said
+    code, output = run.ditx("convert", tmp_path / "hostile.pt", tmp_path / "out.safetensors")
+    assert code == 2 and "cannot read weights from" in output and "Traceback" not in output
     assert not (tmp_path / "run").exists() and not (tmp_path / "out.safetensors").exists()
 
 
@@ -110,14 +110,14 @@ def test_all_faults_of_a_file_are_in_one_sentence(run, tmp_path):
     del state["blocks.1.attn.qkv.bias"]
     state |= {"stray": np.zeros(2, np.float32), "t_embedder.mlp.0.bias": np.zeros(47, np.float32)}
     write_torch(tmp_path / "wrong.pt", state)
-    code, said = run.ditx("convert", tmp_path / "wrong.pt", tmp_path / "out.safetensors", "--num-heads", 3)
+    code, output = run.ditx("convert", tmp_path / "wrong.pt", tmp_path / "out.safetensors", "--num-heads", 3)
     assert code == 2
     for fault in (
         "missing ['blocks.1.attn.qkv.bias']",
         "surplus ['stray']",
         "t_embedder.mlp.0.bias is (47,), not (48,)",
     ):
-        assert fault in said
+        assert fault in output
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -127,35 +127,35 @@ def test_mistakes_are_one_sentence(run, released, tmp_path):
     write_safetensors(tmp_path / "other.safetensors", {"weight": np.zeros(2, np.float32)})
     new = tmp_path / "new.safetensors"
     for arguments, sentence in [
-        ((released, new), "width 48, for which no number of heads is known; convert with --num-heads"),
-        ((released, tmp_path / "taken.safetensors"), "exists already; choose another name"),
+        ((released, new), "width 48, whose number of heads is unknown; convert with --num-heads"),
+        ((released, tmp_path / "taken.safetensors"), "already exists; choose another name"),
         ((released, tmp_path / "new.bin"), "a name for the layout of ditx has .safetensors"),
         ((released, tmp_path / "new.pt", "--to", "diffusers"), "has no suffix, for a folder"),
         ((tmp_path / "missing.pt", new), "there is no such file"),
         ((tmp_path / "empty", new), "is neither a run nor a folder with diffusion_pytorch_model.safetensors"),
-        ((tmp_path / "other.safetensors", new), "holds no DiT of ditx, of the authors or of diffusers"),
+        ((tmp_path / "other.safetensors", new), "has no DiT of ditx, of the authors or of diffusers"),
     ]:
-        code, said = run.ditx("convert", *arguments)
-        assert code == 2 and sentence in said and "Traceback" not in said, said
+        code, output = run.ditx("convert", *arguments)
+        assert code == 2 and sentence in output and "Traceback" not in output, output
     assert (tmp_path / "taken.safetensors").read_text() == "mine" and not new.exists()
 
 
-def test_what_a_layout_cannot_tell_is_refused_or_said(run, tmp_path):
+def test_facts_that_a_layout_does_not_tell_are_refused_or_noted(run, tmp_path):
     config = ditx.DiTConfig(8, 2, 4, 24, 2, 2, num_classes=3, label_dropout=0.0)
     names = ("a", "b", "c")
     for schedule, dropout in (("flow", 0.1), ("linear", 0.0)):
         network = random_dit(dataclasses.replace(config, label_dropout=dropout, learn_sigma=schedule == "linear"))
         described = Description(network.config, ObjectiveConfig(schedule), SamplingConfig(steps=3), names)
         pretrained.write(tmp_path / f"{schedule}.safetensors", network, described)
-    code, said = run.ditx("convert", tmp_path / "flow.safetensors", tmp_path / "flow.pt")
-    assert code == 2 and "schedule flow and prediction eps, which the layout of authors cannot tell" in said
-    code, said = run.ditx("convert", tmp_path / "linear.safetensors", tmp_path / "linear.pt")
-    assert code == 0 and "no null label" in said
+    code, output = run.ditx("convert", tmp_path / "flow.safetensors", tmp_path / "flow.pt")
+    assert code == 2 and "schedule flow and prediction eps, which the layout of authors does not tell" in output
+    code, output = run.ditx("convert", tmp_path / "linear.safetensors", tmp_path / "linear.pt")
+    assert code == 0 and "no null label" in output
     back = tmp_path / "back.safetensors"
-    code, _ = run.ditx("convert", tmp_path / "eps.pt", back, "--num-heads", 2, "--num-classes", 3)
+    code, _ = run.ditx("convert", tmp_path / "linear.pt", back, "--num-heads", 2, "--num-classes", 3)
     assert code == 0 and pretrained.describe(back).model == config
-    code, said = run.ditx("convert", back, tmp_path / "other.pt", "--num-heads", 3)
-    assert code == 2 and "tells num_heads itself" in said
+    code, output = run.ditx("convert", back, tmp_path / "other.pt", "--num-heads", 3)
+    assert code == 2 and "tells num_heads itself" in output
 
 
 @pytest.mark.parametrize(
@@ -173,15 +173,15 @@ def test_key_tensors_that_are_missing_or_mis_shaped_are_listed(run, tmp_path, ch
     state = dict(TINY)
     change(state)
     write_torch(tmp_path / "wrong.pt", state)
-    code, said = run.ditx("convert", tmp_path / "wrong.pt", tmp_path / "out.pt", "--num-heads", 3)
-    assert code == 2 and "the weights do not fit the configuration" in said and fault in said, said
+    code, output = run.ditx("convert", tmp_path / "wrong.pt", tmp_path / "out.pt", "--num-heads", 3)
+    assert code == 2 and "the weights do not fit the configuration" in output and fault in output, output
 
 
 @pytest.mark.parametrize("positions", [TINY["pos_embed"] + 1, np.zeros(7, np.float32)])
 def test_positions_of_its_own_are_refused(run, tmp_path, positions):
     write_torch(tmp_path / "wrong.pt", TINY | {"pos_embed": positions})
-    code, said = run.ditx("convert", tmp_path / "wrong.pt", tmp_path / "out.pt", "--num-heads", 3)
-    assert code == 2 and f"a pos_embed of {positions.shape} that is not the sine-cosine one" in said, said
+    code, output = run.ditx("convert", tmp_path / "wrong.pt", tmp_path / "out.pt", "--num-heads", 3)
+    assert code == 2 and f"a pos_embed of {positions.shape} that is not the sine-cosine one" in output, output
 
 
 @pytest.mark.parametrize(
@@ -196,30 +196,30 @@ def test_positions_of_its_own_are_refused(run, tmp_path, positions):
         {"num_attention_heads": "3"},
     ],
 )
-def test_a_description_that_is_not_of_the_weights_is_refused(run, tmp_path, change):
+def test_a_config_json_of_another_network_is_refused(run, tmp_path, change):
     config = json.loads(str(load("diffusers_dit_tiny.npz")["config"])) | {"_class_name": "DiTTransformer2DModel"}
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", DIFFUSERS)
-    code, said = run.ditx("convert", tmp_path, tmp_path / "out.safetensors")
-    name = {"sample_size": "input_size", "num_attention_heads": "attention_head_dim"}.get(*[next(iter(change))] * 2)
-    assert code == 2 and name in said and "Traceback" not in said, said
+    code, output = run.ditx("convert", tmp_path, tmp_path / "out.safetensors")
+    name = {"sample_size": "input_size", "num_attention_heads": "num_heads"}.get(*[next(iter(change))] * 2)
+    assert code == 2 and name in output and "Traceback" not in output, output
 
 
-def test_a_diffusers_file_alone_does_not_tell_its_size(run, tmp_path):
+def test_a_diffusers_file_without_config_json_does_not_tell_its_size(run, tmp_path):
     write_safetensors(tmp_path / "alone.safetensors", DIFFUSERS)
     arguments = ("convert", tmp_path / "alone.safetensors", tmp_path / "out.safetensors", "--num-heads", 3)
-    code, said = run.ditx(*arguments)
-    assert code == 2 and "does not tell its input size" in said
-    code, said = run.ditx(*arguments, "--input-size", 8)
+    code, output = run.ditx(*arguments)
+    assert code == 2 and "does not tell its input size" in output
+    code, output = run.ditx(*arguments, "--input-size", 8)
     assert code == 0 and pretrained.describe(tmp_path / "out.safetensors").model.input_size == 8
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {"depth": "2"}}'])
 def test_damaged_descriptions_are_one_sentence(run, tmp_path, text):
     write_safetensors(tmp_path / "odd.safetensors", {"patch.bias": np.zeros(2, np.float32)}, {"ditx": text})
-    code, said = run.ditx("convert", tmp_path / "odd.safetensors", tmp_path / "out.safetensors")
-    assert code == 2 and "odd.safetensors was written by another version of ditx, or is damaged" in said, said
-    assert len(said) < 400
+    code, output = run.ditx("convert", tmp_path / "odd.safetensors", tmp_path / "out.safetensors")
+    assert code == 2 and "odd.safetensors was written by another version of ditx, or is damaged" in output, output
+    assert len(output) < 400
 
 
 def test_a_users_partial_file_is_left_alone(run, released, tmp_path):

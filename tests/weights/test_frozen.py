@@ -59,7 +59,7 @@ def test_the_three_decoders_are_fetched_by_name(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"shift_factor": 0.1}, "of a kind that is not supported: shift_factor 0.1"),
+        ({"shift_factor": 0.1}, "of a network that is not supported: shift_factor 0.1"),
         ({"use_quant_conv": False, "act_fn": "relu"}, "act_fn 'relu', use_quant_conv False"),
         ({"_class_name": "AutoencoderTiny"}, "_class_name 'AutoencoderTiny'"),
         ({"norm_num_groups": 5}, "are not multiples of norm_groups 5"),

@@ -1,13 +1,15 @@
-"""Released weights: described from their shapes, drawn from as the authors do."""
+"""Released weights and our files: descriptions, the sampler of the authors, files of the first edition."""
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from references import GOLDEN, load, write_tiny_vae
+from references import GOLDEN, assert_close, load, write_tiny_vae
 from strategies import random_dit
 
 import ditx
@@ -40,21 +42,46 @@ def test_released_weights_are_described_by_their_shapes(released):
     assert len(described.class_names) == 1000
 
 
-def test_runs_of_before_there_was_a_choice_are_described():
-    told = json.loads("""{"objective": "flow", "flow_time": [0.5, 1.0], "class_names": ["a"], "model": {
+FIRST_EDITION = {
+    "eps": ObjectiveConfig(loss_weight="min-snr"),
+    "v": ObjectiveConfig("cosine", "v"),
+    "flow": ObjectiveConfig("flow", "x0", flow_times=(0.5, 1.5), flow_shift=3.0),
+    "flow-uniform": ObjectiveConfig("flow", "velocity", flow_times="uniform"),
+    "sit": ObjectiveConfig("flow", "velocity"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_EDITION)
+def test_files_of_the_first_edition_give_the_same_samples(name, highest_precision):
+    """Files that ditx 0.1 (commit 57a9924) wrote, one for each kind of objective, and its samples of them."""
+    file = GOLDEN / f"first_edition_{name}.safetensors"
+    described = pretrained.describe(file)
+    learn_sigma = name in ("eps", "sit")
+    config = ditx.DiTConfig(4, 2, 1, 4, 1, 1, num_classes=2, learn_sigma=learn_sigma, sit=name == "sit")
+    assert described.model == config and described.objective == FIRST_EDITION[name]
+    assert described.sampling == SamplingConfig(steps=5, guidance_scale=1.5) and described.class_names == ("a", "b")
+    model, _ = pretrained.load(file, described)
+    x = np.random.default_rng(1).normal(size=(4, 4, 1)).astype(np.float32)
+    grid, step = described.objective.sampler_grid(5), ditx.samplers.heun_step
+    samples, _ = ditx.samplers.sample(step, lambda x, t: model(x, t, 1), grid, jnp.asarray(x), key=jax.random.key(0))
+    assert_close(samples, load("first_edition_samples.npz")[name], 1e-4)
+
+
+def test_fields_that_old_files_lack_have_their_defaults():
+    fields = json.loads("""{"objective": "flow", "flow_time": [0.5, 1.0], "class_names": ["a"], "model": {
         "input_size": 8, "num_classes": 1, "learn_sigma": false}, "steps": 3, "sampling": {"sampler": "euler",
         "steps": 25, "eta": 0.0, "guidance_scale": 2.5, "guidance_channels": 0}}""")
-    described = pretrained.Description.of(told, "run")
+    described = pretrained.Description.of(fields, "run")
     assert described.objective == ObjectiveConfig("flow", "velocity", flow_times=(0.5, 1.0))
     assert described.sampling == SamplingConfig("euler", 25, guidance_scale=2.5)
     for wrong in ({"objective": "noise"}, {"sampling": {"sampler": "euler", "colour": "red"}}):
         with pytest.raises(ValueError, match="run was written by another version of ditx, or is damaged"):
-            pretrained.Description.of(told | wrong, "run")
+            pretrained.Description.of(fields | wrong, "run")
 
 
 @pytest.mark.parametrize("name", ["DiT-S/8", "DiT-XL/2"])
 def test_published_networks_are_recognised(tmp_path, name):
-    # Of all tensors, one stored number, so that the file is small.
+    # Each tensor takes four bytes of memory.
     config = ditx.DIT_CONFIGS[name]
     shapes = load("dit_state_dict_shapes.json")[name]
     empty = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
@@ -86,7 +113,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(run, released, vae, tmp_pat
     monkeypatch.chdir(tmp_path)
     for arguments, sentence in [
         ([released], "the network makes latents of 4 channels; decode them with --vae ft-ema, or a path"),
-        ([released, "--vae", "ft-eme"], "there is no autoencoder 'ft-eme'; give original, ft-ema, ft-mse, or the path"),
+        ([released, "--vae", "ft-eme"], "unknown autoencoder 'ft-eme'; choose from original, ft-ema, ft-mse, or give"),
         ([released, "--vae", vae, "--labels", "crane"], "'crane' is the name of several classes; give one of 134, 517"),
         ([released, "--vae", vae, "--labels", "1000"], "there is no class '1000'; there are 0 to 999: tench, goldfish"),
         ([released, "--vae", vae, "--decode-batch", 0], "decode_batch is 0"),
@@ -120,6 +147,7 @@ def test_golden_files_are_small_and_all_read():
     read = {"dit_tiny.npz", "dit_s8_formula.npz", "diffusion.npz", "diffusers_dit_tiny.npz"}
     read |= {"vae_tiny.npz", "vae_sd_formula.npz", "inception_formula.npz", "metrics.npz"}
     read |= {"dit_state_dict_shapes.json", "vae_sd_state_dict_shapes.json", "inception_state_dict_shapes.json"}
-    read |= {"paper_tables.json"}
+    read |= {"paper_tables.json", "first_edition_samples.npz"}
+    read |= {f"first_edition_{name}.safetensors" for name in FIRST_EDITION}
     assert {path.name for path in GOLDEN.iterdir()} == read
     assert sum(path.stat().st_size for path in GOLDEN.iterdir()) < 3_000_000
