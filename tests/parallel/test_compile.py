@@ -78,7 +78,7 @@ def test_a_step_too_large_is_refused_in_one_sentence(run, photos, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(compile, "device_memory", lambda: 2**10)
         code, said = run.train(*flags)
-    assert code == 2 and "the program takes 0.0" in said and "which has 0.00; try --remat full" in said, said
+    assert code == 2 and "the program needs 0.0" in said and "which has 0.00; try --remat full" in said, said
     assert not (tmp_path / "run").exists()
 
 
