@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from ditx.diffusion.objective import ObjectiveConfig, make_objective
 from ditx.kernels.block import KernelConfig
+from ditx.nn.blocks import InContextBlock
 from ditx.nn.dit import DiT, DiTConfig
+from ditx.nn.layers import Linear
 from ditx.parallel import fsdp
 from ditx.parallel import mesh as sharding
 from ditx.parallel.compile import compiler_options
@@ -300,6 +302,23 @@ def test_what_tensor_does_not_divide_is_refused():
         check_mesh(mesh, num_heads=6, mlp_size=64)
     with pytest.raises(ValueError, match=r"does not divide the MLP width, 100"):
         check_mesh(mesh, num_heads=8, mlp_size=100)
+
+
+class Gated(InContextBlock):
+    """A block with a matrix whose split over `tensor` it does not state."""
+
+    gate: Linear
+
+    def __init__(self, *sizes, key):
+        super().__init__(*sizes, key=key)
+        self.gate = Linear(sizes[0], sizes[0], key=key)
+
+
+def test_a_block_that_does_not_state_the_split_of_a_matrix_is_refused():
+    model = jax.eval_shape(lambda key: DiT(CONFIG, block=Gated, key=key), jax.random.key(0))
+    assert fsdp.specs(model, make_mesh(MESHES["fsdp"])).blocks.gate.weight == P(None, "fsdp", None)
+    with pytest.raises(ValueError, match=r"Gated\.gate does not state its split; name it in the class's tensor_split"):
+        fsdp.specs(model, make_mesh(MESHES["tensor"]))
 
 
 def test_the_table_tells_every_leaf():
