@@ -67,10 +67,10 @@ def compiler_options(mesh: Mesh, *, fp8: bool = False) -> dict[str, bool]:
 def tune_malloc() -> None:
     """Make glibc keep freed memory if this process computes on CPUs. Call it before JAX has looked for devices.
 
-    XLA allocates a program's memory at every call, and glibc returns large blocks to the system after each. Mapping tens
-    of megabytes again, page by page, takes from a sixth to a half of a small network's step. Only the main thread's
-    arena keeps blocks of 64 MiB or more, so asynchronous dispatch is turned off and the main thread calls the programs.
-    With several CPU devices, or with processes that have been joined, XLA's own threads still call them.
+    XLA allocates a program's memory at every call, and glibc returns large blocks to the system after each. Mapping
+    tens of megabytes again, page by page, takes from a sixth to a half of a small network's step. Only the main
+    thread's arena keeps blocks of 64 MiB or more, so asynchronous dispatch is turned off and that thread calls the
+    programs. With several CPU devices, or with processes that have been joined, XLA's own threads still call them.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # exists in glibc only
