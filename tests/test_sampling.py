@@ -43,7 +43,7 @@ class Best:
 
     def __call__(self, x, t, y, *, apply_block, unroll=1):
         if self.objective.is_flow:
-            level = flow.level(t / 1000)
+            level = flow.noise_level(t / 1000)
         else:
             whole = self.objective.sampler_grid()
             alpha = jnp.exp(jnp.interp(t, jnp.asarray(whole.time), jnp.log(jnp.asarray(whole.alpha))))

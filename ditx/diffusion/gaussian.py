@@ -1,7 +1,7 @@
-"""The paper's diffusion: noise prediction and a learned variance on a discrete schedule.
+"""The paper's diffusion on a discrete schedule: noise prediction and a learned variance.
 
-Ho et al. 2020 (noise prediction), Nichol and Dhariwal 2021 (variance between two bounds). A schedule says whether the
-network predicts the noise, as the paper's does, or something else. All steps are indices into the schedule at hand.
+Ho et al. 2020 (noise prediction), Nichol and Dhariwal 2021 (variance between two bounds). The schedule's `prediction`
+names the output of the network: the noise in the paper. Steps `i` are indices into the schedule.
 """
 
 import math
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ditx.diffusion.parameterization import Image, Predict, add_noise, loss_ratio, to_target, to_x0_eps
-from ditx.diffusion.schedule import Index, Schedule, at, level
+from ditx.diffusion.schedule import Index, Schedule, at, noise_level
 
 
 class Gaussian(NamedTuple):
-    """A diagonal Gaussian over x_{t-1}, with the x_0 that it was derived from."""
+    """A diagonal Gaussian over x_{t-1}, and the x_0 behind its mean."""
 
     mean: Float[Array, "h w c"]
     log_variance: Float[Array, "h w c"]
@@ -25,13 +25,13 @@ class Gaussian(NamedTuple):
 
 def q_sample(schedule: Schedule, x0: Image, i: Index, noise: Image) -> Image:
     """Draw x_t given x_0 with the standard normal `noise` (Ho et al. 2020, Eq. 4)."""
-    return add_noise(level(schedule, i), x0, noise)
+    return add_noise(noise_level(schedule, i), x0, noise)
 
 
-def predicted(schedule: Schedule, predict: Predict, x: Image, i: Index) -> tuple[Image, Image]:
-    """The data and the noise that a network sees in `x`, whatever it is that it predicts."""
+def predict_x0_eps(schedule: Schedule, predict: Predict, x: Image, i: Index) -> tuple[Image, Image]:
+    """A network's prediction for `x` at step `i`, as data and noise."""
     prediction, _ = split_variance(predict(x, at(schedule.time, i)), x)
-    return to_x0_eps(prediction, schedule.prediction, x, level(schedule, i))
+    return to_x0_eps(prediction, schedule.prediction, x, noise_level(schedule, i))
 
 
 def posterior(schedule: Schedule, x0: Image, x: Image, i: Index) -> Gaussian:
@@ -41,14 +41,14 @@ def posterior(schedule: Schedule, x0: Image, x: Image, i: Index) -> Gaussian:
 
 
 def p_mean_variance(schedule: Schedule, output: Float[Array, "h w o"], x: Image, i: Index) -> Gaussian:
-    """p(x_{t-1} | x_t) from the output: the prediction, then, if it has twice the channels of `x`, the variance.
+    """p(x_{t-1} | x_t) from the network's output: the prediction, and the variance if there are twice the channels.
 
     The log variance is interpolated between that of the posterior (at -1) and log beta (at 1), without clamping
-    (Nichol and Dhariwal 2021, Eq. 15). A network without variance channels gets the posterior's, and so does a flow,
-    which trains none.
+    (Nichol and Dhariwal 2021, Eq. 15). Without variance channels it is the posterior's. So it is for flows, which do
+    not train the variance.
     """
     prediction, fraction = split_variance(output, x)
-    x0, _ = to_x0_eps(prediction, schedule.prediction, x, level(schedule, i))
+    x0, _ = to_x0_eps(prediction, schedule.prediction, x, noise_level(schedule, i))
     gaussian = posterior(schedule, x0, x, i)
     if fraction is None or schedule.path == "linear":
         return gaussian
@@ -58,22 +58,22 @@ def p_mean_variance(schedule: Schedule, output: Float[Array, "h w o"], x: Image,
 
 
 def split_variance(output: Float[Array, "h w o"], x: Image) -> tuple[Image, Image | None]:
-    """The prediction, and the variance channels behind it or None. Raises ValueError for other channel counts."""
+    """Prediction and variance channels (None if absent) of an output. Raises ValueError for other channel counts."""
     channels = x.shape[-1]
     if output.shape[-1] == channels:
         return output, None
     if output.shape[-1] == 2 * channels:
         return output[..., :channels], output[..., channels:]
-    raise ValueError(f"an output of {output.shape[-1]} channels fits no input of {channels}; it takes as many or twice")
+    raise ValueError(f"the output has {output.shape[-1]} channels and the input {channels}; give as many or twice")
 
 
 def variational_bound(
     schedule: Schedule, output: Float[Array, "h w o"], x0: Image, x: Image, i: Index
 ) -> Float[Array, ""]:
-    """The bound's term of step `i`, in bits per dimension (Ho et al. 2020, Eq. 5).
+    """Step `i`'s term of the variational bound, in bits per dimension (Ho et al. 2020, Eq. 5).
 
-    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at the first step the negative log likelihood of `x0` in bins of
-    width 2/255, as if it were an 8-bit image in [-1, 1].
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). At the first step it is the negative log likelihood of `x0` as an
+    8-bit image in [-1, 1], in bins of width 2/255.
     """
     true, model = posterior(schedule, x0, x, i), p_mean_variance(schedule, output, x, i)
     kl = normal_kl(true.mean, true.log_variance, model.mean, model.log_variance)
@@ -82,7 +82,7 @@ def variational_bound(
 
 
 def prior_bpd(schedule: Schedule, x0: Image) -> Float[Array, ""]:
-    """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension: the bound's constant term."""
+    """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension: the constant term of the bound."""
     mean = at(schedule.alpha, -1) * x0
     log_variance = jnp.full_like(x0, 2 * jnp.log(at(schedule.sigma, -1)))
     return normal_kl(mean, log_variance, jnp.zeros_like(x0), jnp.zeros_like(x0)).mean() / math.log(2)
@@ -99,16 +99,16 @@ def training_loss(
 ) -> dict[str, Float[Array, ""]]:
     """The paper's loss at step `i`: `loss` = `mse` of the prediction + `vb`, the bound's term in bits per dimension.
 
-    The bound trains the variance alone: the prediction inside it is held constant (Nichol and Dhariwal 2021, section
-    3.1), and it is not scaled by the number of steps. A network without variance channels has no `vb`, nor has a flow.
-    With a `weight` the error in `loss` is instead that of the noise, times `weight`, whatever the network predicts.
+    The bound trains only the variance: the prediction inside it is held constant (Nichol and Dhariwal 2021, section
+    3.1). It is not scaled by the number of steps. Flows and networks without variance channels have no `vb`. With a
+    `weight`, `loss` has `weight` times the squared error of the noise in place of `mse`, for any prediction.
     """
-    here = level(schedule, i)
-    x = add_noise(here, x0, noise)
-    output = predict(x, here.time)
+    level = noise_level(schedule, i)
+    x = add_noise(level, x0, noise)
+    output = predict(x, level.time)
     prediction, fraction = split_variance(output, x)
-    mse = jnp.square(prediction - to_target(schedule.prediction, x0, noise, here)).mean()
-    error = mse if weight is None else weight * loss_ratio(schedule.prediction, "eps", here) * mse
+    mse = jnp.square(prediction - to_target(schedule.prediction, x0, noise, level)).mean()
+    error = mse if weight is None else weight * loss_ratio(schedule.prediction, "eps", level) * mse
     if fraction is None or schedule.path == "linear":
         return {"loss": error, "mse": mse}
     frozen = jnp.concatenate([jax.lax.stop_gradient(prediction), fraction], -1)
@@ -117,7 +117,7 @@ def training_loss(
 
 
 def normal_kl(mean1: Image, log_variance1: Image, mean2: Image, log_variance2: Image) -> Image:
-    """KL(N(mean1, exp log_variance1) || N(mean2, exp log_variance2)) of each entry, in nats."""
+    """KL(N(mean1, exp log_variance1) || N(mean2, exp log_variance2)) entry by entry, in nats."""
     difference = log_variance1 - log_variance2
     return 0.5 * (jnp.exp(difference) - 1 - difference + jnp.square(mean1 - mean2) * jnp.exp(-log_variance2))
 
@@ -125,8 +125,8 @@ def normal_kl(mean1: Image, log_variance1: Image, mean2: Image, log_variance2: I
 def discretized_log_likelihood(x: Image, mean: Image, log_std: Image) -> Image:
     """Log probability, in nats, of the bin of width 2/255 around each entry of `x`; the bins at -1 and 1 are open.
 
-    Ho et al. 2020, Eq. 13. The normal distribution function is taken in the tanh form with which the released models
-    were trained (Page 1977), and probabilities are kept above 1e-12.
+    Ho et al. 2020, Eq. 13. The normal distribution function has the tanh form (Page 1977) that the released models were
+    trained with; probabilities are at least 1e-12.
     """
     inverse_std = jnp.exp(-log_std)
     above = _normal_cdf((x - mean + 1 / 255) * inverse_std)

@@ -1,4 +1,4 @@
-"""Guidance: predictors in, a predictor out."""
+"""Guidance: a predictor made of two others."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -18,12 +18,13 @@ def guide(
 ) -> Predict:
     """Move a prediction away from that of a weaker predictor (autoguidance, Karras et al. 2024a, Eq. 4).
 
-    `weaker` is whatever errs alike but more: a smaller or an earlier network, or the same one without the label. The
-    result is `weaker + scale * (predict - weaker)` on the first `channels` channels, and `predict` on the others; by
-    default these are all channels of the prediction and never those of the variance. Within the `interval` of times
-    alone, ends included, where it is given (Kynkaanniemi et al. 2024, whose levels of noise
-    `ditx.diffusion.schedule.time_at` has as times): outside it, `weaker` is not evaluated. A Python `scale` of 1 is no
-    guidance and costs no second evaluation.
+    `weaker` makes the same errors, but larger ones: a smaller or an earlier network, or the same network without the
+    label. The result is `weaker + scale * (predict - weaker)` on the first `channels` channels, and `predict` on the
+    others. The default is all channels of the prediction; the variance is never guided.
+
+    Outside the `interval` of times (ends included; Kynkaanniemi et al. 2024), `weaker` is not evaluated;
+    `ditx.diffusion.schedule.time_at` converts their noise levels to times. A Python `scale` of 1 is no guidance and
+    costs no second evaluation.
     """
     return _guided(predict, lambda x, t: (predict(x, t), weaker(x, t)), scale, channels, interval)
 
@@ -37,12 +38,12 @@ def classifier_free(
     channels: int | None = None,
     interval: Interval | None = None,
 ) -> Predict:
-    """Move a prediction for label `y` away from that for no label (Ho and Salimans 2022, Eq. 6), as `guide` does.
+    """Move a prediction for label `y` away from that for no label (Ho and Salimans 2022, Eq. 6); see `guide`.
 
-    Both are evaluated as a batch of two. The authors' released code guides the first 3 of 4 channels, and the paper's
-    numbers with guidance are made so.
+    Evaluates both as a batch of two. The paper's numbers with guidance come from the authors' released code, which
+    guides the first 3 of 4 channels.
 
-    Raises ValueError where the network has no null label (`null_label` None) and the scale is not 1.
+    Raises ValueError if the network has no null label (`null_label` None) and the scale is not 1.
     """
     if null_label is None and not _is_one(scale):
         raise ValueError(
@@ -60,18 +61,18 @@ def _is_one(scale: Scale) -> bool:
     return isinstance(scale, int | float) and scale == 1
 
 
-def _guided(alone: Predict, both: Callable, scale: Scale, channels: int | None, interval: Interval | None) -> Predict:
+def _guided(plain: Predict, both: Callable, scale: Scale, channels: int | None, interval: Interval | None) -> Predict:
     if _is_one(scale):
-        return alone
+        return plain
 
-    def moved(x, t):
+    def guided(x, t):
         strong, weak = both(x, t)
-        # A weaker network may lack the variance that the other predicts.
+        # The weaker network may lack the variance channels.
         count = x.shape[-1] if channels is None else channels
         first = weak[..., :count] + scale * (strong[..., :count] - weak[..., :count])
         return jnp.concatenate([first, strong[..., count:]], -1)
 
     if interval is None:
-        return moved
+        return guided
     low, high = interval
-    return lambda x, t: jax.lax.cond((low <= t) & (t <= high), moved, alone, x, t)
+    return lambda x, t: jax.lax.cond((low <= t) & (t <= high), guided, plain, x, t)

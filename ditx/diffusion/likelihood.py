@@ -1,8 +1,8 @@
-"""Likelihood of an 8-bit image in [-1, 1], in bits per dimension: two upper bounds of its negative logarithm.
+"""Likelihood of an 8-bit image in [-1, 1] in bits per dimension: two upper bounds of its negative logarithm.
 
-Both read the image through its noised version at the first level of the schedule. From there on, the variational bound
-sums over the steps (Ho et al. 2020), and the probability-flow ODE has the density of its samples (Song et al. 2021,
-appendix D.2). Both are estimates by drawn noise, to be averaged over images.
+Both see the image through its noised version at the schedule's first level. For the rest of the way, the variational
+bound sums over the steps (Ho et al. 2020), and the probability-flow ODE gives the density of its samples (Song et al.
+2021, appendix D.2). Both are Monte Carlo estimates; average them over images.
 """
 
 import math
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ditx.diffusion.gaussian import predicted, prior_bpd, q_sample, variational_bound
+from ditx.diffusion.gaussian import predict_x0_eps, prior_bpd, q_sample, variational_bound
 from ditx.diffusion.parameterization import Image, Predict
-from ditx.diffusion.schedule import Index, Schedule, at, level
+from ditx.diffusion.schedule import Index, Schedule, at
 
 
 def variational_bpd(
     schedule: Schedule, predict: Predict, x0: Image, *, key: PRNGKeyArray
 ) -> dict[str, Float[Array, "..."]]:
-    """The variational bound with a fresh draw of x_t at each step: `total` = `prior` + the sum of `terms` (T)."""
+    """The variational bound with new noise at each step: `total` = `prior` + the sum of `terms` (T)."""
 
     def term(i):
         noise = jax.random.normal(jax.random.fold_in(key, i), x0.shape, x0.dtype)
@@ -31,37 +31,37 @@ def variational_bpd(
 
 
 def ode_bpd(schedule: Schedule, predict: Predict, x0: Image, *, key: PRNGKeyArray, probes: int = 1) -> Float[Array, ""]:
-    """The bound by the probability-flow ODE: the density of a noised image, and the likelihood of `x0` behind it.
+    """The bound by the probability-flow ODE: density of a noised image, and likelihood of `x0` given that image.
 
-    `probes` random signs estimate the divergence (Hutchinson 1990).
+    `probes` random sign vectors estimate the divergence (Hutchinson 1990).
     """
     noise_key, probe_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
     signs = jax.random.rademacher(probe_key, (probes, *x0.shape), x0.dtype)
-    drawn = norm.logpdf(noise).sum() - x0.size * jnp.log(at(schedule.sigma, 0))
-    nats = drawn - ode_log_density(schedule, predict, q_sample(schedule, x0, 0, noise), signs)
+    noising = norm.logpdf(noise).sum() - x0.size * jnp.log(at(schedule.sigma, 0))
+    nats = noising - ode_log_density(schedule, predict, q_sample(schedule, x0, 0, noise), signs)
     return nats / (x0.size * math.log(2)) + _term(schedule, predict, x0, 0, noise)
 
 
 def ode_log_density(
     schedule: Schedule, predict: Predict, x: Image, probes: Float[Array, "k h w c"]
 ) -> Float[Array, ""]:
-    """Log density, in nats, of `x` among the states of the probability-flow ODE at the schedule's first level.
+    """Log density, in nats, of `x` at the schedule's first level under the probability-flow ODE.
 
-    Heun's method leads from there to noise; the divergence on the way is the mean of `probe . J probe` over `probes`,
-    of mean 0 and covariance 1 (Grathwohl et al. 2019), by reverse mode, which every attention has.
+    Integrates from `x` to noise by Heun's method. The divergence is the mean of `probe . J probe` over `probes` of mean
+    0 and covariance 1 (Grathwohl et al. 2019), in reverse mode, which every attention kernel has.
     """
 
     def change(x, i, j):
-        """What the step from level i to the next changes, judged at level j, and its divergence."""
+        """Change of x from level i to level i + 1, with the prediction of level j, and its divergence."""
 
-        def along(x):
-            here, there = level(schedule, i), level(schedule, i + 1)
-            x0, noise = predicted(schedule, predict, x, j)
-            return (there.alpha - here.alpha) * x0 + (there.sigma - here.sigma) * noise
+        def displacement(x):
+            x0, noise = predict_x0_eps(schedule, predict, x, j)
+            alpha_change, sigma_change = (at(table, i + 1) - at(table, i) for table in (schedule.alpha, schedule.sigma))
+            return alpha_change * x0 + sigma_change * noise
 
-        value, pull = jax.vjp(along, x)
-        return value, jax.vmap(lambda probe: jnp.vdot(probe, pull(probe)[0]))(probes).mean()
+        value, pullback = jax.vjp(displacement, x)
+        return value, jax.vmap(lambda probe: jnp.vdot(probe, pullback(probe)[0]))(probes).mean()
 
     def body(carry, i):
         x, total = carry

@@ -92,7 +92,7 @@ def make_objective(config: ObjectiveConfig) -> Objective:
             if config.loss_weight == "min-snr":
                 weight = loss_weights.min_snr(at(schedule.log_snr, i))
             elif config.loss_weight == "sigmoid":
-                weight = loss_weights.sigmoid(at(schedule.log_snr, i)) * loss_weights.log_snr_fall(schedule, i)
+                weight = loss_weights.sigmoid(at(schedule.log_snr, i)) * loss_weights.log_snr_decay(schedule, i)
             terms = gaussian.training_loss(schedule, predict, x0, i, noise, weight=weight)
             time_bin = BINS * i // len(schedule)
         drawn = jax.nn.one_hot(time_bin, BINS)

@@ -1,7 +1,7 @@
-"""What networks predict of a noised image, and how one prediction becomes another.
+"""Predictions of a network (noise, data, v, score, velocity) as linear maps of each other.
 
-Every noised image is `x = alpha x0 + sigma noise`, and every prediction is another weighted sum of the same two, so
-that `x` and any one prediction tell both: two equations in two unknowns.
+A noised image is `x = alpha x0 + sigma noise`, and every prediction is another weighted sum of `x0` and `noise`. From
+`x` and any one prediction, two linear equations give both.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ log density, -noise / sigma (Song et al. 2021, section 3.3); dx/dt along the pat
 
 
 class NoiseLevel(NamedTuple):
-    """One level of noise; the rates are the derivatives of `alpha` and `sigma` by the time that velocities mean."""
+    """Signal and noise at one time; the rates are derivatives by the time that defines the velocity."""
 
     time: Float[Array, ""]
-    """what the network is fed"""
+    """time that the network reads"""
     alpha: Float[Array, ""]
     sigma: Float[Array, ""]
     alpha_rate: Float[Array, ""]
@@ -29,35 +29,34 @@ class NoiseLevel(NamedTuple):
 
 
 def add_noise(level: NoiseLevel, x0: Image, noise: Image) -> Image:
-    """The image at a level of noise."""
+    """The noised image, alpha x0 + sigma noise."""
     return level.alpha * x0 + level.sigma * noise
 
 
 def to_target(kind: Prediction, x0: Image, noise: Image, level: NoiseLevel) -> Image:
-    """The prediction that means this data and this noise: what a network learns."""
-    of_x0, of_noise = _weights(kind, level)
-    return of_x0 * x0 + of_noise * noise
+    """The prediction of this kind for known data and noise: the training target."""
+    x0_weight, noise_weight = _weights(kind, level)
+    return x0_weight * x0 + noise_weight * noise
 
 
 def to_x0_eps(prediction: Image, kind: Prediction, x: Image, level: NoiseLevel) -> tuple[Image, Image]:
-    """The data and the noise that a prediction means; the inverse of `compose` and `noised` together.
+    """Data and noise from a prediction and `x`; the inverse of `to_target` and `add_noise` together.
 
-    Not finite where the prediction tells nothing of one of them: of the data, the noise at `alpha` 0; of the noise,
-    the data at `sigma` 0.
+    Not finite where the two equations are one: from the noise at `alpha` 0, and from the data at `sigma` 0.
     """
-    of_x0, of_noise = _weights(kind, level)
+    x0_weight, noise_weight = _weights(kind, level)
     determinant = _determinant(kind, level)
-    x0 = (of_noise * x - level.sigma * prediction) / determinant
-    return x0, (level.alpha * prediction - of_x0 * x) / determinant
+    x0 = (noise_weight * x - level.sigma * prediction) / determinant
+    return x0, (level.alpha * prediction - x0_weight * x) / determinant
 
 
 def convert(prediction: Image, x: Image, level: NoiseLevel, *, source: Prediction, target: Prediction) -> Image:
-    """A prediction of one kind as one of another, for the image `x` at `level`."""
+    """The prediction of kind `target` that a prediction of kind `source` for the image `x` implies."""
     return to_target(target, *to_x0_eps(prediction, source, x, level), level)
 
 
 def loss_ratio(source: Prediction, target: Prediction, level: NoiseLevel, *, floor: float = 0.0) -> Float[Array, ""]:
-    """How many times the squared error of `source` that of `target` is, since the error in `x` is none.
+    """Squared error of `target` over that of `source`, for one and the same error of the network.
 
     `floor` bounds the divisor from below, for ratios that are infinite at one end.
     """
@@ -77,5 +76,5 @@ def _weights(kind: Prediction, level: NoiseLevel) -> tuple[Float[Array, ""], Flo
 
 
 def _determinant(kind: Prediction, level: NoiseLevel) -> Float[Array, ""]:
-    of_x0, of_noise = _weights(kind, level)
-    return level.alpha * of_noise - level.sigma * of_x0
+    x0_weight, noise_weight = _weights(kind, level)
+    return level.alpha * noise_weight - level.sigma * x0_weight

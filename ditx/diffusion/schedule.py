@@ -1,4 +1,4 @@
-"""Noise schedules: tables over the steps of a diffusion, and shorter schedules made from longer ones."""
+"""Noise schedules: tables over the steps of a diffusion, and shorter schedules from longer ones."""
 
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -17,15 +17,15 @@ Path: TypeAlias = Literal["vp", "linear"]
 
 
 class Schedule(eqx.Module):
-    """The levels of noise that a sampler walks through, index 0 next to the data, and what the network does there.
+    """Noise levels, index 0 next to the data, with the times and the prediction of the network.
 
-    At level `i` an image is `alpha x0 + sigma noise`; step `i` leads to the level below or, at 0, to the data. The
-    other tables are those of the discrete diffusion between the levels (Ho et al. 2020; Kingma et al. 2021, appendix
-    A). Made in NumPy's float64; they are rounded to JAX's default type once, where they meet JAX.
+    At level `i` an image is `alpha x0 + sigma noise`; step `i` goes to level `i - 1` or, at 0, to the data. The other
+    tables describe the discrete diffusion between the levels (Ho et al. 2020; Kingma et al. 2021, appendix A). Computed
+    in NumPy's float64, and rounded to JAX's default type once, on entering JAX.
     """
 
     time: Table
-    """t for the network, in its own units: a respaced schedule is nothing but a shorter schedule"""
+    """t that the network reads, in units of training steps, also in a respaced schedule"""
     alpha: Table
     """scale of the data"""
     sigma: Table
@@ -33,12 +33,12 @@ class Schedule(eqx.Module):
     log_snr: Table
     """log(alpha^2 / sigma^2)"""
     beta: Table
-    """variance that step t adds"""
+    """variance that the forward process adds in step t"""
     log_beta: Table
     posterior_variance: Table
     """variance of q(x_{t-1} | x_t, x_0), 0 at the first step (Ho et al. 2020, Eq. 7)"""
     posterior_log_variance: Table
-    """its logarithm; at the first step, that of the second"""
+    """its logarithm; the first step has the value of the second"""
     posterior_mean_x0: Table
     """weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)"""
     posterior_mean_xt: Table
@@ -46,34 +46,34 @@ class Schedule(eqx.Module):
     path: Path = eqx.field(static=True)
     """alpha^2 + sigma^2 = 1 (variance preserving), or alpha + sigma = 1"""
     prediction: Prediction = eqx.field(static=True)
-    """what the network predicts"""
+    """output of the network"""
 
     def __len__(self) -> int:
         return self.beta.shape[0]
 
     @property
     def alpha_bar(self) -> Table:
-        """Share of the data's variance left after step t."""
+        """Fraction of the data's variance that remains at step t."""
         return self.alpha**2
 
 
 def at(table: Table, i: Index) -> Float[Array, ""]:
-    """Entry `i` of a table of a schedule, in JAX's default type; `i` may be traced."""
+    """Entry `i` of a schedule's table, in JAX's default type; `i` may be traced."""
     return jnp.asarray(table)[i]
 
 
-def level(schedule: Schedule, i: Index) -> NoiseLevel:
-    """Level `i` of a schedule; velocities on the path vp are by the angle, so that they are v."""
+def noise_level(schedule: Schedule, i: Index) -> NoiseLevel:
+    """Level `i` of a schedule. On the path vp, velocities are derivatives by the angle, and equal v."""
     time, alpha, sigma = (at(table, i) for table in (schedule.time, schedule.alpha, schedule.sigma))
     rates = (-sigma, alpha) if schedule.path == "vp" else (-jnp.ones_like(alpha), jnp.ones_like(alpha))
     return NoiseLevel(time, alpha, sigma, *rates)
 
 
 def linear_schedule(steps: int = 1000, *, prediction: Prediction = "eps") -> Schedule:
-    """Variances that rise linearly from 1e-4 to 0.02 in 1000 steps, and inversely to `steps` otherwise.
+    """Variances that rise linearly from 1e-4 to 0.02 over 1000 steps; scaled by 1000 / `steps` for other numbers.
 
-    This is the schedule of Ho et al. 2020 and of the DiT paper. Raises ValueError below 21 steps, where it would
-    leave nothing of the signal in one step (respace a longer schedule instead).
+    The schedule of Ho et al. 2020 and of the DiT paper. Raises ValueError below 21 steps, where a variance exceeds 1
+    (respace a longer schedule instead).
     """
     if steps < 21:
         raise ValueError(f"a linear schedule of {steps} steps has variances above 1; respace one of 1000 steps instead")
@@ -86,7 +86,7 @@ def cosine_schedule(steps: int = 1000, *, prediction: Prediction = "eps") -> Sch
     Raises ValueError below two steps.
     """
     if steps < 2:
-        raise ValueError(f"a cosine schedule of {steps} steps has no way from data to noise; respace one of 1000 steps")
+        raise ValueError(f"a cosine schedule of {steps} steps cannot go from data to noise; respace one of 1000 steps")
     alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
     return _from_betas(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999), prediction)
 
@@ -99,12 +99,12 @@ def _from_betas(beta: np.ndarray, prediction: Prediction) -> Schedule:
 def from_levels(
     time: np.ndarray, alpha: np.ndarray, sigma: np.ndarray, *, path: Path, prediction: Prediction
 ) -> Schedule:
-    """The schedule of any levels of a path, from the data on, with betas such that each keeps `alpha` and `sigma`."""
+    """The schedule with these levels, data first; its betas follow from `alpha` and `sigma`."""
     alpha_before, sigma_before = np.concatenate([[1.0], alpha[:-1]]), np.concatenate([[0.0], sigma[:-1]])
     scale = alpha / alpha_before
     beta = sigma**2 - (scale * sigma_before) ** 2
     posterior_variance = beta * sigma_before**2 / sigma**2
-    # A schedule of one step has no second step to borrow from; it never draws noise either.
+    # A schedule of one step has no second step to take the value of; its sampler draws no noise either.
     log_source = np.concatenate([posterior_variance[1:2], posterior_variance[1:]]) if len(beta) > 1 else beta
     with np.errstate(divide="ignore"):  # Pure noise has no signal.
         log_snr = 2 * (np.log(alpha) - np.log(sigma))
@@ -125,16 +125,16 @@ def from_levels(
 
 
 def sampling_grid(schedule: Schedule, steps: int, spacing: Spacing = "time") -> Schedule:
-    """`steps` levels between those of a schedule of even times, at times that need not be whole.
+    """`steps` levels of a schedule of evenly spaced times; their times need not be whole.
 
-    `time`: steps equally long, the last one to the data (the "trailing" ones of Lin et al. 2024, not rounded).
+    `time`: steps of equal length, the last one to the data (the "trailing" steps of Lin et al. 2024, not rounded).
     `log-snr`: equal differences of log-SNR between noisiest and cleanest level (Lu et al. 2022, section 3.4).
     `karras`: equal differences of (sigma / alpha)^(1/7) (Karras et al. 2022, Eq. 5). The latter two leave out a level
-    of pure noise, whose log-SNR is infinite. Between levels, log alpha is linear in time; on the path linear, alpha is.
-    Raises ValueError below one step, and where the schedule is of one level.
+    of pure noise, where log-SNR is infinite. Between levels, log alpha (on the linear path, alpha) is linear in time.
+    Raises ValueError below one step, or if the schedule has one level.
     """
     if steps < 1 or len(schedule) < 2:
-        raise ValueError(f"cannot take {steps} of {len(schedule)} levels; give at least 1 step, of at least 2 levels")
+        raise ValueError(f"cannot take {steps} of {len(schedule)} levels; give at least 1 step and 2 levels")
     time, signal = _axis(schedule)
     if spacing == "time":
         times = np.linspace(time[0], time[-1], steps + 1)[1:]
@@ -150,25 +150,25 @@ def sampling_grid(schedule: Schedule, steps: int, spacing: Spacing = "time") -> 
 
 
 def time_at(schedule: Schedule, ratio: float | np.ndarray) -> np.ndarray:
-    """The times, not always whole, at which sigma / alpha is `ratio`: the sigma of Karras et al. 2022."""
+    """The time at which sigma / alpha, the sigma of Karras et al. 2022, is `ratio`; it need not be whole."""
     time, signal = _axis(schedule)
-    wanted = -np.log1p(ratio**2) / 2 if schedule.path == "vp" else 1 / (1 + ratio)
-    return np.asarray(np.interp(-wanted, -signal, time))
+    target = -np.log1p(ratio**2) / 2 if schedule.path == "vp" else 1 / (1 + ratio)
+    return np.asarray(np.interp(-target, -signal, time))
 
 
 def _axis(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
-    """Times, and what is linear between them: log alpha, or on the path linear alpha; the data in front."""
+    """Times and the quantity that is linear between them, data first: log alpha, or alpha on the linear path."""
     time, alpha = np.asarray(schedule.time, np.float64), np.asarray(schedule.alpha, np.float64)
     signal = np.concatenate([[0.0], np.log(alpha)]) if schedule.path == "vp" else np.concatenate([[1.0], alpha])
     return np.concatenate([2 * time[:1] - time[1:2], time]), signal
 
 
 def respace(schedule: Schedule, steps: str | int | Sequence[int]) -> Schedule:
-    """Keep some steps of a schedule, with betas such that `alpha_bar` at them is unchanged (Nichol and Dhariwal 2021).
+    """Keep some steps of a schedule, with the same `alpha_bar` and new betas (Nichol and Dhariwal 2021).
 
-    `steps` is how many to keep, first and last included (`"250"` or 250), or their number after a constant stride
-    (`"ddim50"`, Song et al. 2021), or the indices themselves. The counts give different grids. Raises ValueError where
-    the schedule has no such steps.
+    `steps` is their number, first and last included (`"250"` or 250), or their number at a constant stride (`"ddim50"`,
+    Song et al. 2021), or their indices. The two kinds of number give different grids. Raises ValueError if the schedule
+    has no such steps.
     """
     indices = _grid(len(schedule), steps)
     kept = (np.asarray(table, np.float64)[indices] for table in (schedule.time, schedule.alpha, schedule.sigma))
@@ -180,11 +180,9 @@ def _grid(total: int, steps: str | int | Sequence[int]) -> np.ndarray:
         digits = str(steps).removeprefix("ddim")
         count = int(digits) if digits.isascii() and digits.isdigit() else 0
         if not 1 <= count <= total:
-            raise ValueError(
-                f"cannot keep {steps!r} of {total} steps; give a count from 1 to {total}, or 'ddim' and one"
-            )
+            raise ValueError(f"cannot keep {steps!r} of {total} steps; give 1 to {total}, or 'ddim' and such a number")
         if digits != str(steps):
-            # The stride is the only one that yields `count` steps; some counts have none.
+            # At most one stride gives `count` steps; some counts have none.
             strides = [stride for stride in range(1, total + 1) if len(range(0, total, stride)) == count]
             if not strides:
                 raise ValueError(f"no constant stride keeps {count} of {total} steps; try {digits!r}")

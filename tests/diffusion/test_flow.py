@@ -10,7 +10,7 @@ from strategies import images, x64
 
 from ditx import flow
 from ditx.diffusion.parameterization import add_noise, to_target
-from ditx.diffusion.schedule import level
+from ditx.diffusion.schedule import noise_level
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 
@@ -18,7 +18,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 @given(images(), images(), st.floats(0, 1))
 @x64
 def test_path_is_straight_from_data_to_noise(x0, noise, s):
-    here = flow.level(jnp.asarray(s))
+    here = flow.noise_level(jnp.asarray(s))
     close(add_noise(here, jnp.asarray(x0), jnp.asarray(noise)), x0 + s * (noise - x0))
     close(here.time, 1000 * s)
     close(to_target("velocity", jnp.asarray(x0), jnp.asarray(noise), here), noise - x0)
@@ -88,7 +88,7 @@ def test_grid_runs_from_noise_to_data_in_equal_steps(steps):
     np.testing.assert_allclose(grid.alpha, 1 - s, atol=1e-12)
     np.testing.assert_allclose(grid.time, 1000 * s, atol=1e-12)
     np.testing.assert_allclose(grid.log_snr[:-1], 2 * np.log((1 - s[:-1]) / s[:-1]), rtol=1e-9, atol=1e-9)
-    assert level(grid, 0)[3:] == (-1, 1)
+    assert noise_level(grid, 0)[3:] == (-1, 1)
     assert (grid.path, grid.prediction) == ("linear", "velocity")
 
 

@@ -17,7 +17,7 @@ from ditx.diffusion.gaussian import (
     normal_kl,
     p_mean_variance,
     posterior,
-    predicted,
+    predict_x0_eps,
     prior_bpd,
     q_sample,
     training_loss,
@@ -76,7 +76,7 @@ def test_noising_is_undone_by_the_true_prediction_with_or_without_variance(step,
     for kind, target in [("eps", noise), ("x0", x0)]:
         other = dataclasses.replace(schedule, prediction=kind)
         for output in (target, jnp.concatenate([target, x], -1)):
-            for found, true in zip(predicted(other, lambda x, t, o=output: o, x, i), (x0, noise), strict=True):
+            for found, true in zip(predict_x0_eps(other, lambda x, t, o=output: o, x, i), (x0, noise), strict=True):
                 close(found, true)
 
 
@@ -124,7 +124,7 @@ def test_mean_is_that_of_the_posterior_at_the_predicted_data(step, output, x):
     schedule, i = step_of(step)
     output, x = jnp.asarray(output), jnp.asarray(x)
     result = p_mean_variance(schedule, output, x, i)
-    x0, _ = predicted(schedule, lambda x, t: output, x, i)
+    x0, _ = predict_x0_eps(schedule, lambda x, t: output, x, i)
     close(result.x0, x0)
     close(result.mean, posterior(schedule, x0, x, i).mean)
     fixed = p_mean_variance(schedule, output[..., : SHAPE[2]], x, i)
@@ -251,7 +251,7 @@ def test_other_predictions_are_held_to_their_target_and_weighted_as_errors_of_th
     close(plain["mse"], np.square(output[..., : SHAPE[2]] - target).mean())
     close(plain["loss"], plain["mse"] + plain["vb"])
     x = q_sample(schedule, jnp.asarray(x0), i, jnp.asarray(noise))
-    _, seen = predicted(schedule, lambda x, t: jnp.asarray(output), x, i)
+    _, seen = predict_x0_eps(schedule, lambda x, t: jnp.asarray(output), x, i)
     error = np.square(seen - noise).mean()
     np.testing.assert_allclose(weighted["loss"] - weighted["vb"], 3 * error, rtol=1e-7, atol=1e-7)  # up to SNR 1e4
     assert weighted["mse"] == plain["mse"] and weighted["vb"] == plain["vb"]
@@ -268,7 +268,7 @@ def test_prior_is_the_divergence_of_the_last_state_from_noise(x0):
 
 @pytest.mark.parametrize("channels", [1, 3, 6])
 def test_output_of_odd_channels_is_refused(channels):
-    with pytest.raises(ValueError, match=f"an output of {channels} channels fits no input of 2"):
+    with pytest.raises(ValueError, match=f"the output has {channels} channels and the input 2; give as many"):
         p_mean_variance(FULL, jnp.zeros((4, 4, channels)), jnp.zeros((4, 4, 2)), 5)
 
 

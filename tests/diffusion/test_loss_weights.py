@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FULL, step_of, steps, x64
 
-from ditx.diffusion.loss_weights import log_snr_fall, min_snr, sigmoid
+from ditx.diffusion.loss_weights import log_snr_decay, min_snr, sigmoid
 from ditx.diffusion.parameterization import loss_ratio
-from ditx.diffusion.schedule import at, level
+from ditx.diffusion.schedule import at, noise_level
 
 
 @given(steps(), st.floats(0.5, 20))
 @x64
 def test_min_snr_is_the_papers_for_each_prediction(step, gamma):
     schedule, i = step_of(step)
-    here = level(schedule, i)
+    here = noise_level(schedule, i)
     snr = schedule.alpha[i] ** 2 / schedule.sigma[i] ** 2
     expected = {"x0": min(snr, gamma), "eps": min(snr, gamma) / snr, "v": min(snr, gamma) / (snr + 1)}
     for kind, weight in expected.items():
@@ -28,7 +28,7 @@ def test_min_snr_is_the_papers_for_each_prediction(step, gamma):
 @x64
 def test_sigmoid_of_the_noise_is_that_of_the_data_mirrored(step, bias):
     schedule, i = step_of(step)
-    here, log_snr = level(schedule, i), schedule.log_snr[i]
+    here, log_snr = noise_level(schedule, i), schedule.log_snr[i]
     np.testing.assert_allclose(sigmoid(at(schedule.log_snr, i), bias), 1 / (1 + math.exp(log_snr - bias)), rtol=1e-9)
     found = sigmoid(at(schedule.log_snr, i), bias) * loss_ratio("x0", "eps", here)
     # Hoogeboom et al. 2024: of the data's error, e^b sigmoid(log_snr - b).
@@ -37,7 +37,7 @@ def test_sigmoid_of_the_noise_is_that_of_the_data_mirrored(step, bias):
 
 @x64
 def test_falls_of_log_snr_add_up_to_the_whole_range():
-    falls = np.array([log_snr_fall(FULL, jnp.asarray(i)) for i in (0, 400, 999)])
+    falls = np.array([log_snr_decay(FULL, jnp.asarray(i)) for i in (0, 400, 999)])
     difference = np.array([FULL.log_snr[0] - FULL.log_snr[1], (FULL.log_snr[399] - FULL.log_snr[401]) / 2, 0])
     difference[2] = FULL.log_snr[998] - FULL.log_snr[999]
     np.testing.assert_allclose(falls, 1000 * difference, rtol=1e-9)

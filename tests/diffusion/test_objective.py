@@ -10,7 +10,7 @@ from strategies import x64
 from ditx.diffusion import flow, loss_weights
 from ditx.diffusion.objective import BINS, ObjectiveConfig, make_objective
 from ditx.diffusion.parameterization import to_target
-from ditx.diffusion.schedule import cosine_schedule, level, linear_schedule, respace
+from ditx.diffusion.schedule import cosine_schedule, linear_schedule, noise_level, respace
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-10)
 X0 = np.linspace(-1, 1, 32).reshape(4, 4, 2)
@@ -39,7 +39,7 @@ def expected(config, here, i):
     if config.loss_weight == "min-snr":  # v = (noise - sigma x) / alpha, so an error in v is one / alpha in the noise
         return min(1, 5 / snr) * alpha**2 * ERROR**2
     if config.loss_weight == "sigmoid":
-        fall = float(loss_weights.log_snr_fall(linear_schedule(), i))
+        fall = float(loss_weights.log_snr_decay(linear_schedule(), i))
         return fall / (1 + snr) * snr * ERROR**2
     return ERROR**2
 
@@ -54,11 +54,11 @@ def test_a_network_is_asked_for_what_its_objective_says(config):
         def predict(x, t, noise=noise, seen=seen):
             if config.is_flow:
                 s = t / 1000
-                here, i, place = flow.level(s), 0, s
+                here, i, place = flow.noise_level(s), 0, s
             else:
                 schedule = linear_schedule() if config.schedule == "linear" else cosine_schedule()
                 i = int(t)
-                here, place = level(schedule, i), i / 1000
+                here, place = noise_level(schedule, i), i / 1000
             close(x, here.alpha * X0 + here.sigma * noise)
             seen.append((here, i, float(place)))
             return to_target(config.prediction, jnp.asarray(X0), noise, here) + ERROR

@@ -24,7 +24,7 @@ def on_circle(angle):
     return NoiseLevel(angle, alpha, sigma, -sigma, alpha)
 
 
-PATHS = {"vp": lambda s: on_circle(s * math.pi / 2), "linear": lambda s: flow.level(jnp.asarray(s))}
+PATHS = {"vp": lambda s: on_circle(s * math.pi / 2), "linear": lambda s: flow.noise_level(jnp.asarray(s))}
 
 
 def draws():
@@ -87,6 +87,6 @@ def test_errors_of_two_predictions_have_the_stated_ratio(path, s, x, prediction,
 
 
 def test_a_floor_bounds_the_ratio():
-    level = flow.level(jnp.asarray(0.01))
+    level = flow.noise_level(jnp.asarray(0.01))
     assert float(loss_ratio("x0", "velocity", level)) == pytest.approx(1e4, rel=1e-5)
     assert float(loss_ratio("x0", "velocity", level, floor=0.05)) == pytest.approx(400, rel=1e-5)

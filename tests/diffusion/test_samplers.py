@@ -23,7 +23,7 @@ from ditx.diffusion.samplers import (
     heun_step,
     sample,
 )
-from ditx.diffusion.schedule import at, level
+from ditx.diffusion.schedule import at, noise_level
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 STEPS = {
@@ -120,7 +120,7 @@ def test_every_sampler_draws_the_same_from_every_prediction(base, kinds):
 
     def network(schedule):
         def predict(x, t):
-            here = level(schedule, jnp.argmin(jnp.abs(jnp.asarray(schedule.time) - t)))
+            here = noise_level(schedule, jnp.argmin(jnp.abs(jnp.asarray(schedule.time) - t)))
             x0 = jnp.tanh(2 * x + here.sigma)
             prediction = to_target(schedule.prediction, x0, (x - here.alpha * x0) / here.sigma, here)
             return jnp.concatenate([prediction, jnp.cos(x)], -1)
@@ -259,10 +259,10 @@ def test_fresh_noise_is_the_keys_by_index_of_step():
 def test_exactly_one_source_of_noise_is_required(given_both):
     x = jnp.zeros((1, 1, 1))
     noise = {"key": jax.random.key(0), "noises": jnp.zeros((1000, 1, 1, 1))} if given_both else {}
-    with pytest.raises(ValueError, match="give either key, for fresh noise, or noises, to replay"):
+    with pytest.raises(ValueError, match="give either key, for new noise, or noises, to replay"):
         sample(ddim_step, toy, FULL, x, **noise)
 
 
 def test_odd_output_is_refused_before_it_runs():
-    with pytest.raises(ValueError, match="an output of 3 channels fits no input of 1"):
+    with pytest.raises(ValueError, match="the output has 3 channels and the input 1; give as many or twice"):
         sample(ddim_step, lambda x, t: jnp.zeros((2, 2, 3)), FULL, jnp.zeros((2, 2, 1)), key=jax.random.key(0))

@@ -125,7 +125,7 @@ def test_linear_schedule_refuses_too_few_steps(steps):
 
 @pytest.mark.parametrize("steps", ["0", "1001", "ten", "", "ddim", "ddim0", "ddim-4", "-3", "²", "2.5", 0, -1, 1001])
 def test_impossible_counts_are_named(steps):
-    with pytest.raises(ValueError, match=r"cannot keep .* of 1000 steps; give a count from 1 to 1000") as error:
+    with pytest.raises(ValueError, match=r"cannot keep .* of 1000 steps; give 1 to 1000, or") as error:
         ditx.respace(FULL, steps)
     assert repr(steps) in str(error.value)
 
@@ -153,7 +153,7 @@ def test_cosine_schedule_is_the_squared_cosine_but_for_the_last_step():
         COSINE.alpha_bar[:-1], np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / start, rtol=1e-9, atol=1e-12
     )
     assert COSINE.beta[-1] == pytest.approx(0.999) and COSINE.beta[:-1].max() < 0.999
-    with pytest.raises(ValueError, match="cosine schedule of 1 steps has no way"):
+    with pytest.raises(ValueError, match="cosine schedule of 1 steps cannot go"):
         ditx.cosine_schedule(1)
 
 
@@ -205,5 +205,5 @@ def test_one_step_starts_at_the_noisiest_level():
 
 @pytest.mark.parametrize(("kept", "steps"), [(10, 0), (10, -2), (1, 5)])
 def test_spacing_refuses_what_has_no_levels(kept, steps):
-    with pytest.raises(ValueError, match=f"cannot take {steps} of {kept} levels; give at least 1 step"):
+    with pytest.raises(ValueError, match=f"cannot take {steps} of {kept} levels; give at least 1 step and 2 levels"):
         ditx.sampling_grid(ditx.respace(FULL, kept), steps)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ditx.diffusion.parameterization import to_target
 from ditx.diffusion.samplers import sample
-from ditx.diffusion.schedule import at, level
+from ditx.diffusion.schedule import at, noise_level
 
 MU, S = 0.7, 0.4
 
@@ -33,7 +33,7 @@ def oracle(schedule, *, variance=False):
 
     def predict(x, t):
         i = jnp.argmin(jnp.abs(jnp.asarray(schedule.time) - t))
-        here = level(schedule, i)
+        here = noise_level(schedule, i)
         a, b = here.alpha, here.sigma
         prediction = to_target(schedule.prediction, expected_data(x, a, b), expected_noise(x, a, b), here)
         if not variance:
