@@ -3,9 +3,12 @@
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ditx.files import first_line
 
@@ -72,3 +75,29 @@ def check_seed(seed: int) -> None:
     """Raise ValueError unless the seed fits 32 bits."""
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed is {seed}; it goes from 0 to {MAX_SEED}")
+
+
+class Progress:
+    """A bar or, if the output is no terminal, lines: images done, images a second, and the time left."""
+
+    SECONDS_BETWEEN_LINES = 30
+
+    def __init__(self, done: int, total: int):
+        self._bar = tqdm(total=total, initial=done, unit=" images", disable=None)
+        self._done, self._total = done, total
+        self._clock, self._since = time.perf_counter(), done
+
+    def add(self, count: int) -> None:
+        """Count images as done."""
+        self._done += count
+        self._bar.update(count)
+        elapsed = time.perf_counter() - self._clock
+        if self._bar.disable and elapsed > self.SECONDS_BETWEEN_LINES:
+            speed = (self._done - self._since) / elapsed
+            left = (self._total - self._done) / speed
+            print(f"{self._done:,} of {self._total:,} images  {speed:.1f} images/s  {left:.0f} s left", flush=True)
+            self._clock, self._since = self._clock + elapsed, self._done
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()

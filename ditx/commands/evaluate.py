@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from ditx.commands.extract import Progress
+from ditx.cli import Progress
 from ditx.data.loader import images_in_order
 from ditx.data.sources import open_images, with_channels
 from ditx.evaluation.evaluate import METRICS, Metric, compute_metrics

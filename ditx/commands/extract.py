@@ -18,8 +18,8 @@ import numpy as np
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float16, Int32, UInt8
-from tqdm import tqdm
 
+from ditx import cli
 from ditx.data import latents, loader
 from ditx.data.image_files import find_classes
 from ditx.files import lock
@@ -60,9 +60,8 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for impossible values."""
-        for name, least in {"size": 1, "batch_size": 1, "shard_size": 0, "workers": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        cli.at_least(self, 1, "size", "batch_size")
+        cli.at_least(self, 0, "shard_size", "workers")
         devices = jax.local_device_count()
         if self.batch_size % devices:
             raise ValueError(f"batch_size is {self.batch_size}; make it a multiple of the {devices} devices")
@@ -142,7 +141,7 @@ def main(argv: list[str]) -> int:
         + f"\noutput   {out}",
         flush=True,
     )
-    with stop_signals() as received:
+    with stop_signals("stopping before the next image") as received:
         extract(config, vae, missing, total, received)
     if missing:
         done = total - sum(len(shard.files) for shard in missing)
@@ -233,7 +232,7 @@ def encoded(
     program = lowered.compile()
     print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
-    progress, pending = Progress(total - len(files), total), None
+    progress, pending = cli.Progress(total - len(files), total), None
 
     def fetch(errors, values):
         arrays = np.asarray(values)[: len(errors)]
@@ -294,29 +293,3 @@ def finish(
         print(f"skipped  {len(skipped):,} images in all, listed in {out / latents.METADATA}", file=sys.stderr)
     size = sum(shard.size for shard in shards)
     print(f"done     {count:,} latents of {side}x{side}x{vae.config.latent_channels} in {out}, {size / 1e6:,.1f} MB")
-
-
-class Progress:
-    """A bar or, if the output is no terminal, lines: images done, images a second, and the time left."""
-
-    SECONDS_BETWEEN_LINES = 30
-
-    def __init__(self, done: int, total: int):
-        self._bar = tqdm(total=total, initial=done, unit=" images", disable=None)
-        self._done, self._total = done, total
-        self._clock, self._since = time.perf_counter(), done
-
-    def add(self, count: int) -> None:
-        """Count images as done."""
-        self._done += count
-        self._bar.update(count)
-        elapsed = time.perf_counter() - self._clock
-        if self._bar.disable and elapsed > self.SECONDS_BETWEEN_LINES:
-            speed = (self._done - self._since) / elapsed
-            left = (self._total - self._done) / speed
-            print(f"{self._done:,} of {self._total:,} images  {speed:.1f} images/s  {left:.0f} s left", flush=True)
-            self._clock, self._since = self._clock + elapsed, self._done
-
-    def close(self) -> None:
-        """End the bar."""
-        self._bar.close()

@@ -146,7 +146,7 @@ def assert_same_everywhere(described: Any) -> None:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_signals(notice: str = "stopping after this step, with a checkpoint") -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM, so that a loop can end between two steps; a later SIGINT ends the process at once.
 
     SIGTERM is the notice of preempted machines, Kubernetes and SLURM. Launchers can deliver a signal twice: from the
@@ -159,7 +159,7 @@ def stop_signals() -> Iterator[list[int]]:
         nonlocal at_once
         if not received:
             at_once = time.monotonic() + _AT_ONCE_AFTER
-            print("\nstopping after this step, with a checkpoint; Ctrl-C stops at once", file=sys.stderr)
+            print(f"\n{notice}; Ctrl-C stops at once", file=sys.stderr)
             received.append(number)
         elif number == signal.SIGINT and time.monotonic() > at_once:
             os._exit(128 + number)

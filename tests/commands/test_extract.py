@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 from scripts import finish, start
 
+from ditx import cli
 from ditx.commands import extract
 from ditx.data.image_files import read, to_unit
 from ditx.data.latents import LatentSource
@@ -347,7 +348,7 @@ def test_a_mistake_gets_one_sentence_and_writes_nothing(sentence, request, run, 
 
 
 def test_progress_is_printed_as_lines_without_a_terminal(corners, run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract.Progress, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(cli.Progress, "SECONDS_BETWEEN_LINES", 0)
     code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS)
     assert code == 0 and "24 of 24 images" in said and "images/s 0 s left" in said, said
 
