@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import sys
-import time
 import zlib
 from collections.abc import Generator
 from contextlib import closing
@@ -24,6 +24,7 @@ from ditx.data import latents, loader
 from ditx.data.image_files import find_classes
 from ditx.files import lock
 from ditx.nn.vae import AutoencoderKL
+from ditx.parallel.compile import compile_checked
 from ditx.parallel.distributed import launched, stop_signals
 from ditx.training.run import diff
 from ditx.weights.frozen import load_vae
@@ -72,7 +73,8 @@ class Config:
         """Index of this process and number of processes. Raises ValueError for an index out of range."""
         # The processes do not join each other, or a failure of one would end all. On a TPU pod, JAX knows them.
         index, count = launched()
-        index, count = (index, count) if count > 1 else (jax.process_index(), jax.process_count())
+        if count == 1:
+            index, count = jax.process_index(), jax.process_count()
         index = index if self.process_index is None else self.process_index
         count = count if self.process_count is None else self.process_count
         if not 0 <= index < count:
@@ -96,10 +98,11 @@ class ShardImages:
         sizes = [os.path.getsize(file) if os.path.exists(file) else -1 for file in self.files]
         return zlib.crc32(json.dumps(list(zip(self.names, sizes, strict=True))).encode())
 
-    def finished(self) -> latents.Shard | None:
-        """The shard, if it is complete and was made from the files as they are now."""
+    def finished(self, strict: bool = False) -> latents.Shard | None:
+        """The shard, if it was made from the files as they are now and, if `strict`, from all of them."""
         shard = latents.read_shard(self.path)
-        return shard if shard and shard.files_checksum == self.checksum() else None
+        valid = shard and shard.files_checksum == self.checksum() and not (strict and shard.skipped)
+        return shard if valid else None
 
 
 def main(argv: list[str]) -> int:
@@ -124,11 +127,8 @@ def main(argv: list[str]) -> int:
         "dtype": config.dtype,
     }
     open_folder(out, plan)
-    own, missing = shards[index::count], []
-    for shard in own:
-        finished = shard.finished()
-        if finished is None or (config.strict and finished.skipped):
-            missing.append(shard)
+    own = shards[index::count]
+    missing = [shard for shard in own if shard.finished(config.strict) is None]
     if missing:  # The metadata would be wrong once one of these shards is replaced.
         (out / latents.METADATA).unlink(missing_ok=True)
     left, total = (sum(len(shard.files) for shard in part) for part in (missing, own))
@@ -147,7 +147,11 @@ def main(argv: list[str]) -> int:
         done = total - sum(len(shard.files) for shard in missing)
         print(f"stopped with {done:,} of {total:,} images in finished shards; run the same command to resume")
         return 128 + received[0]
-    finish(out, shards, class_names, plan, vae)
+    finished = [made for shard in shards if (made := shard.finished())]
+    if len(finished) < len(shards):
+        print(f"done     this part; {len(shards) - len(finished):,} of {len(shards):,} shards are left to others")
+    else:
+        finish(out, finished, class_names, plan, vae)
     return 0
 
 
@@ -157,12 +161,10 @@ def split(config: Config, files: list[str], labels: Int32[np.ndarray, "n"], size
     if count > MAX_SHARDS:
         least = -(-len(files) // MAX_SHARDS)
         raise ValueError(f"shard_size {size} makes more than {MAX_SHARDS} shards; give {least} or more")
-    prefix, shards = len(str(Path(config.images).absolute())) + 1, []
-    for index in range(count):
-        rows = slice(index * size, (index + 1) * size)
-        names = [file[prefix:] for file in files[rows]]
-        shards.append(ShardImages(latents.shard_path(Path(config.out), index, count), files[rows], names, labels[rows]))
-    return shards
+    names = [file[len(str(Path(config.images).absolute())) + 1 :] for file in files]
+    rows = [slice(index * size, (index + 1) * size) for index in range(count)]
+    paths = [latents.shard_path(Path(config.out), index, count) for index in range(count)]
+    return [ShardImages(path, files[k], names[k], labels[k]) for path, k in zip(paths, rows, strict=True)]
 
 
 def open_folder(out: Path, plan: dict[str, Any]) -> None:
@@ -171,10 +173,10 @@ def open_folder(out: Path, plan: dict[str, Any]) -> None:
     Raises ValueError if it holds another extraction, or anything else.
     """
     file = out / latents.PLAN
-    if out.exists() and not file.exists():
-        leftovers = {"lock", "shards", *(partial.name for partial in out.glob(f"{latents.PLAN}.*.partial"))}
-        if not out.is_dir() or {entry.name for entry in out.iterdir()} - leftovers:
-            raise ValueError(f"{out} exists and is not of `ditx extract`; choose another folder")
+    leftover = re.compile(r"lock|shards|plan\.json\.\d+\.partial")  # of a process that was killed, or has just begun
+    begun = out.is_dir() and all(leftover.fullmatch(entry.name) for entry in out.iterdir())
+    if out.exists() and not file.exists() and not begun:
+        raise ValueError(f"{out} exists and is not of `ditx extract`; choose another folder")
     (out / "shards").mkdir(parents=True, exist_ok=True)
     with lock(out / "lock"):  # Of processes that start together, one writes the plan.
         if not file.exists():
@@ -227,11 +229,9 @@ def encoded(
     replicated, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     weights = jax.device_put(jax.tree.map(lambda leaf: leaf.astype(config.dtype), vae), replicated)
     shape = (config.batch_size, config.size, config.size, 3)
-    start = time.perf_counter()
-    lowered = jax.jit(encode, out_shardings=rows).lower(weights, jax.ShapeDtypeStruct(shape, np.uint8, sharding=rows))
-    program = lowered.compile()
-    print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
-
+    pixels = jax.ShapeDtypeStruct(shape, np.uint8, sharding=rows)
+    program, seconds, _ = compile_checked(jax.jit(encode, out_shardings=rows), weights, pixels)
+    print(f"compiled in {seconds:.1f} s", flush=True)
     progress, pending = cli.Progress(total - len(files), total), None
 
     def fetch(errors, values):
@@ -248,8 +248,7 @@ def encoded(
             pixels = np.concatenate([pixels, np.zeros((shape[0] - len(pixels), *shape[1:]), np.uint8)])
             values = program(weights, jax.device_put(pixels, rows))
             values.copy_to_host_async()
-            # Fetched one batch late, so that the device always has a batch to encode.
-            if pending:
+            if pending:  # Fetched one batch late, so that the device always has a batch to encode.
                 yield from fetch(*pending)
             pending = errors, values
         if pending:
@@ -265,14 +264,8 @@ def encode(vae: AutoencoderKL, pixels: UInt8[Array, "b h w 3"]) -> Float16[Array
     return jnp.stack([mean.astype(jnp.float32), std], 2).astype(jnp.float16)
 
 
-def finish(
-    out: Path, images: list[ShardImages], class_names: tuple[str, ...], plan: dict[str, Any], vae: AutoencoderKL
-) -> None:
-    """Report the result and, if all shards are finished, write the metadata, which makes them a data set."""
-    shards = [shard for each in images if (shard := each.finished()) is not None]
-    if len(shards) < len(images):
-        print(f"done     this part; {len(images) - len(shards):,} of {len(images):,} shards are left to others")
-        return
+def finish(out: Path, shards: list[latents.Shard], names: tuple[str, ...], plan: dict[str, Any], vae: AutoencoderKL):
+    """Report the result and write the metadata, which makes the shards a data set."""
     skipped = {name: reason for shard in shards for name, reason in shard.skipped.items()}
     count, side = sum(shard.count for shard in shards), plan["image_size"] // vae.config.downsampling
     if not count:
@@ -280,7 +273,7 @@ def finish(
     metadata = plan | {
         "shape": [side, side, vae.config.latent_channels],
         "count": count,
-        "class_names": class_names,
+        "class_names": names,
         "versions": {name: version(name) for name in ("ditx", "jax")},
         "shards": [{"count": s.count, "size": s.size, "checksum": s.checksum} for s in shards],
         "skipped": skipped,
