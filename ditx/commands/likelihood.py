@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import tyro
 
-from ditx.data import sources
+from ditx.data.sources import open_images
 from ditx.diffusion import likelihood
 from ditx.sampling import sample_keys
 from ditx.weights import pretrained
@@ -44,11 +44,8 @@ def main(argv: list[str]) -> int:
         if getattr(config, name) < least:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}")
     described = pretrained.describe(Path(config.source))
-    model, path = described.model, Path(config.data)
-    if config.data == "digits":
-        source = sources.digits()
-    else:
-        source = sources.cifar10(path) if path.suffix == ".npz" else sources.images(path, model.input_size)
+    model = described.model
+    source = open_images(config.data, model.input_size)
     if source.image_shape != (model.input_size, model.input_size, model.in_channels):
         side = f"{model.input_size}x{model.input_size}x{model.in_channels}"
         raise ValueError(f"the images are {'x'.join(map(str, source.image_shape))}, and the network is of {side}")

@@ -61,7 +61,7 @@ def test_mistakes_are_one_sentence(run, stored):
         ("digits", [], "the images are 28x28x1, and the network is of 4x4x1"),
         (folder / "other.npz", [], "are not those of"),
         (folder / "data.npz", ["--steps", 1], "steps is 1; it must be at least 2"),
-        (folder / "none.npz", [], "does not exist"),
+        (folder / "none.npz", [], "there is no such file or folder"),
     ]:
         code, said = run.ditx("likelihood", folder / "network.safetensors", data, *flags)
         assert code == 2 and sentence in said and "Traceback" not in said, said
