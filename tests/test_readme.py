@@ -53,6 +53,7 @@ def test_single_pieces_train_in_another_loop():
     assert abs(float(names["samples"].mean()) - 0.5) < 0.05 and float(names["samples"].std()) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [room for room in ROOMS if room != "diffusion"])
 def test_example_of_a_room(room):
     assert run_examples(f"ditx/{room}/README.md").keys() - {"__builtins__"}
