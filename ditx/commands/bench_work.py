@@ -188,7 +188,7 @@ def check_network(config: Train | Sample) -> Mesh:
 def train(config: Train) -> Timing:
     """Time training steps: the state born in its place and donated; off CPUs, the host is one step ahead."""
     mesh, model, size = check_network(config), config.model, config.model.input_size
-    optimizer = adamw(lambda step: 1e-4)
+    optimizer = adamw(1e-4)
     step = partial(
         train_step,
         objective=make_objective(objective_of(model)),

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from ditx.nn.dit import DiTConfig
 from ditx.parallel.compile import compile_checked, compiler_options
-from ditx.parallel.fsdp import with_shardings
+from ditx.parallel.fsdp import bytes_per_device, table, with_shardings
 from ditx.parallel.mesh import batch_sharding, replicated
 from ditx.training.step import TrainState
 
@@ -64,16 +64,31 @@ class AbstractStep:
         terms = jax.eval_shape(self.function, self.state, self.batch, jax.random.key(0))[1]
         return {"count": np.zeros(())} | {name: np.zeros(term.shape) for name, term in terms.items()}
 
+    def summary(self) -> str:
+        """Devices, mesh and memory of the state, and on several devices the split of each weight."""
+        mesh, state = self.mesh, self.state
+        axes = ", ".join(f"{axis} {count}" for axis, count in mesh.shape.items())
+        options = "".join(f", {name}={value}" for name, value in self._options.items())
+        parts = {"weights": state.model, "averages": (state.ema, state.power_emas), "moments": state.opt_state}
+        memory = ", ".join(f"{name} {bytes_per_device(part) / 2**20:,.1f}" for name, part in parts.items())
+        lines = [
+            f"devices   {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes}){options}",
+            f"memory    {bytes_per_device(state) / 2**20:,.1f} MiB a device: {memory}",
+        ]
+        return "\n".join([*lines, table(state.model)] if mesh.size > 1 else lines)
+
+    @property
+    def _options(self) -> dict[str, bool]:
+        return compiler_options(self.mesh, fp8=self.fp8)
+
     @cached_property
     def compiled(self) -> tuple[jax.stages.Compiled, float, int]:
         """The program, which donates its state; the seconds its compilation took, and its bytes on each device.
 
         Raises ValueError where a device has too little memory.
         """
-        options = compiler_options(self.mesh, fp8=self.fp8)
-        jitted = jax.jit(
-            self.function, donate_argnums=0, out_shardings=(self.shardings, None), compiler_options=options
-        )
+        places, options = (self.shardings, None), self._options
+        jitted = jax.jit(self.function, donate_argnums=0, out_shardings=places, compiler_options=options)
         key = jax.random.key(0)
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self.mesh))
         return compile_checked(jitted, self.state, self.batch, key, remedy=self.remedy)

@@ -112,7 +112,7 @@ class Config(KernelConfig, ObjectiveConfig, Common):
     def matched_to(self, dataset: Any, preset: "Config") -> "Config":
         """With the data's number of classes and channels, where no flag has changed the preset's.
 
-        Raises ValueError where the data does not fit the model.
+        Raises ValueError where the data, or the model that results, does not fit.
         """
         size, (height, width, channels) = self.model.input_size, dataset.image_shape
         if (height, width) != (size, size):
@@ -123,13 +123,45 @@ class Config(KernelConfig, ObjectiveConfig, Common):
         for name, value in values.items():
             if getattr(self.model, name) not in (value, getattr(preset.model, name)):
                 raise ValueError(f"model.{name} is {getattr(self.model, name)}, but the data has {value}")
-        return replace(self, model=replace(self.model, **values))
+        matched = replace(self, model=replace(self.model, **values))
+        matched.check_fields()
+        return matched
 
     def describe(self, preset: str, dataset: Any) -> dict[str, Any]:
         """The contents of a run's `config.json`."""
         names = dataset.class_names[: self.model.num_classes]
         described = {"preset": preset, **asdict(self), "class_names": names, "data_checksum": dataset.checksum}
         return described | ({"latents": dataset.latents} if dataset.latents else {})
+
+    def check_fields(self) -> None:
+        """Raise ValueError for values that are impossible with any data or devices."""
+        cli.at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep", "unroll", "accumulate")
+        cli.at_least(self, 0, "learning_rate", "warmup", "weight_decay", "sample_every", "workers", "keep_every")
+        cli.at_least(self, 0, "keep_best", "profile_steps", "ema_every", "eval_every")
+        cli.check_seed(self.seed)
+        for name in ("ema_decay", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 to below 1")
+        if self.vae and self.dataset != "latents":
+            raise ValueError(f"vae is {self.vae!r}, but dataset {self.dataset} has pixels; leave it out")
+        self.check(self.model.learn_sigma and not self.model.sit)
+        if self.sample_every:
+            self.sampling.check(self.model, self)
+        _ = self.ema_gammas
+        if self.eval_every:
+            if not self.eval_stats:
+                raise ValueError("eval_every needs --eval-stats; make them with: ditx evaluate --make-stats OUT DATA")
+            if self.dataset == "latents" and not self.vae:
+                raise ValueError("eval_every needs --vae, which decodes the latents")
+            cli.at_least(self, 2, "eval_samples")  # for a covariance
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError("wandb is not installed; put --extra wandb after uv run, or pip install wandb")
+
+    def check_devices(self, mesh: Mesh) -> None:
+        """Raise ValueError where the network, the batch or the kernels do not fit the devices."""
+        check_mesh(mesh, num_heads=self.model.num_heads, mlp_size=self.model.mlp_size)
+        self.check_kernels(mesh, self.dtype, self.model)
+        check_batch(mesh, self.batch_size, self.accumulate)
 
     @property
     def changeable_on_resume(self) -> set[str]:
@@ -213,36 +245,3 @@ CHANGEABLE_ON_RESUME: set[str] = set(
     " checkpoint_every keep keep_every keep_best sample_every sampling eval_every eval_stats eval_samples"
     " eval_inception profile_steps wandb".split()
 )
-
-
-def check(config: Config) -> None:
-    """Raise ValueError for values that are impossible with any data or devices."""
-    cli.at_least(config, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep", "unroll", "accumulate")
-    cli.at_least(config, 0, "learning_rate", "warmup", "weight_decay", "sample_every", "workers", "keep_every")
-    cli.at_least(config, 0, "keep_best", "profile_steps", "ema_every", "eval_every")
-    cli.check_seed(config.seed)
-    for name in ("ema_decay", "beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; give 0 to below 1")
-    if config.vae and config.dataset != "latents":
-        raise ValueError(f"vae is {config.vae!r}, but dataset {config.dataset} has pixels; leave it out")
-    config.check(config.model.learn_sigma and not config.model.sit)
-    if config.sample_every:
-        config.sampling.check(config.model, config)
-    _ = config.ema_gammas
-    if config.eval_every:
-        if not config.eval_stats:
-            raise ValueError("eval_every needs --eval-stats; make them with: ditx evaluate --make-stats OUT DATA")
-        if config.dataset == "latents" and not config.vae:
-            raise ValueError("eval_every needs --vae, which decodes the latents")
-        if config.eval_samples < 2:
-            raise ValueError(f"eval_samples is {config.eval_samples}; a covariance needs at least 2")
-    if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb is not installed; put --extra wandb after uv run, or pip install wandb")
-
-
-def check_devices(config: Config, mesh: Mesh) -> None:
-    """Raise ValueError where the network, the batch or the kernels do not fit the devices."""
-    check_mesh(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
-    config.check_kernels(mesh, config.dtype, config.model)
-    check_batch(mesh, config.batch_size, config.accumulate)

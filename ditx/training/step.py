@@ -42,10 +42,19 @@ class TrainState(eqx.Module):
 
 
 def adamw(
-    learning_rate: float | optax.Schedule, *, beta2: float = 0.999, weight_decay: float = 0.0
+    learning_rate: float, *, warmup: int = 0, decay_steps: int = 0, beta2: float = 0.999, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019). The paper keeps the remaining hyperparameters at their defaults."""
-    return optax.adamw(learning_rate, b1=0.9, b2=beta2, eps=1e-8, weight_decay=weight_decay)
+    """AdamW (Loshchilov and Hutter 2019), its other numbers as in the paper.
+
+    The learning rate rises over `warmup` steps; it is constant or, if `decay_steps` is given, also falls to 0 by a
+    cosine.
+    """
+    decay = optax.cosine_decay_schedule(1.0, decay_steps) if decay_steps else optax.constant_schedule(1.0)
+
+    def rate(step):
+        return learning_rate * decay(step) * jnp.minimum(1, (step + 1) / max(warmup, 1))
+
+    return optax.adamw(rate, b1=0.9, b2=beta2, eps=1e-8, weight_decay=weight_decay)
 
 
 def drop_label(y: Int[Array, ""], config: DiTConfig, *, key: PRNGKeyArray) -> Int[Array, ""]:

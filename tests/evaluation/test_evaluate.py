@@ -196,7 +196,9 @@ def test_training_logs_the_fid_that_evaluate_finds_and_keeps_the_best(run, tmp_p
     # The FIDs are made to rise, so that the first is the best.
     found = iter([1.0, 2.0])
     with monkeypatch.context() as patch:
-        patch.setattr("train.make_fid", lambda *args: lambda ema: next(found, None) or make_fid(*args)(ema))
+        patch.setattr(
+            "ditx.evaluation.hooks.make_fid", lambda *args: lambda ema: next(found, None) or make_fid(*args)(ema)
+        )
         code, said = run.train(*flags, "--eval-stats", path, "--run", folder)
     assert code == 0 and "step 5 FID" in said, said
     assert checkpoint.steps(folder / "checkpoints") == [2, 5] and (folder / "loss.png").exists()
@@ -207,7 +209,7 @@ def test_training_logs_the_fid_that_evaluate_finds_and_keeps_the_best(run, tmp_p
 
     for wrong, sentence in [
         ([], "eval_every needs --eval-stats; make them with: ditx evaluate --make-stats OUT DATA"),
-        (["--eval-stats", path, "--eval-samples", 1], "eval_samples is 1; a covariance needs at least 2"),
+        (["--eval-stats", path, "--eval-samples", 1], "eval_samples is 1; it must be at least 2"),
         (["--eval-stats", tmp_path / "nowhere.npz"], "there is no such file; make it with"),
     ]:
         code, said = run.train(*flags, "--run", tmp_path / "other", *wrong)

@@ -13,14 +13,13 @@ import jax
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import train
 from ditx.nn.dit import DiTConfig
 from ditx.parallel.distributed import DistributedConfig, initialize, is_main_process, sync_errors
 from ditx.parallel.fsdp import with_shardings
 from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.training import checkpoint
 from ditx.training import run as runs
-from ditx.training.step import TrainState
+from ditx.training.step import TrainState, adamw
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Config:
 
 def abstract_state(run, mesh):
     """Shapes and places of what a run of the digits keeps in its checkpoints."""
-    optimizer = train.make_optimizer(train.PRESETS["digits"])
+    optimizer = adamw(1.0)
     create = partial(TrainState.create, DiTConfig(**runs.read_config(run)["model"]), optimizer)
     state = with_shardings(jax.eval_shape(lambda: create(key=jax.random.key(0))), mesh)
     return {name: getattr(state, name) for name in ("step", "model", "ema", "opt_state")}

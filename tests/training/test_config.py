@@ -1,20 +1,23 @@
 """The paper's runs: each preset built by shapes alone, with the paper's hyperparameters."""
 
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from references import load
 
-import train
 from ditx.diffusion.objective import make_objective
+from ditx.nn.dit import DiTConfig
+from ditx.sampling import SamplingConfig
 from ditx.training import run as runs
-from ditx.training.config import CHANGEABLE_ON_RESUME
-from ditx.training.step import TrainState, train_step
+from ditx.training.config import CHANGEABLE_ON_RESUME, PRESETS
+from ditx.training.step import TrainState, adamw, train_step
 
 ROWS = load("paper_tables.json")["table4"]
-PAPER = sorted(name for name in train.PRESETS if name.startswith("imagenet"))
+PAPER = sorted(name for name in PRESETS if name.startswith("imagenet"))
 
 
 def row_of(config):
@@ -27,15 +30,15 @@ def row_of(config):
 
 
 def test_the_whole_table_is_there():
-    found = [row_of(train.PRESETS[name]) for name in PAPER]
+    found = [row_of(PRESETS[name]) for name in PAPER]
     assert len(found) == len(ROWS) == 16 and all(row in found for row in ROWS)
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_preset_builds_and_is_the_papers(name):
-    config = train.PRESETS[name]
-    train.check(config)
-    row, optimizer = row_of(config), train.make_optimizer(config)
+    config = PRESETS[name]
+    config.check_fields()
+    row, optimizer = row_of(config), adamw(config.learning_rate, beta2=config.beta2)
     assert (config.batch_size, config.learning_rate, config.weight_decay, config.warmup) == (256, 1e-4, 0, 0)
     assert (config.decay, config.beta2, config.ema_decay, config.flip) == ("constant", 0.999, 0.9999, True)
     assert (config.schedule, config.prediction, config.dataset, config.model.label_dropout) == (
@@ -65,9 +68,53 @@ def test_preset_builds_and_is_the_papers(name):
     assert set(terms) == {"mse", "vb", "loss", "grad_norm", "skipped", "by_time"}
 
 
-def test_what_computes_may_differ_when_a_run_goes_on_but_not_how_products_are_rounded():
-    before = {"kernels": "fused", "attention": "xla", "products": "fp8"}
-    now = {"kernels": "plain", "attention": "auto", "products": "plain"}
-    assert runs.diff(before, now, ignore=CHANGEABLE_ON_RESUME) == "products was 'fp8' and is 'plain'"
-    del before["products"]  # as in a run of before there was a choice
+def test_kernels_may_change_on_resume_but_not_the_rounding_of_matmuls():
+    before = {"kernels": "fused", "attention": "xla", "matmul_dtype": "fp8"}
+    now = {"kernels": "xla", "attention": "auto", "matmul_dtype": "compute"}
+    assert runs.diff(before, now, ignore=CHANGEABLE_ON_RESUME) == "matmul_dtype was 'fp8' and is 'compute'"
+    del before["matmul_dtype"]  # a run of a version without this field
     assert not runs.diff(before, now, ignore=CHANGEABLE_ON_RESUME)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"accumulate": 0}, "accumulate is 0; it must be at least 1"),
+        ({"keep_best": -1}, "keep_best is -1; it must not be negative"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must not be negative"),
+        ({"seed": 2**32}, "seed is 4294967296; it goes from 0 to 4294967295"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0; give 0 to below 1"),
+        ({"vae": "ft-mse"}, "vae is 'ft-mse', but dataset digits has pixels"),
+        ({"schedule": "flow", "model": DiTConfig()}, "trains no variance; add --model.no-learn-sigma"),
+        ({"sampling": SamplingConfig(steps=0)}, "steps is 0; schedule flow samples in 1 to"),
+        ({"ema_every": 5, "ema_lengths": (0.4,)}, "length is 0.4 of the run; give a share"),
+        ({"eval_every": 5}, "eval_every needs --eval-stats; make them with"),
+        ({"eval_every": 5, "eval_stats": "a.npz", "eval_samples": 1}, "eval_samples is 1; it must be at least 2"),
+        ({"eval_every": 5, "eval_stats": "a.npz", "dataset": "latents"}, "eval_every needs --vae"),
+    ],
+)
+def test_impossible_values_are_named(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        replace(PRESETS["digits"], **changes).check_fields()
+
+
+def dataset(*shape, classes=10):
+    return SimpleNamespace(image_shape=shape, class_names=tuple(map(str, range(classes))))
+
+
+def test_the_model_takes_channels_and_classes_of_the_data_unless_flags_differ():
+    preset = PRESETS["digits"]
+    model = preset.matched_to(dataset(28, 28, 3, classes=4), preset).model
+    assert (model.in_channels, model.num_classes) == (3, 4)
+    unlabelled = replace(
+        preset, model=replace(preset.model, num_classes=0), sampling=replace(preset.sampling, guidance_scale=1.0)
+    )
+    assert unlabelled.matched_to(dataset(28, 28, 1), preset).model.num_classes == 0
+    with pytest.raises(ValueError, match="the network has no labels; use 1"):
+        replace(unlabelled, sampling=preset.sampling).matched_to(dataset(28, 28, 1), preset)
+    for changes, sentence in [
+        ({"num_classes": 12}, "model.num_classes is 12, but the data has 10"),
+        ({"input_size": 14}, "the images are 28x28, model.input_size is 14"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            replace(preset, model=replace(preset.model, **changes)).matched_to(dataset(28, 28, 1), preset)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ditx.training import run as runs
-from ditx.training.config import Config, check
+from ditx.training.config import Config
 from ditx.training.logger import MAX_SKIPPED, MetricsLogger, Profiler
 
 TERMS = {"loss": np.float32(2.0), "grad_norm": np.float32(0.5), "skipped": np.float32(0)}
@@ -149,4 +149,4 @@ def test_lines_and_pictures_go_to_wandb_under_one_id(make, tmp_path, monkeypatch
 def test_wandb_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="wandb is not installed; put --extra wandb"):
-        check(Config(wandb="project"))
+        Config(wandb="project").check_fields()
