@@ -162,7 +162,7 @@ def fit(config: Config, dataset: sources.Source, abstract: AbstractStep, hooks: 
         if synced.error:  # an unreadable image, for instance; the training up to it is saved
             raise synced.error
     if stop and metrics.step < config.steps:
-        print(f"stopped   after step {metrics.step:,}; run the same command to resume")
+        print(f"stopped after step {metrics.step:,}; run the same command to resume")
         return 128 + stop[0]
     return finish(config, hooks, run, state, f"{run.folder}")
 

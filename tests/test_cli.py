@@ -11,9 +11,9 @@ from ditx import cli
         (OSError("no disk"), 2, "prog: no disk\n"),
         (KeyboardInterrupt(), 130, ""),
         (
-            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no 9 bytes\nmore"),
             2,
-            "prog: the devices have too little memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); try it\n",
+            "prog: the devices have too little memory (RESOURCE_EXHAUSTED: no 9 bytes); try it\n",
         ),
     ],
 )
