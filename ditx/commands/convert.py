@@ -84,8 +84,8 @@ def _notes(model: DiTConfig, to: str) -> list[str]:
         notes.append(f"it has no null label, which the layout of {to} does not tell; read it with --num-classes")
     if (to, model.frequency_shift) in (("authors", 1), ("diffusers", 0)):
         notes.append(
-            f"{to} use other time frequencies than this network was trained with, so its outputs there will differ"
-            " slightly; the weights are unchanged"
+            f"the time frequencies of {to} differ from those that this network was trained with, so its outputs there"
+            " will differ slightly; the weights are unchanged"
         )
     return notes
 

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from ditx.files import checksum, first_line
 from ditx.parallel.distributed import broadcast_from_main, is_main_process, sync_errors
 
 MANIFEST = "manifest.json"
@@ -88,7 +88,7 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
             kept = ", ".join(map(str, steps(self.folder))) or "none"
             raise OSError(
-                f"no checkpoint could be written to {self.folder} ({_line(error)}); there are: {kept}"
+                f"no checkpoint could be written to {self.folder} ({first_line(error)}); there are: {kept}"
             ) from error
 
     def _seal(self) -> None:
@@ -153,7 +153,7 @@ def _verify(folder: Path, step: int) -> None:
         if changed:
             raise ValueError(f"{changed[0]} is missing, truncated or altered")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {_line(error)}") from error
+        raise ValueError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
 
 
 def _read(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -161,21 +161,10 @@ def _read(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     try:
         return ocp.load_checkpointables(str(path), abstract)
     except Exception as error:  # Orbax raises many kinds for damage.
-        raise ValueError(f"checkpoint {path} cannot be read: {_line(error)}") from error
+        raise ValueError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
 
 
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
-
-
-def _checksums(path: Path) -> dict[str, list[int]]:
+def _checksums(path: Path) -> dict[str, list[int | str]]:
     """Size and CRC-32 of every file of every tree of a checkpoint; Orbax's own checks let altered arrays pass."""
-    sums = {}
-    for file in sorted(path.glob("*/**/*")):
-        if file.is_file():
-            crc, size = 0, 0
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 24):
-                    crc, size = zlib.crc32(block, crc), size + len(block)
-            sums[str(file.relative_to(path))] = [size, crc]
-    return sums
+    files = [file for file in sorted(path.glob("*/**/*")) if file.is_file()]
+    return {str(file.relative_to(path)): [file.stat().st_size, checksum(file)] for file in files}

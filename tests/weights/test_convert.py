@@ -47,20 +47,20 @@ def test_autoencoder_weights_come_back_bit_for_bit():
     assert_same(vae_to_torch(model), weights(golden))
 
 
-def test_output_of_diffusers_weights_is_theirs(highest_precision):
+def test_diffusers_weights_give_the_outputs_of_diffusers(highest_precision):
     state, golden = diffusers()
     model = dit_from_diffusers(state, tiny_diffusers_config())
     assert model.config.frequency_shift == 1
     output = jax.jit(jax.vmap(model))(hwc(golden["x"]), golden["t"], golden["y"])
     assert_close(chw(output), golden["output"], 1e-4)
-    # Spaced as by the authors, the frequencies are others, and time 0 alone is the same.
+    # With the authors' frequencies, only time 0 gives the same.
     other = dit_from_diffusers(state, tiny_diffusers_config(), frequency_shift=0)
     errors = np.abs(chw(jax.vmap(other)(hwc(golden["x"]), golden["t"], golden["y"])) - golden["output"]).max((1, 2, 3))
     assert golden["t"][0] == 0 and errors[0] < 1e-4 and (errors[1:] > 0.1).all()
 
 
-def test_network_of_sit_is_drawn_from_as_sit_does(highest_precision):
-    """Ma et al. 2024: fed t from 0 (noise) to 1 (data), velocity data - noise, its doubled channels dropped."""
+def test_sampling_from_sit_weights_equals_sit(highest_precision):
+    """Ma et al. 2024: time from 0 (noise) to 1 (data), velocity data - noise, the second half of channels dropped."""
     model, golden = tiny_dit()  # the same names and shapes
     sit = dit_from_torch(dit_to_torch(model), dataclasses.replace(model.config, sit=True))
     x = expected = jnp.asarray(hwc(golden["x"])[0])
@@ -91,7 +91,7 @@ def test_any_network_comes_back_bit_for_bit(config):
 
 
 @pytest.mark.parametrize("block", ["adaln", "cross-attention", "in-context"])
-def test_blocks_that_other_programs_lack_are_refused(block):
+def test_blocks_that_other_layouts_lack_are_refused(block):
     config = dataclasses.replace(tiny_diffusers_config(), block=block)
     model = random_dit(config)
     for convert in (dit_to_torch, dit_to_diffusers):
@@ -123,7 +123,7 @@ def test_old_names_of_the_autoencoders_attention_are_read():
     jax.tree.map(np.testing.assert_array_equal, vae_from_torch(old, model.config), model)
 
 
-def test_every_tensor_of_the_inception_file_lies_where_its_name_says():
+def test_every_tensor_of_the_inception_file_has_its_place():
     shapes = load("inception_state_dict_shapes.json")
     state = empty(shapes) | {"Mixed_7b.branch3x3dbl_3b.bn.num_batches_tracked": np.int64(1)}
     units = ["Conv2d_3b_1x1", "Mixed_6c.branch7x7dbl_2", "Mixed_7b.branch3x3dbl_3b", "Mixed_5d.branch_pool"]
@@ -140,7 +140,7 @@ def test_every_tensor_of_the_inception_file_lies_where_its_name_says():
         arrays = [np.moveaxis(unit.weight, (3, 2), (0, 1)), unit.scale, unit.bias, unit.mean, unit.variance]
         for kind, array in zip(kinds, arrays, strict=True):
             np.testing.assert_array_equal(array, state[f"{name}.{kind}"])
-    # The bias of the logits is not read, all else is.
+    # Everything but the bias of the logits is read.
     assert sum(leaf.size for leaf in jax.tree.leaves(model)) == sum(map(np.prod, shapes.values())) - 1008
 
 
@@ -150,7 +150,7 @@ def test_inception_files_may_lack_scales_and_logits():
     model = inception_from_torch({k: v.astype(np.float16) for k, v in without.items() if not k.endswith("bn.weight")})
     assert model.logits is None and {leaf.dtype for leaf in jax.tree.leaves(model)} == {np.dtype("float32")}
     assert (model.stem[0].scale == 1).all() and (model.blocks[0][0].steps[0][0].scale == 1).all()
-    # But not some of them; and torchvision's network, of 1000 classes, is another.
+    # A file may not lack only some scales, and torchvision's network, with 1000 classes, is another one.
     del without["Conv2d_1a_3x3.bn.weight"], without["Mixed_5b.branch1x1.conv.weight"]
     without |= {"fc.weight": np.zeros((1000, 2048)), "AuxLogits.fc.bias": np.zeros(1000)}
     with pytest.raises(ValueError, match="do not fit") as error:
@@ -201,4 +201,4 @@ def test_half_precision_weights_become_float32():
     back = dit_from_torch(half, model.config)
     assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {np.dtype("float32")}
     arguments = example(model.config)
-    assert_close(forward(back, *arguments), forward(model, *arguments), 0.01)  # eleven bits of weights
+    assert_close(forward(back, *arguments), forward(model, *arguments), 0.01)  # weights of 11 bits

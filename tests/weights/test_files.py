@@ -54,7 +54,7 @@ def assert_equal(read, expected):
         np.testing.assert_array_equal(read[name], array, strict=array.dtype.isnative)
 
 
-# Files of torch, made without it: stand-ins are pickled under the names of torch's own.
+# Files of torch made without torch: stand-ins are pickled under the names of torch's classes.
 
 
 class Storage:
@@ -138,7 +138,7 @@ def write_legacy(path, pickled, storages=(), system=None):
 
 
 def training_checkpoint():
-    """As the authors' training script writes: network, average, optimizer, command line."""
+    """The contents of the authors' training checkpoints: network, average, optimizer, command line."""
     arrays = {key: np.random.default_rng(int(key)).normal(size=(3, 4)).astype(np.float32) for key in "0123"}
     optimizer = {
         "state": {0: {"step": Tensor(Storage("3", arrays["3"]), (), ()), "exp_avg": whole("2", arrays["2"])}},
@@ -151,11 +151,11 @@ def training_checkpoint():
     return checkpoint | {"rng": np.random.default_rng(0).integers(9, size=3), "large": 2**80}, arrays
 
 
-# Reading what is written.
+# Files that we wrote.
 
 
 @given(data=st.data())
-def test_arrays_are_read_as_they_were_written(data, tmp_path_factory):
+def test_arrays_come_back_as_written(data, tmp_path_factory):
     tensors = {}
     for i in range(data.draw(st.integers(1, 4))):
         dtype = data.draw(st.sampled_from([*DTYPES, np.dtype(">f4"), np.dtype(">i8")]))
@@ -173,7 +173,7 @@ def test_arrays_are_read_as_they_were_written(data, tmp_path_factory):
         assert file.metadata == dict(*kept) and file.note == ""
 
 
-def test_what_is_read_can_be_changed_and_written_again(tmp_path, write):
+def test_arrays_can_be_changed_and_written_again(tmp_path, write):
     write(tmp_path / "a", {"x": np.arange(4.0)})
     tensors = files.read(tmp_path / "a").tensors
     tensors["x"][0] = 7
@@ -184,7 +184,7 @@ def test_what_is_read_can_be_changed_and_written_again(tmp_path, write):
         tensors["y"]
 
 
-def test_unsigned_integers_are_of_safetensors_alone(tmp_path):
+def test_only_safetensors_has_unsigned_integers(tmp_path):
     arrays = {name: np.arange(3, dtype=name) for name in ("uint16", "uint32", "uint64")}
     files.write_safetensors(tmp_path / "a", arrays)
     assert_equal(files.read(tmp_path / "a").tensors, arrays)
@@ -213,7 +213,7 @@ def test_tensors_are_aligned(tmp_path):
     assert all(header[name]["data_offsets"][0] % array.itemsize == 0 for name, array in arrays.items())
 
 
-# What torch writes.
+# Files of torch.
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -279,7 +279,7 @@ def test_later_protocols_of_pickle_are_read(protocol, tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_training_checkpoints_give_their_average(legacy, tmp_path):
+def test_training_checkpoints_yield_the_average(legacy, tmp_path):
     checkpoint, arrays = training_checkpoint()
     if legacy:
         path = write_legacy(tmp_path / "0100000.pt", dumps(checkpoint, True), arrays)
@@ -307,7 +307,7 @@ def test_the_average_comes_first(keys, note, tmp_path):
     assert_equal(file.tensors, {"w": arrays[note.split("'")[1]]})
 
 
-def test_the_prefix_of_data_parallel_goes(tmp_path):
+def test_the_prefix_of_data_parallel_is_removed(tmp_path):
     a, b = np.arange(2.0), np.arange(3.0)
     files.write_safetensors(tmp_path / "a", {"module.a": a, "module.b": b})
     file = files.read(tmp_path / "a")
@@ -320,18 +320,18 @@ def test_the_prefix_of_data_parallel_goes(tmp_path):
 
 
 @pytest.mark.parametrize("obj", [{}, {"a": 1, "net": {"b": None}}, [1], 3, {"model": {"w": 1}, "net": {}}])
-def test_files_without_weights_are_refused_with_what_they_hold(obj, tmp_path):
+def test_files_without_weights_are_refused_with_their_keys(obj, tmp_path):
     with pytest.raises(ValueError, match="maps names to tensors; it has") as error:
         files.read(write_zip(tmp_path / "w.pt", dumps(obj)))
     assert all(repr(key) in str(error.value) for key in (obj if isinstance(obj, dict) else []))
 
 
-# What is hostile.
+# Hostile files.
 
 
 @pytest.fixture
 def refused(tmp_path):
-    """Checks that a pickle is refused in both formats, and that what it would run did not."""
+    """Checks that a pickle is refused in both formats, and that the command in it did not run."""
     mark = tmp_path / "ran"
 
     def check(pickled, match="cannot read weights from", storages=()):
@@ -387,18 +387,18 @@ RUN = b"<a command that leaves a file>"
         b"\x80\2ctorch._tensor\n_rebuild_from_type_v2\n.",
     ],
 )
-def test_nothing_that_a_pickle_names_is_run(pickled, refused):
+def test_commands_in_a_pickle_are_not_run(pickled, refused):
     refused(pickled)
 
 
-def test_the_refusal_says_the_name(refused, tmp_path):
+def test_the_refusal_tells_the_name(refused, tmp_path):
     refused(b"\x80\2cos\nsystem\n" + RUN + b"\x85R.", "it names 'os.system', which is unknown here, and nothing that a")
 
 
 @pytest.mark.parametrize(
     "pickled",
     [
-        b"\x80\2ccollections\nOrderedDict\n)R}X\t\0\0\0__class__cargparse\nNamespace\nsb.",  # state with a class
+        b"\x80\2ccollections\nOrderedDict\n)R}X\t\0\0\0__class__cargparse\nNamespace\nsb.",  # a state that has a class
         b"\x80\2cargparse\nNamespace\n}X\7\0\0\0__new__cargparse\nNamespace\nsb)\x81.",  # state for a class
         b"\x80\2ctorch._utils\n_rebuild_parameter\nN}X\14\0\0\0__defaults__)s\x86b.",  # state for a function
         b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n}X\1\0\0\0as)R.",
@@ -412,7 +412,7 @@ def test_the_refusal_says_the_name(refused, tmp_path):
         b"\x80\2ctorch._utils\n_rebuild_tensor_v3\n)R.",
     ],
 )
-def test_odd_uses_of_what_is_known_are_refused(pickled, refused):
+def test_odd_uses_of_known_names_are_refused(pickled, refused):
     known = dict(KNOWN)
     refused(pickled)
     assert known == KNOWN
@@ -496,7 +496,7 @@ def test_a_tensor_is_read_as_numpy_would_or_refused(shape, strides, offset, tmp_
         assert min([offset, *strides]) >= 0 and expected.size <= array.size and len(shape) == len(strides)
     except Exception:
         with pytest.raises(ValueError, match="cannot read weights"):
-            assert files.read(path).tensors["w"].size == 0  # NumPy is stricter about where nothing lies.
+            assert files.read(path).tensors["w"].size == 0  # NumPy is stricter about the offset of an empty array.
             raise ValueError("cannot read weights") from None
     else:
         assert_equal(files.read(path).tensors, {"w": expected})
@@ -511,7 +511,7 @@ def test_conjugated_and_negated_tensors_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "pickled",
     [
-        b"\x80\2Nr\xf0\xff\xff\xff.",  # a memo of 2^32 places
+        b"\x80\2Nr\xf0\xff\xff\xff.",  # a memo of 2^32 entries
         b"\x80\5\x96" + struct.pack("<Q", 1 << 28) + b".",  # a byte array of 2^28
         b"\x80\4\x8d" + struct.pack("<Q", 1 << 40) + b".",
         b"\x80\4\x95" + struct.pack("<Q", 1 << 40) + b".",
@@ -532,12 +532,14 @@ def test_memory_is_not_filled(pickled, refused):
 @pytest.mark.parametrize(
     "pickled",
     [
-        b"\x80\2})" + b"\x85" * 200_000 + b"Ns.",  # Its hash would end the interpreter.
+        b"\x80\2})" + b"\x85" * 200_000 + b"Ns.",  # Hashing it would crash the interpreter.
         b"\x80\4()" + b"\x85" * 200_000 + b"\x91.",
         b"\x80\2}q\0N)" + b"\x85" * 200_000 + b"Q.",
         b"\x80\2" + b"(" * 200_000 + b".",
         b"\x80\2" + b"]" * 200_000 + b"a" * 199_999 + b".",
-        b"\x80\2)" + b"q\0h\0\x86" * 200 + b"ctorch\nx\n.",  # Shown, or hashed, these would never end.
+        b"\x80\2)"
+        + b"q\0h\0\x86" * 200
+        + b"ctorch\nx\n.",  # Printing or hashing this and the next four would never end.
         b"\x80\2}X\5\0\0\0model)" + b"q\0h\0\x86" * 200 + b"s.",
         b"\x80\2})" + b"q\0h\0\x86" * 200 + b"Ns.",
         b"\x80\2)" + b"q\0h\0\x86" * 200 + b"Q.",
@@ -546,7 +548,7 @@ def test_memory_is_not_filled(pickled, refused):
     ],
     ids=range(11),
 )
-def test_deep_and_wide_pickles_end_soon(pickled, refused):
+def test_deep_and_wide_pickles_are_refused_soon(pickled, refused):
     refused(pickled)
 
 
@@ -564,7 +566,7 @@ def test_odd_zip_files_are_refused(tmp_path):
         np.savez(tmp_path / "w.npz", w=array)
         files.read(tmp_path / "w.npz")
     raw = write_zip(tmp_path / "w", pickled, storages).read_bytes()
-    at = raw.index(b"PK\1\2", raw.index(b"PK\1\2") + 1)  # the directory's claim of the size of data/0
+    at = raw.index(b"PK\1\2", raw.index(b"PK\1\2") + 1)  # the size of data/0 in the directory
     (tmp_path / "w").write_bytes(raw[: at + 20] + struct.pack("<II", 1 << 30, 1 << 30) + raw[at + 28 :])
     with pytest.raises(ValueError, match="'data/0' is damaged"):
         files.read(tmp_path / "w")
@@ -583,7 +585,7 @@ def test_odd_legacy_files_are_refused(tmp_path):
         files.read(tmp_path / "w")
 
 
-# What is damaged or not there.
+# Damaged and missing files.
 
 
 def sound_files(folder):
@@ -622,16 +624,16 @@ def test_altered_files_are_read_or_refused(data, tmp_path_factory):
 def test_files_truncated_after_they_were_opened_are_refused(tmp_path):
     for path in sound_files(tmp_path):
         tensors = files.read(path).tensors
-        path.write_bytes(path.read_bytes()[:20])  # NumPy, given an empty buffer, would show other memory.
+        path.write_bytes(path.read_bytes()[:20])  # With an empty buffer, NumPy would read other memory.
         with pytest.raises(ValueError, match="cannot read weights from"):
             tensors["w"]
         path.unlink()
-        if path.name != "safetensors":  # whose file stays open
+        if path.name != "safetensors":  # Its file stays open.
             with pytest.raises(ValueError, match="cannot read weights from"):
                 tensors["w"]
 
 
-def test_what_is_no_file_of_weights_is_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read weights from .*gone\.pt: there is no such file; "):
         files.read(tmp_path / "gone.pt")
     with pytest.raises(ValueError, match="it is not a file"):
@@ -650,7 +652,7 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path):
 
 
 def test_memory_holds_one_tensor_at_a_time(tmp_path):
-    size = 1 << 23  # floats in each of 8 tensors: 32 MiB, none of them on the disk
+    size = 1 << 23  # floats in each of 8 tensors of 32 MiB, as holes on the disk
     header = {
         f"w{i}": {"dtype": "F32", "shape": [size], "data_offsets": [4 * size * i, 4 * size * (i + 1)]} for i in range(8)
     }
@@ -708,7 +710,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, write):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
     code = """
 import resource, sys, numpy as np
 from ditx.weights import files
