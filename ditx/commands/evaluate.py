@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 
 from ditx.cli import Progress
 from ditx.data.loader import images_in_order
-from ditx.data.sources import open_images, with_channels
+from ditx.data.sources import open_images
 from ditx.evaluation.evaluate import METRICS, Metric, compute_metrics
-from ditx.evaluation.features import FeatureName, FeatureNetwork, FeatureStore, make_feature_extractor
+from ditx.evaluation.features import FeatureName, FeatureNetwork, FeatureStore, make_feature_extractor, with_channels
 from ditx.evaluation.generate import DrawingConfig, Samples, generate_samples
 from ditx.evaluation.reference import POOL_ROWS, Reference, read_reference
 from ditx.evaluation.train_classifier import train_classifier

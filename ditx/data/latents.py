@@ -206,7 +206,7 @@ class LatentSource:
         return {"latents": np.stack([latent for latent, _, _ in pair]), "label": pair[0][1], "name": pair[0][2]}
 
     def take(self, indices: Int[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]) -> LatentBatch:
-        """The latents at `indices`, those marked in `mirrored` of the mirror images."""
+        """The latents at `indices`, of the mirror image where `mirrored`."""
         x, y = np.empty((2, len(indices), *self.image_shape), np.float16), np.empty(len(indices), np.int32)
         size = x[:, 0].nbytes
 

@@ -38,15 +38,14 @@ def batches(
     """
     if len(source) == 0:
         raise ValueError("the data set has 0 images; give one with at least 1")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    for name, value, least in (("batch_size", batch_size, 1), ("start", start, 0), ("workers", workers, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
     rows = np.arange(batch_size) if rows is None else rows
     if len(rows) == 0 or not 0 <= rows.min() <= rows.max() < batch_size:
         raise ValueError(f"rows are {rows.tolist()}; give at least one, from 0 to {batch_size - 1}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; give 0 to {2**32 - 1}")
-    if start < 0 or workers < 0:
-        raise ValueError(f"start is {start} and workers {workers}; give neither below 0")
     # A function of the module, since it is pickled for the worker processes.
     read = partial(_read, source=source, batch_size=batch_size, seed=seed, flip=flip, rows=rows)
     # Grain sees the numbers of batches. It would shuffle numbers of images one by one.

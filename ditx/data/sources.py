@@ -57,7 +57,6 @@ class ArraySource:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of every image."""
         _, h, w, c = self.images.shape
         return h, w, c
 
@@ -73,7 +72,7 @@ class ArraySource:
         return {"image": self.images[index], "label": int(self.labels[index])}
 
     def take(self, indices: Int[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]) -> ImageBatch:
-        """The images at `indices`, those marked in `mirrored` flipped left to right."""
+        """The images at `indices`, flipped left to right where `mirrored`."""
         return _batch(self.images[indices], self.labels[indices], mirrored)
 
 
@@ -92,7 +91,6 @@ class FolderSource:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of every image."""
         return self.size, self.size, 3
 
     @property
@@ -108,14 +106,14 @@ class FolderSource:
         return {"image": read(self.files[index], self.size), "label": int(self.labels[index])}
 
     def take(self, indices: Int[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]) -> ImageBatch:
-        """The images at `indices`, decoded in parallel threads, those marked in `mirrored` flipped left to right."""
+        """The images at `indices`, decoded in parallel threads, flipped left to right where `mirrored`."""
         # Threads within a batch, not across batches: only the batches in the prefetch buffer are ever in memory.
         with ThreadPoolExecutor(min(len(indices), os.cpu_count() or 1)) as pool:
             images = list(pool.map(lambda index: read(self.files[index], self.size), indices))
         return _batch(np.stack(images), self.labels[indices], mirrored)
 
 
-# Training and `loader.batches` use `image_shape`, `class_names`, `checksum`, `latents`, `len` and `take`.
+# All have `image_shape` (h, w, c), `class_names`, `checksum`, `latents` (metadata or None), `len` and `take`.
 Source: TypeAlias = ArraySource | FolderSource | LatentSource
 
 
@@ -163,8 +161,8 @@ def cifar10(path: str | os.PathLike) -> ArraySource | FolderSource:
 def images(path: str | os.PathLike, size: int) -> FolderSource:
     """Images in a folder with one subfolder a class.
 
-    Raises ValueError for damaged images: of up to 100 MB of files here, of up to 20,000 files here by their headers,
-    of more when they are read.
+    Damaged images raise a ValueError: at once if the files are up to 100 MB; at once, by their headers, if they are up
+    to 20,000; else when they are read.
     """
     if size < 1:
         raise ValueError(f"image size is {size}; give a side of at least 1 pixel")
@@ -200,15 +198,6 @@ def open_images(path: str, size: int = 0) -> ArraySource | FolderSource:
     if source.image_shape[-1] not in (1, 3):
         raise ValueError(f"{path} has images of {source.image_shape[-1]} channels; give 1 (grey) or 3 (RGB)")
     return source
-
-
-def with_channels(images: UInt8[np.ndarray, "n h w c"], channels: int) -> UInt8[np.ndarray, "n h w d"]:
-    """Grey images of 1 or 3 channels with `channels` of them, and colour images as they are if they have as many."""
-    if images.shape[-1] == 1 or images.shape[-1] == channels:
-        return np.repeat(images, channels // images.shape[-1], axis=-1)
-    if (images != images[..., :1]).any():
-        raise ValueError("the images are in colour but those of the reference are grey; give both of one kind")
-    return images[..., :1]
 
 
 def _batch(

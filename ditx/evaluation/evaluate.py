@@ -7,9 +7,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from ditx.data.sources import with_channels
 from ditx.evaluation import metrics
-from ditx.evaluation.features import FeatureNetwork, FeatureStore, make_feature_extractor
+from ditx.evaluation.features import FeatureNetwork, FeatureStore, make_feature_extractor, with_channels
 from ditx.evaluation.reference import Gaussian, Reference
 from ditx.nn.dit import DiT
 from ditx.sampling import Sampler

@@ -152,3 +152,12 @@ def _read(file: Path) -> Features | None:
             return Features(arrays["pool"], arrays.get("spatial"))
     except Exception:  # of any kind, for a damaged archive: it is written anew
         return None
+
+
+def with_channels(images: UInt8[np.ndarray, "n h w c"], channels: int) -> UInt8[np.ndarray, "n h w d"]:
+    """Images with `channels` channels: grey images are repeated or reduced. Raises ValueError for colour reduced to 1."""
+    if images.shape[-1] == 1 or images.shape[-1] == channels:
+        return np.repeat(images, channels // images.shape[-1], axis=-1)
+    if (images != images[..., :1]).any():
+        raise ValueError("the images are in colour but the reference is grey; give images of the same kind")
+    return images[..., :1]

@@ -214,7 +214,7 @@ def test_images_that_cannot_be_judged_are_refused(reference, run, tmp_path):
         ("five", {"arr_0": np.zeros((6, 8, 8, 5), np.uint8)}, "has images of 5 channels; give 1 (grey) or 3 (RGB)"),
         ("other", {"x": colour}, "it has neither arr_0 nor images and labels"),
         ("one", {"arr_0": IMAGES[:1]}, "has 1 images; a covariance needs at least 2"),
-        ("colour", {"arr_0": colour}, "the images are in colour but those of the reference are grey"),
+        ("colour", {"arr_0": colour}, "the images are in colour but the reference is grey"),
         ("large", {"arr_0": colour.repeat(2, 1).repeat(2, 2)}, "the images are 16x16, those of the reference 8x8"),
     ]:
         np.savez(tmp_path / f"{name}.npz", **arrays)

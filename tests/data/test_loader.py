@@ -124,7 +124,7 @@ def test_worker_processes_give_the_same_batches():
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"start": -1}, "start is -1"),
-        ({"workers": -1}, "workers -1"),
+        ({"workers": -1}, "workers is -1"),
     ],
 )
 def test_batches_refuses_bad_arguments(options, says):
