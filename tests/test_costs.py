@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
+from networks import NETWORKS, abstract_dit, example
 from references import load
-from strategies import NETWORKS, abstract_dit, configs, example
 from traced import equations
 
 import ditx
+from ditx.testing import dit_configs
 
 TABLES = load("paper_tables.json")
 ROWS = TABLES["table4"]
@@ -53,7 +54,7 @@ def matmul_dtype(jaxpr):
 
 
 @NETWORKS
-@given(configs())
+@given(dit_configs())
 def test_macs_are_those_of_the_traced_network(config):
     forward = jax.vmap(lambda model, x, t, y: model(x, t, y), (None, 0, 0, 0))
     traced = jax.make_jaxpr(forward)(abstract_dit(config), *(jnp.asarray(one)[None] for one in example(config)))
@@ -61,7 +62,7 @@ def test_macs_are_those_of_the_traced_network(config):
     assert ditx.costs.macs(config) == matmul_dtype(traced.jaxpr) - config.depth * config.hidden_size**2
 
 
-@given(configs())
+@given(dit_configs())
 def test_parameters_are_those_of_the_design(config):
     d, mlp, patch = config.hidden_size, int(config.hidden_size * config.mlp_ratio), config.patch_size**2
     rows = config.num_classes + (config.label_dropout > 0)

@@ -56,6 +56,8 @@ def test_single_pieces_train_in_another_loop():
     # The data have mean 0.5 and standard deviation 0.1; samples of an untrained block have mean 0.
     assert names["samples"].shape == (4, 4, 16)
     assert abs(float(names["samples"].mean()) - 0.5) < 0.05 and float(names["samples"].std()) < 0.2
+    with pytest.raises(AssertionError, match=r"the order of convergence is 0\.98, not 2"):
+        names["check_order"](names["my_step"], 2)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gaussian_data import MU, S
 
 from ditx import sampling
 from ditx.diffusion import flow
@@ -20,6 +19,7 @@ from ditx.nn.dit import DiT, DiTConfig
 from ditx.parallel.fsdp import with_shardings
 from ditx.parallel.mesh import MeshConfig, make_mesh, shard_host_array
 from ditx.sampling import STEPS, SamplingConfig, choose_batch_size, make_sampler
+from ditx.testing import MEAN, STD
 
 CONFIG = DiTConfig(8, 4, 1, 16, 1, 1, num_classes=1)
 OBJECTIVES = [
@@ -33,11 +33,11 @@ OBJECTIVES = [
 
 @jax.tree_util.register_static
 class Best:
-    """The optimal network for data of deviation S, with mean `mean` under label 0 and `unlabelled` under none."""
+    """The optimal network for data of deviation STD, with mean `mean` under label 0 and `unlabelled` under none."""
 
     patch = SimpleNamespace(weight=jnp.zeros(1))
 
-    def __init__(self, objective, mean=MU, unlabelled=0.0, num_classes=1):
+    def __init__(self, objective, mean=MEAN, unlabelled=0.0, num_classes=1):
         self.objective, self.means = objective, jnp.array([mean, unlabelled])
         self.config = SimpleNamespace(num_classes=num_classes, null_label=num_classes)
 
@@ -50,8 +50,8 @@ class Best:
             sigma = jnp.sqrt(1 - alpha**2)
             level = NoiseLevel(t, alpha, sigma, -sigma, alpha)
         a, b, mean = level.alpha, level.sigma, self.means[1 if y is None else y]
-        rest = (x - a * mean) / (a**2 * S**2 + b**2)
-        return to_target(self.objective.prediction, mean + a * S**2 * rest, b * rest, level)
+        rest = (x - a * mean) / (a**2 * STD**2 + b**2)
+        return to_target(self.objective.prediction, mean + a * STD**2 * rest, b * rest, level)
 
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -78,8 +78,8 @@ def generate_samples(objective, guide=None, params=(), **fields):
 def test_any_sampler_draws_the_data_of_any_objective(objective, sampler):
     samples = generate_samples(objective, sampler=sampler, steps=240)
     # 4,096 numbers: standard errors 0.006; the rest is the length of the steps.
-    assert samples.mean() == pytest.approx(MU, abs=0.02)
-    assert samples.std() == pytest.approx(S, rel=0.06)
+    assert samples.mean() == pytest.approx(MEAN, abs=0.02)
+    assert samples.std() == pytest.approx(STD, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_few_steps_of_the_second_order_are_near_many(objective, spacing):
 @pytest.mark.parametrize("objective", [OBJECTIVES[0], OBJECTIVES[2]], ids=["eps", "flow"])
 def test_guided_data_lie_so_far_from_those_of_the_weaker_predictor(objective):
     settings = {"sampler": "heun", "steps": 40}
-    assert generate_samples(objective, guidance_scale=3.0, **settings).mean() == pytest.approx(3 * MU, abs=0.03)
-    # Another network, of mean 0.5 with a label or without: 0.5 + 2 (MU - 0.5).
+    assert generate_samples(objective, guidance_scale=3.0, **settings).mean() == pytest.approx(3 * MEAN, abs=0.03)
+    # Another network, of mean 0.5 with a label or without: 0.5 + 2 (MEAN - 0.5).
     for guide in ((0.5, 9.0), (9.0, 0.5, 0)):
         samples = generate_samples(objective, guide=guide, guidance_scale=2.0, **settings)
-        assert samples.mean() == pytest.approx(2 * MU - 0.5, abs=0.03)
+        assert samples.mean() == pytest.approx(2 * MEAN - 0.5, abs=0.03)
     wanted = {"guidance_scale": 3.0, "spacing": "log-snr", "guidance_interval": (100.0, 900.0), **settings}
     traced = generate_samples(objective, params=tuple(wanted.items()), guidance_scale=5.0, **settings)
     np.testing.assert_allclose(traced, generate_samples(objective, **wanted), atol=1e-5)

@@ -16,9 +16,9 @@ import optax
 import PIL.Image
 import pytest
 import scripts
+from networks import BLOCKS
 from orbax.checkpoint import v1 as ocp
 from scripts import ROOT, TINY, call, finish
-from strategies import BLOCKS
 
 import train
 from ditx.nn.dit import DiT, DiTConfig

@@ -6,8 +6,8 @@ import pickle
 import jax
 import numpy as np
 import pytest
+from networks import random_dit
 from references import load, weights
-from strategies import random_dit
 
 import ditx
 from ditx.diffusion.objective import ObjectiveConfig

@@ -3,7 +3,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from strategies import random_dit
+from networks import random_dit
 
 import ditx
 from ditx.data.image_files import to_unit

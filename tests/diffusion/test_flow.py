@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import images, x64
 
 from ditx import flow
 from ditx.diffusion.parameterization import add_noise, to_target
 from ditx.diffusion.schedule import noise_level
+from ditx.testing import images, x64
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 

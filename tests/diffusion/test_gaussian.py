@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import assert_close, hwc, load
-from strategies import FULL, SHAPE, images, step_of, steps, x64
 
 import ditx
 from ditx.diffusion.gaussian import (
@@ -23,7 +22,10 @@ from ditx.diffusion.gaussian import (
     training_loss,
     variational_bound,
 )
+from ditx.testing import images, steps, x64
 
+FULL = ditx.linear_schedule()
+SHAPE = (2, 3, 2)
 SIDES = (*SHAPE[:2], 2 * SHAPE[2])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 
@@ -70,7 +72,7 @@ def test_prior_equals_the_reference():
 @given(steps(), images(), images())
 @x64
 def test_noising_is_undone_by_the_true_prediction_with_or_without_variance(step, x0, noise):
-    schedule, i = step_of(step)
+    schedule, i = step
     x0, noise = jnp.asarray(x0), jnp.asarray(noise)
     x = q_sample(schedule, x0, i, noise)
     for kind, target in [("eps", noise), ("x0", x0)]:
@@ -83,7 +85,7 @@ def test_noising_is_undone_by_the_true_prediction_with_or_without_variance(step,
 @given(steps(), images(), images())
 @x64
 def test_noised_data_has_its_mean_and_deviation(step, x0, noise):
-    schedule, i = step_of(step)
+    schedule, i = step
     signal = np.prod(1 - schedule.beta[: i + 1])
     x = q_sample(schedule, jnp.asarray(x0), i, jnp.asarray(noise))
     close(x, math.sqrt(signal) * x0 + math.sqrt(1 - signal) * noise)
@@ -92,7 +94,7 @@ def test_noised_data_has_its_mean_and_deviation(step, x0, noise):
 @given(steps(first=1), images(), images())
 @x64
 def test_posterior_is_bayes_rule(step, x0, x):
-    schedule, i = step_of(step)
+    schedule, i = step
     beta, before = schedule.beta[i], np.prod(1 - schedule.beta[:i])
     # Two Gaussians in x_{t-1}: the likelihood q(x_t | x_{t-1}) and the prior q(x_{t-1} | x_0).
     likelihood, prior = (1 - beta) / beta, 1 / (1 - before)
@@ -105,13 +107,13 @@ def test_posterior_is_bayes_rule(step, x0, x):
 @given(steps(), images(), images())
 @x64
 def test_first_posterior_is_the_data(step, x0, x):
-    close(posterior(step_of(step)[0], jnp.asarray(x0), jnp.asarray(x), 0).mean, x0)
+    close(posterior(step[0], jnp.asarray(x0), jnp.asarray(x), 0).mean, x0)
 
 
 @given(steps(), images(SIDES), images())
 @x64
 def test_variance_lies_between_its_bounds_and_beyond_them_unclamped(step, output, x):
-    schedule, i = step_of(step)
+    schedule, i = step
     lower, upper = schedule.posterior_log_variance[i], schedule.log_beta[i]
     for v, expected in [(-1, lower), (1, upper), (0, (lower + upper) / 2), (3, 2 * upper - lower)]:
         steered = jnp.asarray(output).at[..., SHAPE[2] :].set(v)
@@ -121,7 +123,7 @@ def test_variance_lies_between_its_bounds_and_beyond_them_unclamped(step, output
 @given(steps(), images(SIDES), images())
 @x64
 def test_mean_is_that_of_the_posterior_at_the_predicted_data(step, output, x):
-    schedule, i = step_of(step)
+    schedule, i = step
     output, x = jnp.asarray(output), jnp.asarray(x)
     result = p_mean_variance(schedule, output, x, i)
     x0, _ = predict_x0_eps(schedule, lambda x, t: output, x, i)
@@ -136,7 +138,7 @@ def test_mean_is_that_of_the_posterior_at_the_predicted_data(step, output, x):
 @given(steps(), images(SIDES, bound=2), images(), images())
 @x64
 def test_bound_trains_the_variance_alone_and_the_error_the_noise_alone(step, output, x0, noise):
-    schedule, i = step_of(step)
+    schedule, i = step
 
     @jax.jacrev
     def gradients(output):
@@ -153,7 +155,7 @@ def test_bound_trains_the_variance_alone_and_the_error_the_noise_alone(step, out
 @given(steps(first=1), images(SIDES, bound=2), images(), images())
 @x64
 def test_bound_is_the_divergence_in_bits_per_dimension(step, output, x0, noise):
-    schedule, i = step_of(step)
+    schedule, i = step
     x = q_sample(schedule, jnp.asarray(x0), i, jnp.asarray(noise))
     true, model = posterior(schedule, jnp.asarray(x0), x, i), p_mean_variance(schedule, jnp.asarray(output), x, i)
     v1, v2 = np.exp(true.log_variance), np.exp(model.log_variance)
@@ -165,7 +167,7 @@ def test_bound_is_the_divergence_in_bits_per_dimension(step, output, x0, noise):
 @given(steps(), images(SIDES, bound=2), images(bound=1))
 @x64
 def test_first_term_is_the_likelihood_of_the_data(step, output, x0):
-    schedule, output, x0 = step_of(step)[0], jnp.asarray(output), jnp.asarray(x0)
+    schedule, output, x0 = step[0], jnp.asarray(output), jnp.asarray(x0)
     x = q_sample(schedule, x0, 0, jnp.ones_like(x0))
     model = p_mean_variance(schedule, output, x, 0)
     nats = -discretized_log_likelihood(x0, model.mean, model.log_variance / 2).mean()
@@ -220,7 +222,7 @@ def test_zero_output_on_unit_data_costs_1_016():
 @given(steps(), images(), images())
 @x64
 def test_network_is_fed_noised_data_at_the_time_of_training(step, x0, noise):
-    schedule, i = step_of(step)
+    schedule, i = step
     seen = []
 
     def predict(x, t):
@@ -240,7 +242,7 @@ def test_network_is_fed_noised_data_at_the_time_of_training(step, x0, noise):
 @given(step=steps(), output=images(SIDES, bound=2), x0=images(), noise=images())
 @x64
 def test_other_predictions_are_held_to_their_target_and_weighted_as_errors_of_the_noise(kind, step, output, x0, noise):
-    schedule, i = step_of(step)
+    schedule, i = step
     schedule = dataclasses.replace(schedule, prediction=kind)
     a, b = schedule.alpha[i], schedule.sigma[i]
     target = {"eps": noise, "x0": x0, "v": a * noise - b * x0}[kind]

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FULL, random_dit, x64
+from networks import random_dit
 
 import ditx
 from ditx.diffusion.guidance import classifier_free, guide
 from ditx.diffusion.samplers import ddim_step, sample
+from ditx.testing import x64
 
+FULL = ditx.linear_schedule()
 NULL = 7
 X, T = np.random.default_rng(0).standard_normal((3, 3, 4)), 12.0
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)

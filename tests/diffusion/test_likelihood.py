@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gaussian_data import MU, S, marginal, oracle
-from strategies import FULL, x64
 
 import ditx
 from ditx import flow
 from ditx.diffusion.gaussian import prior_bpd, q_sample, variational_bound
 from ditx.diffusion.likelihood import ode_bpd, ode_log_density, variational_bpd
+from ditx.testing import MEAN, STD, marginal, oracle, x64
 
-# Of data N(MU, S^2) in bins of width 2/255: its differential entropy, and the bins. The open ends cut off little.
-BITS = math.log2(S * math.sqrt(2 * math.pi * math.e)) + math.log2(255 / 2)
+FULL = ditx.linear_schedule()
+# Of data N(MEAN, STD^2) in bins of width 2/255: its differential entropy, and the bins. The open ends cut off little.
+BITS = math.log2(STD * math.sqrt(2 * math.pi * math.e)) + math.log2(255 / 2)
 
 
 def log_normal(x, mean, variance):
@@ -25,7 +25,7 @@ def log_normal(x, mean, variance):
 @pytest.mark.parametrize("base", [FULL, ditx.cosine_schedule(prediction="v"), flow.uniform_grid(1000, prediction="x0")])
 @x64
 def test_density_of_gaussian_data_is_reached_with_order_2(base):
-    x = jnp.asarray(np.random.default_rng(0).normal(MU, 2 * S, (2, 3, 1)))
+    x = jnp.asarray(np.random.default_rng(0).normal(MEAN, 2 * STD, (2, 3, 1)))
     probes = jnp.ones((1, *x.shape))  # Exact, where the network sees each pixel alone.
     errors = []
     for count in (64, 128):
@@ -68,12 +68,12 @@ def test_divergence_is_the_mean_over_probes():
 
 @functools.cache
 def draws():
-    return jnp.asarray(np.random.default_rng(0).normal(MU, S, (4000, 1, 1)), jnp.float32)
+    return jnp.asarray(np.random.default_rng(0).normal(MEAN, STD, (4000, 1, 1)), jnp.float32)
 
 
 def test_both_bounds_are_the_entropy_of_gaussian_data():
-    x0 = jnp.where(jnp.abs(draws()) < 1, draws(), MU)
-    nats = -log_normal(np.asarray(x0, np.float64), MU, S**2) / x0.size
+    x0 = jnp.where(jnp.abs(draws()) < 1, draws(), MEAN)
+    nats = -log_normal(np.asarray(x0, np.float64), MEAN, STD**2) / x0.size
     exact = nats / math.log(2) + math.log2(255 / 2)
     predict = oracle(FULL, variance=True)
     variational = jax.jit(lambda x0: variational_bpd(FULL, predict, x0, key=jax.random.key(0)))(x0)

@@ -5,17 +5,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FULL, step_of, steps, x64
 
+import ditx
 from ditx.diffusion.loss_weights import log_snr_decay, min_snr, sigmoid
 from ditx.diffusion.parameterization import loss_ratio
 from ditx.diffusion.schedule import at, noise_level
+from ditx.testing import steps, x64
+
+FULL = ditx.linear_schedule()
 
 
 @given(steps(), st.floats(0.5, 20))
 @x64
 def test_min_snr_is_the_papers_for_each_prediction(step, gamma):
-    schedule, i = step_of(step)
+    schedule, i = step
     here = noise_level(schedule, i)
     snr = schedule.alpha[i] ** 2 / schedule.sigma[i] ** 2
     expected = {"x0": min(snr, gamma), "eps": min(snr, gamma) / snr, "v": min(snr, gamma) / (snr + 1)}
@@ -27,7 +30,7 @@ def test_min_snr_is_the_papers_for_each_prediction(step, gamma):
 @given(steps(), st.floats(-4, 4))
 @x64
 def test_sigmoid_of_the_noise_is_that_of_the_data_mirrored(step, bias):
-    schedule, i = step_of(step)
+    schedule, i = step
     here, log_snr = noise_level(schedule, i), schedule.log_snr[i]
     np.testing.assert_allclose(sigmoid(at(schedule.log_snr, i), bias), 1 / (1 + math.exp(log_snr - bias)), rtol=1e-9)
     found = sigmoid(at(schedule.log_snr, i), bias) * loss_ratio("x0", "eps", here)

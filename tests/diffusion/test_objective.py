@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from strategies import x64
 
 from ditx.diffusion import flow, loss_weights
 from ditx.diffusion.objective import BINS, ObjectiveConfig, make_objective
 from ditx.diffusion.parameterization import to_target
 from ditx.diffusion.schedule import cosine_schedule, linear_schedule, noise_level, respace
+from ditx.testing import x64
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-10)
 X0 = np.linspace(-1, 1, 32).reshape(4, 4, 2)

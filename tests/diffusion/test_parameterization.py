@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import images, x64
 
 from ditx import flow
 from ditx.diffusion.parameterization import NoiseLevel, Prediction, add_noise, convert, loss_ratio, to_target, to_x0_eps
+from ditx.testing import images, x64
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 KINDS = get_args(Prediction)

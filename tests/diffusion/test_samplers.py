@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gaussian_data import MU, S, marginal, oracle, outcome
 from hypothesis import given
 from references import assert_close, hwc, load
-from strategies import FULL, images, step_of, steps, x64
 
 import ditx
 from ditx import flow
@@ -24,7 +22,9 @@ from ditx.diffusion.samplers import (
     sample,
 )
 from ditx.diffusion.schedule import at, noise_level
+from ditx.testing import MEAN, STD, check_order, images, marginal, oracle, outcome, steps, x64
 
+FULL = ditx.linear_schedule()
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 STEPS = {
     "ddpm": ddpm_step,
@@ -57,8 +57,8 @@ def test_ddpm_with_the_true_variance_is_exact_in_any_number_of_steps(steps):
     mean, variance = outcome(ddpm_step, oracle(schedule, variance=True), schedule, *marginal(schedule))
     # Without noise at the last step, what the first state hides of the data is not drawn.
     a, b = schedule.alpha[0], schedule.sigma[0]
-    close(mean, MU)
-    close(variance, S**2 - S**2 * b**2 / (a**2 * S**2 + b**2))
+    close(mean, MEAN)
+    close(variance, STD**2 - STD**2 * b**2 / (a**2 * STD**2 + b**2))
 
 
 ALL = {
@@ -79,19 +79,9 @@ def test_euler_is_ddim_without_noise():
 
 @pytest.mark.parametrize("base", ["linear", "cosine", "flow"])
 @pytest.mark.parametrize("name", ALL)
-@x64
 def test_samplers_reach_the_datas_mean_and_converge_to_its_variance_with_their_order(name, base):
     step, order = ALL[name]
-    errors = []
-    for count in (64, 128):
-        grid = ditx.sampling_grid(BASES[base], count, "log-snr")
-        mean, variance = outcome(step, oracle(grid), grid, *marginal(grid))
-        close(mean, MU)
-        # The first level is the same in all grids; the last step is the best guess from there, which varies less.
-        a, b = grid.alpha[0], grid.sigma[0]
-        errors.append(variance - (a * S**2) ** 2 / (a**2 * S**2 + b**2))
-    assert np.log2(np.abs(errors[0] / errors[1])) == pytest.approx(order, abs=0.1)
-    assert abs(errors[1]) < 0.11 * S**2
+    assert check_order(step, order, BASES[base]) == pytest.approx(order, abs=0.1)
 
 
 @pytest.mark.parametrize(("step", "order"), [(euler_step, 1), (heun_step, 2), (euler_maruyama_step, 1)])
@@ -101,8 +91,8 @@ def test_flows_converge_to_the_data_from_pure_noise_in_even_steps(step, order):
     for count in (32, 64):
         grid = flow.uniform_grid(count)
         mean, variance = outcome(step, oracle(grid), grid, 0.0, 1.0)
-        close(mean, MU)
-        errors.append(variance - S**2)
+        close(mean, MEAN)
+        errors.append(variance - STD**2)
     assert np.log2(np.abs(errors[0] / errors[1])) == pytest.approx(order, abs=0.1)
 
 
@@ -157,18 +147,18 @@ def test_flow_samplers_are_exact_where_paths_do_not_bend():
     """One point of data: every velocity is constant along its path."""
 
     def predict(x, t):
-        return (x - MU) / (t / 1000)
+        return (x - MEAN) / (t / 1000)
 
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 1)))
     last, states = sample(euler_step, predict, flow.uniform_grid(4), x, key=jax.random.key(0))
-    close(last, MU)
-    close(states[1], 0.5 * x + 0.5 * MU)
+    close(last, MEAN)
+    close(states[1], 0.5 * x + 0.5 * MEAN)
 
 
 @given(steps(), images(), images(), images())
 @x64
 def test_ddim_at_eta_1_is_ddpm_with_the_posteriors_variance(step, x, predicted, noise):
-    schedule, i = step_of(step)
+    schedule, i = step
     arguments = lambda x, t: jnp.asarray(predicted), schedule, jnp.asarray(x), i, jnp.asarray(noise)
     close(ddim_step(*arguments, eta=1.0), ddpm_step(*arguments))
 
@@ -176,7 +166,7 @@ def test_ddim_at_eta_1_is_ddpm_with_the_posteriors_variance(step, x, predicted, 
 @given(steps(first=1), images(), images())
 @x64
 def test_ddim_at_eta_0_moves_to_the_next_level_with_the_same_data_and_noise(step, x0, noise):
-    schedule, i = step_of(step)
+    schedule, i = step
     x0, noise = jnp.asarray(x0), jnp.asarray(noise)
     x = ditx.gaussian.q_sample(schedule, x0, i, noise)
     moved = ddim_step(lambda x, t: noise, schedule, x, i, 100 * jnp.ones_like(x))
@@ -186,7 +176,7 @@ def test_ddim_at_eta_0_moves_to_the_next_level_with_the_same_data_and_noise(step
 @given(steps(), images(), images())
 @x64
 def test_no_noise_enters_at_the_last_step(step, x, noise):
-    schedule, x = step_of(step)[0], jnp.asarray(x)
+    schedule, x = step[0], jnp.asarray(x)
     for ours in STEPS.values():
         np.testing.assert_array_equal(
             ours(toy, schedule, x, 0, jnp.asarray(noise)), ours(toy, schedule, x, 0, jnp.zeros_like(x))
@@ -197,7 +187,7 @@ def test_no_noise_enters_at_the_last_step(step, x, noise):
 @given(steps(first=1), images(), images())
 @x64
 def test_noise_enters_every_other_step_with_its_deviation(step, x, noise):
-    schedule, i = step_of(step)
+    schedule, i = step
     x, noise = jnp.asarray(x), jnp.asarray(noise)
     deviation = math.sqrt(schedule.posterior_variance[i])
     learned = jnp.exp(ditx.gaussian.p_mean_variance(schedule, toy(x, at(schedule.time, i)), x, i).log_variance / 2)

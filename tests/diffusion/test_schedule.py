@@ -5,12 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from references import load
-from strategies import FULL, indices_to_keep, schedule_of, schedules
 
 import ditx
 from ditx import flow
 from ditx.diffusion.schedule import at, time_at
+from ditx.testing import kept_steps, schedules
 
+FULL = ditx.linear_schedule()
 TABLES = {
     "timestep_map": "time",
     "betas": "beta",
@@ -50,8 +51,7 @@ def test_variances_rise_linearly():
 
 
 @given(schedules())
-def test_derived_tables_agree_with_alpha_bar(kept):
-    schedule = schedule_of(kept)
+def test_derived_tables_agree_with_alpha_bar(schedule):
     signal, noise = schedule.alpha_bar, 1 - schedule.alpha_bar
     # 1 - a is rounded where a is near 1.
     np.testing.assert_allclose(schedule.sigma**2, noise, rtol=1e-10)
@@ -69,7 +69,7 @@ def test_noise_share_next_to_the_data_is_not_lost_in_float32():
     assert float(at(FULL.log_snr, 0)) == pytest.approx(np.log(0.9999 / 0.0001), rel=1e-7)
 
 
-@given(indices_to_keep())
+@given(kept_steps())
 def test_respacing_keeps_alpha_bar_and_the_time_of_training(kept):
     respaced = ditx.respace(FULL, kept)
     np.testing.assert_allclose(respaced.alpha_bar, FULL.alpha_bar[kept], rtol=1e-12)
@@ -77,13 +77,12 @@ def test_respacing_keeps_alpha_bar_and_the_time_of_training(kept):
 
 
 @given(schedules())
-def test_respacing_to_all_steps_changes_nothing(kept):
-    schedule = schedule_of(kept)
+def test_respacing_to_all_steps_changes_nothing(schedule):
     assert_same(ditx.respace(schedule, len(schedule)), schedule, 1e-10)  # betas anew from quotients near 1
     assert_same(ditx.respace(schedule, range(len(schedule))), schedule, 1e-10)
 
 
-@given(indices_to_keep(sizes=(20,)), indices_to_keep(total=20))
+@given(kept_steps(sizes=(20,)), kept_steps(total=20))
 def test_respacings_compose(outer, inner):
     twice = ditx.respace(ditx.respace(FULL, outer), inner)
     assert_same(twice, ditx.respace(FULL, [outer[i] for i in inner]), 1e-10)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from references import load
-from strategies import x64
 
 from ditx.evaluation.metrics import Moments, frechet_distance, inception_score, precision_recall, squared_radii
+from ditx.testing import x64
 
 SEEDS = st.integers(0, 999)
 

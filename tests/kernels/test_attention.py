@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import example, random_dit
 from references import assert_close
-from strategies import example, random_dit
 
 import ditx
 from ditx.kernels.attention import attend

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from strategies import BLOCKS, example, random_dit, x64
+from networks import BLOCKS, example, random_dit
 
 import ditx
 from ditx.kernels.block import KernelConfig
 from ditx.nn.blocks import InContextBlock
 from ditx.nn.dit import call_block
+from ditx.testing import x64
 from ditx.training.step import recompute
 
 CONFIG = ditx.DiTConfig(6, 2, 3, 24, 3, 2, num_classes=10)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import BLOCKS, example, random_dit
 from references import assert_close
-from strategies import BLOCKS, example, random_dit
 
 import ditx
 from ditx.diffusion.objective import ObjectiveConfig, make_objective

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from strategies import BLOCKS, example, random_dit
+from networks import BLOCKS, example, random_dit
 
 import ditx
 from ditx.diffusion.objective import ObjectiveConfig, make_objective

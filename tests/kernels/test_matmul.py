@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from strategies import x64
 from traced import equations
 
 from ditx.kernels.matmul import product
+from ditx.testing import x64
 
 
 def reference(x, weight):

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from networks import example, forward, random_dit
 from references import assert_close
-from strategies import example, forward, random_dit
 
 import ditx
 from ditx.nn.embeddings import grid_positions

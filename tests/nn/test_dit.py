@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
+from networks import BLOCKS, NETWORKS, abstract_dit, example, forward, random_dit
 from references import assert_close, chw, formula, hwc, load, tiny_dit
-from strategies import BLOCKS, NETWORKS, abstract_dit, configs, example, forward, random_dit
 from traced import equations
 
 import ditx
 from ditx.kernels.block import KernelConfig
 from ditx.nn.dit import call_block
 from ditx.nn.embeddings import grid_positions
+from ditx.testing import dit_configs
 from ditx.training.step import recompute
 
 SMALL = ditx.DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=24, depth=2, num_heads=2, num_classes=100)
@@ -125,7 +126,7 @@ def test_initial_weights_have_their_distributions():
 
 
 @NETWORKS
-@given(configs())
+@given(dit_configs())
 def test_every_leaf_is_a_float32_array(config):
     leaves = jax.tree.leaves(abstract_dit(config))
     assert len(leaves) == {"adaln-zero": 21, "adaln": 21, "cross-attention": 33, "in-context": 23}[config.block]

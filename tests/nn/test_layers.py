@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from references import load
-from strategies import x64
 
 from ditx.nn.embeddings import LabelEmbedding, TimeEmbedding, grid_positions, sinusoids
 from ditx.nn.layers import MLP, Attention, Linear, layer_norm, modulate
+from ditx.testing import x64
 
 KEY = jax.random.key(0)
 RANDOM = np.random.default_rng(0)

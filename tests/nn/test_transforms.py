@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from jax import export
 from jax.experimental import jet, sparse
-from strategies import BLOCKS, example, random_dit, x64
+from networks import BLOCKS, example, random_dit
 from traced import equations
 
 import ditx
 from ditx.nn.blocks import AdaLNZeroBlock
 from ditx.nn.layers import MLP, Attention, Linear, layer_norm
+from ditx.testing import x64
 
 CONFIG = ditx.DiTConfig(4, 2, 2, 8, 2, 2, num_classes=3)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import x64
 
+from ditx.testing import x64
 from ditx.training import ema
 
 STEPS = 4000

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
+from networks import NETWORKS, example, forward, random_dit
 from references import assert_close, chw, formula, hwc, load, tiny_diffusers_config, tiny_dit, tiny_vae, weights
-from strategies import NETWORKS, configs, example, forward, random_dit
 
 import ditx
+from ditx.testing import dit_configs
 from ditx.weights.convert import (
     dit_from_diffusers,
     dit_from_torch,
@@ -79,7 +80,7 @@ def test_embedders_that_differ_between_blocks_are_named():
 
 
 @NETWORKS
-@given(configs(blocks=["adaln-zero"]))
+@given(dit_configs(blocks=["adaln-zero"]))
 def test_any_network_comes_back_bit_for_bit(config):
     model = random_dit(config)
     for back in (

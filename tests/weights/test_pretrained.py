@@ -9,8 +9,8 @@ import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import random_dit
 from references import GOLDEN, assert_close, load, write_tiny_vae
-from strategies import random_dit
 
 import ditx
 from ditx.data import imagenet
