@@ -155,7 +155,7 @@ def _read(file: Path) -> Features | None:
 
 
 def with_channels(images: UInt8[np.ndarray, "n h w c"], channels: int) -> UInt8[np.ndarray, "n h w d"]:
-    """Images with `channels` channels: grey images are repeated or reduced. Raises ValueError for colour reduced to 1."""
+    """Grey images repeated or reduced to `channels`; colour images as they are. ValueError for colour in 1 channel."""
     if images.shape[-1] == 1 or images.shape[-1] == channels:
         return np.repeat(images, channels // images.shape[-1], axis=-1)
     if (images != images[..., :1]).any():
