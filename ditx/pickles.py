@@ -1,4 +1,4 @@
-"""Pickles read without executing them: what a pickle names is looked up in a table, never imported or called."""
+"""Pickles read without executing them: names in a pickle are looked up in a table, never imported or called."""
 
 import io
 import os

@@ -143,7 +143,7 @@ _Tensor = namedtuple("_Tensor", "storage offset shape strides grad hooks metadat
 
 
 class _TorchUnpickler(Unpickler):
-    """Also rebuilds torch's tensors, as descriptions of where their data lies in the file."""
+    """Also rebuilds torch's tensors, as descriptions of where their data is in the file."""
 
     known: ClassVar[dict[str, Any]] = {
         **Unpickler.known,
