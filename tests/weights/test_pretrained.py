@@ -147,7 +147,7 @@ def test_golden_files_are_small_and_all_read():
     read = {"dit_tiny.npz", "dit_s8_formula.npz", "diffusion.npz", "diffusers_dit_tiny.npz"}
     read |= {"vae_tiny.npz", "vae_sd_formula.npz", "inception_formula.npz", "metrics.npz"}
     read |= {"dit_state_dict_shapes.json", "vae_sd_state_dict_shapes.json", "inception_state_dict_shapes.json"}
-    read |= {"paper_tables.json", "first_edition_samples.npz"}
+    read |= {"paper_tables.json", "official_training_curve.json", "first_edition_samples.npz"}
     read |= {f"first_edition_{name}.safetensors" for name in FIRST_EDITION}
     assert {path.name for path in GOLDEN.iterdir()} == read
     assert sum(path.stat().st_size for path in GOLDEN.iterdir()) < 3_000_000
