@@ -41,9 +41,14 @@ REMEDY = "--remat full, a higher --accumulate, --mesh.fsdp, or a smaller --batch
 def parse(argv: list[str]) -> tuple[str, Config]:
     """The preset named first, and the configuration: the preset's, changed by the flags."""
     preset, flags = cli.split_preset(argv, PRESETS, default="digits")
-    usage = f"Presets: {', '.join(PRESETS)}. Defaults below: {preset}."
+    own = [name for name in PRESETS if not name.startswith("imagenet")]
+    paper = [name.removeprefix("imagenet256-") for name in PRESETS if name not in own]
+    usage = (
+        f"Presets: {', '.join(own)}; the paper's, on 256-pixel ImageNet as imagenet256-NAME: {', '.join(paper)}. Below"
+        f" are the flags and defaults of {preset}; --help-verbose explains them."
+    )
     default = replace(PRESETS[preset], run=f"runs/{preset}")
-    return preset, tyro.cli(Config, default=default, args=flags, prog=f"train.py {preset}", description=usage)
+    return preset, tyro.cli(Config, default=default, args=flags, prog=f"train.py {preset}", description=usage, compact_help=True)
 
 
 def train(preset: str, config: Config) -> int:
