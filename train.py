@@ -48,7 +48,8 @@ def parse(argv: list[str]) -> tuple[str, Config]:
         f" are the flags and defaults of {preset}; --help-verbose explains them."
     )
     default = replace(PRESETS[preset], run=f"runs/{preset}")
-    return preset, tyro.cli(Config, default=default, args=flags, prog=f"train.py {preset}", description=usage, compact_help=True)
+    options: Any = {"prog": f"train.py {preset}", "description": usage, "compact_help": True}
+    return preset, tyro.cli(Config, default=default, args=flags, **options)
 
 
 def train(preset: str, config: Config) -> int:

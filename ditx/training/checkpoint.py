@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written in the background, sealed by checksums, read back from the newest sound one."""
+"""Checkpoints of a run: written in the background, verified by checksums, restored from the newest sound one."""
 
 import json
 import logging
@@ -22,10 +22,10 @@ _SLICE = 1 << 20  # bytes
 class Checkpoints:
     """The checkpoints in one folder, a subfolder for each step.
 
-    Kept are the newest `keep`, those of every step that `keep_every` divides, and the `keep_best` in which the metric
-    `best` is lowest. What is stored is a dictionary of named trees of arrays; each can be read alone, on any devices.
-    The manifest of each holds its step, what is `described`, and the checksums of its files. Several processes share
-    the folder.
+    The newest `keep` are kept, and those at multiples of `keep_every`, and the `keep_best` with the lowest metric
+    `best`. A checkpoint is a dictionary of named trees of arrays; each tree can be read separately, on any devices. Its
+    manifest has its step, the fields of `described`, and the checksums of its files. Several processes share the
+    folder.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class Checkpoints:
         best: str = "loss",
         described: dict[str, Any] | None = None,
     ):
-        # Orbax reports every failed read, which we do too, in one sentence, and much else.
+        # Orbax logs much, and every failed read, which we report in one sentence.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder, self._described = folder.absolute(), described or {}
         policies: Any = ocp.training.preservation_policies
         kept = [policies.LatestN(keep)]
         kept += [policies.EveryNSteps(keep_every)] if keep_every else []
-        # Unless told otherwise, Orbax takes the highest for the best, and keeps all of unknown quality.
+        # By default Orbax takes the highest metric for the best, and keeps every checkpoint without one.
         ranked = {
             "get_metric_fn": lambda metrics: metrics.get(best, math.inf),
             "reverse": True,
@@ -55,7 +55,7 @@ class Checkpoints:
             str(self.folder),
             context=ocp.Context(
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
-                # Slicing a copied array, for each device to write a part of it, is a program to compile.
+                # Orbax would compile a program to slice small arrays, so that each device writes a part.
                 array_options=ocp.options.ArrayOptions(
                     saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=_SLICE)
                 ),
@@ -65,9 +65,9 @@ class Checkpoints:
         )
 
     def save(self, step: int, trees: dict[str, Any], *, metrics: Mapping[str, float | None] | None = None) -> None:
-        """Start to write `trees` as step `step`; waits only for the save before it. Raises OSError if that failed."""
+        """Start to write `trees` as step `step`; waits only for the save before. Raises OSError if that one failed."""
         with self._failing():
-            # Asked first, since a write that fails half-way has Orbax's threads print their tracebacks.
+            # Checked first, because Orbax's threads print tracebacks when a write fails half-way.
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
             with sync_errors():
                 free = shutil.disk_usage(self.folder).free
@@ -77,7 +77,7 @@ class Checkpoints:
             self._manager.save_checkpointables_async(step, trees, force=True, metrics=known or None)
 
     def close(self) -> None:
-        """Wait until everything is on disk. Raises OSError if it could not be written."""
+        """Wait until everything is on disk. Raises OSError if a write failed."""
         with self._failing():
             self._manager.close()
 
@@ -85,15 +85,15 @@ class Checkpoints:
     def _failing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
+        except Exception as error:  # Orbax and TensorStore raise many types for a full disk.
             kept = ", ".join(map(str, steps(self.folder))) or "none"
             raise OSError(
                 f"no checkpoint could be written to {self.folder} ({first_line(error)}); there are: {kept}"
             ) from error
 
     def _seal(self) -> None:
-        # Orbax calls this in the first process when all have written their parts, just before it renames the folder:
-        # the seal is part of the commit.
+        # Orbax calls this in process 0 when all processes have written their parts, just before it renames the folder.
+        # So the manifest is part of the commit.
         for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
             step = int(unfinished.name.split(".")[0])
             manifest = {"step": step, **self._described, "files": _checksums(unfinished)}
@@ -117,7 +117,7 @@ def load(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_newest(folder: Path, abstract: dict[str, Any]) -> tuple[int, dict[str, Any], list[tuple[int, str]]] | None:
-    """The newest sound checkpoint: its step, its trees, and the step of, and a sentence on, each damaged newer one.
+    """The newest sound checkpoint: its step, its trees, and for each damaged newer one its step and a sentence.
 
     Returns None where there is no checkpoint. Raises ValueError where there are some and none is sound.
     """
@@ -139,7 +139,7 @@ def load_newest(folder: Path, abstract: dict[str, Any]) -> tuple[int, dict[str, 
 
 
 def quarantine(folder: Path, step: int) -> Path:
-    """Rename a damaged checkpoint, so that a run can write this step anew and nothing is deleted."""
+    """Rename a damaged checkpoint, so that a run can write this step again and nothing is deleted."""
     path = folder / str(step)
     target = next(candidate for n in range(10_000) if not (candidate := folder / f"damaged-{step}-{n}").exists())
     return path.rename(target)
@@ -160,7 +160,7 @@ def _read(folder: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     path = folder.absolute() / str(step)
     try:
         return ocp.load_checkpointables(str(path), abstract)
-    except Exception as error:  # Orbax raises many kinds for damage.
+    except Exception as error:  # Orbax raises many types for damage.
         raise ValueError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
 
 
