@@ -52,8 +52,8 @@ def reconstruction(
 ) -> Float[np.ndarray, " n"]:
     """The coefficients of stored averages, each of a step and a power, whose sum is the average of `gamma` at `step`.
 
-    The sum's profile is the nearest in least squares (appendix C.2); it is near if averages of `step` itself are stored.
-    Raises ValueError if none is stored at `step` or later.
+    The sum's profile is the nearest in least squares (appendix C.2), and it is near if averages of `step` itself are
+    stored. Raises ValueError if none is stored at `step` or later.
     """
     if not len(steps) or max(steps) < step:
         raise ValueError(
