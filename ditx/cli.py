@@ -5,12 +5,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from ditx.files import first_line
+
+T = TypeVar("T")
 
 MAX_SEED = 2**32 - 1
 
@@ -101,3 +106,16 @@ class Progress:
     def close(self) -> None:
         """End the bar."""
         self._bar.close()
+
+
+def in_new_process(function: Callable[[], T], *, killed: str, initializer: Callable[[], None] | None = None) -> T:
+    """Call a function in a new process, which returns all its memory. Raises ValueError(killed) if it is killed."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer) as pool:
+        try:
+            return pool.submit(function).result()
+        except KeyboardInterrupt:
+            for child in active_children():
+                child.kill()
+            raise
+        except BrokenProcessPool as error:
+            raise ValueError(killed) from error

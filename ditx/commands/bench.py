@@ -1,288 +1,469 @@
-"""`ditx bench WHAT ...`: how fast this machine trains, draws, judges, encodes and reads, and by which choices."""
+"""`ditx bench train|sample`: time training steps or batches of samples, sweep settings, compare with PyTorch."""
 
+import gc
 import json
+import math
 import sys
-from dataclasses import asdict, replace
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from ditx import costs
-from ditx.commands import bench_evaluation, bench_reading, bench_sweep, bench_torch, bench_work
-from ditx.commands.bench_evaluation import Evaluate
-from ditx.commands.bench_reading import Data, Extract
-from ditx.commands.bench_sweep import fastest, flags_of
-from ditx.commands.bench_work import Sample, Timing, Train, objective_of
+from ditx import cli, costs
+from ditx.commands import bench_torch
+from ditx.commands.bench_torch import intervals
+from ditx.diffusion.objective import ObjectiveConfig, make_objective
+from ditx.files import first_line
 from ditx.kernels.block import KernelConfig
-from ditx.nn.dit import DIT_CONFIGS, DiTConfig
-from ditx.parallel.compile import compiler_options, resolve_dtype
-from ditx.parallel.mesh import make_mesh
+from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
+from ditx.parallel.compile import Dtype, OutOfMemoryError, compile_checked, compiler_options, resolve_dtype, tune_malloc
+from ditx.parallel.fsdp import with_shardings
+from ditx.parallel.mesh import MeshConfig, check_batch, check_mesh, make_mesh, replicated
+from ditx.sampling import SamplingConfig, make_sampler
+from ditx.training.compile import AbstractStep
+from ditx.training.step import Remat, adamw, train_step
 
-KINDS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "extract": Extract, "data": Data}
-# The network of the figures on two CPU cores.
+
+@dataclass(frozen=True)
+class Network(KernelConfig):
+    """A network and the devices that compute it."""
+
+    source: tyro.conf.Positional[str] = "DiT-XL/2"
+    """a published network (DiT-S/8 to DiT-XL/2), or tiny (4 blocks of width 96, 28x28 pixels), for CPUs"""
+    model: tyro.conf.OmitArgPrefixes[DiTConfig] = field(default_factory=DiTConfig)
+    dtype: Dtype = "auto"
+    """compute dtype; auto is float32 on CPUs and bfloat16 elsewhere"""
+    unroll: int = 1
+    """blocks compiled in a row"""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    repeats: int = 20
+    """timed steps or batches, after two untimed ones"""
+    compare: tuple[Literal["torch", "torch-eager"], ...] = ()
+    """also time diffusers' DiTTransformer2DModel in PyTorch at the same work: compiled, eager, or both"""
+    turns: int = 3
+    """with --compare: alternating turns, ours first, each of --repeats in a new process"""
+    json: bool = False
+    """print JSON"""
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """The paper's objective, or flow matching for a network that predicts no variance."""
+        return ObjectiveConfig() if self.model.learn_sigma else ObjectiveConfig("flow", "velocity")
+
+
+@dataclass(frozen=True)
+class Train(Network):
+    """Training steps on random data: forward, backward, AdamW and the average of the weights, as in train.py."""
+
+    batch_size: int = 256
+    """images a step, over all devices"""
+    remat: Remat = "none"
+    """backward pass recomputes: nothing, all but matmuls (dots), blocks (full)"""
+    accumulate: int = 1
+    """parts of a batch computed in turn"""
+    sweep: bool = False
+    """try every --remat, unrolled or not, at each of --batch-sizes; on GPUs then the other --kernels and --attention
+    with the fastest setting of each batch size; recommend the fastest"""
+    batch_sizes: tuple[int, ...] = ()
+    """with --sweep: batch sizes to try; once and twice --batch-size if not given"""
+
+
+@dataclass(frozen=True)
+class Sample(Network):
+    """Batches of samples from noise, as in sample.py."""
+
+    batch_size: int = 16
+    """images of a batch, over all devices"""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(
+        default_factory=lambda: SamplingConfig(guidance_scale=4.0)
+    )
+    repeats: int = 3
+    """timed batches, after two untimed ones"""
+
+
+KINDS: dict[str, type[Network]] = {"train": Train, "sample": Sample}
 TINY = DiTConfig(28, 4, 1, 96, 4, 4, num_classes=10)
+SETTINGS = ("batch_size", "unroll", "remat", "kernels", "attention")
 
 
 def main(argv: list[str]) -> int:
-    """Time what was asked for; returns the exit code."""
+    """Run the benchmark of a command line; returns the exit code."""
     if argv[:1] in ([], ["-h"], ["--help"]):
-        print("usage: ditx bench WHAT ... (ditx bench WHAT --help says more)\n")
-        print("\n".join(f"  {name:<8}  {(kind.__doc__ or '').split(chr(10))[0]}" for name, kind in KINDS.items()))
+        print("usage: ditx bench train|sample NETWORK ... (ditx bench train --help lists the flags)\n")
+        print("\n".join(f"  {name:<8}  {(kind.__doc__ or '').strip()}" for name, kind in KINDS.items()))
         return 0
-    what, *flags = argv
-    if what not in KINDS:
-        raise ValueError(f"there is no {what!r} to time; choose {', '.join(KINDS)}")
-    config = parse(what, flags)
+    if argv[0] not in KINDS:
+        raise cli.unknown("benchmark", argv[0], KINDS)
+    config = parse(*argv)
     check(config)
-    # Programs are compiled anew, since how long that takes is told.
-    jax.config.update("jax_enable_compilation_cache", False)
-    if isinstance(config, Train) and config.sweep:
-        told, text = sweep(config), sweep_text
-    elif isinstance(config, Train | Sample) and config.beside:
-        told, text = beside(config), beside_text
-    elif isinstance(config, Train | Sample):
-        told, text = network(config), network_text
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
+    if config.compare:
+        figures = compare(config)
     else:
-        told, text = reading(what, config), rates_text
-    print(json.dumps(told | {"config": asdict(config)}, indent=2) if config.json else text(told))
+        figures = sweep(config) if getattr(config, "sweep", False) else measure(config)
+    print(json.dumps(figures | {"config": asdict(config)}, indent=2) if config.json else report(figures))
     return 0
 
 
-def parse(what: str, flags: list[str]) -> Any:
-    """The configuration of one kind of work. Raises ValueError for an unknown network; exits with 2 on a bad flag."""
-    kind, prog = KINDS[what], f"ditx bench {what}"
-    config = tyro.cli(kind, args=flags, prog=prog)
-    if kind not in (Train, Sample):
-        return config
-    known = DIT_CONFIGS | {"tiny": TINY}
-    if config.source not in known:
-        raise ValueError(f"there is no network {config.source!r}; give {', '.join(known)}")
-    # Read twice: the network named on the command line sets the defaults of the other flags.
-    default = kind(model=known[config.source])
-    if kind is Train and config.source == "tiny":
+def parse(what: str, *flags: str) -> Any:
+    """The configuration of a benchmark. Raises ValueError for an unknown network; exits with 2 on a bad flag."""
+    kind, prog, networks = KINDS[what], f"ditx bench {what}", DIT_CONFIGS | {"tiny": TINY}
+    source = tyro.cli(kind, args=flags, prog=prog).source
+    if source not in networks:
+        raise cli.unknown("network", source, networks)
+    # Parsed twice: the network sets the defaults of the other flags.
+    default: Any = kind(model=networks[source])
+    if kind is Train and source == "tiny":
         default = replace(default, batch_size=64)
     return tyro.cli(kind, args=flags, prog=prog, default=default)
 
 
 def check(config: Any) -> None:
-    """Raise ValueError for values that the parts do not check themselves."""
-    for name in ("batch_size", "unroll", "accumulate", "repeats", "turns", "size", "count"):
-        if getattr(config, name, 1) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if getattr(config, "workers", 0) < 0:
-        raise ValueError(f"workers is {config.workers}; it must not be negative")
-    if isinstance(config, Sample):
-        config.sampling.check(config.model, objective_of(config.model))
-    if isinstance(config, Train) and min(config.batch_sizes, default=1) < 1:
+    """Raise ValueError for impossible values. Uses no device: with `compare`, each turn has them to itself."""
+    names = ("batch_size", "unroll", "accumulate", "repeats", "turns")
+    cli.at_least(config, 1, *(name for name in names if hasattr(config, name)))
+    if min(getattr(config, "batch_sizes", ()), default=1) < 1:
         raise ValueError(f"batch_sizes are {config.batch_sizes}; each must be at least 1")
-    if isinstance(config, Train | Sample) and config.beside:
+    if config.compare:
         if getattr(config, "sweep", False):
-            raise ValueError("give --sweep, and with what it recommends --beside, not both at once")
+            raise ValueError("--sweep and --compare exclude each other; sweep first, then compare the fastest setting")
         bench_torch.check(config)
+    if isinstance(config, Sample):
+        config.sampling.check(config.model, config.objective)
 
 
-def machine() -> dict[str, Any]:
-    """When, and with which versions."""
-    found = {name: version(name) for name in ("ditx", "jax", "jaxlib")}
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"date": date, "versions": found | {"python": sys.version.split()[0]}}
+def open_mesh(config: Train | Sample) -> Mesh:
+    """The mesh. Raises ValueError if it does not fit the network, the kernels or the batch."""
+    tune_malloc()
+    mesh = make_mesh(config.mesh)
+    check_mesh(mesh, num_heads=config.model.num_heads, mlp_size=config.model.mlp_size)
+    config.check_kernels(mesh, resolve_dtype(config.dtype), config.model)
+    for size in (config.batch_size, *getattr(config, "batch_sizes", ())):
+        check_batch(mesh, size, getattr(config, "accumulate", 1))
+    return mesh
 
 
-def devices(mesh: Any, dtype: str, compute: KernelConfig) -> dict[str, Any]:
-    """Which devices, and what those can do that compute in `dtype`."""
-    device = jax.local_devices()[0]
-    measured, side = bench_work.peak(dtype, mesh)
-    nominal = costs.nominal_peak(device.device_kind) if dtype == "bfloat16" else None
-    memory = [(each.memory_stats() or {}).get("peak_bytes_in_use") for each in jax.local_devices()]
+def measure(config: Train | Sample, cache: str = "") -> dict[str, Any]:
+    """All figures of one setting; compiled programs are kept in the folder `cache`, if one is given."""
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    mesh = open_mesh(config)
+    timed = train(config, mesh) if isinstance(config, Train) else sample(config, mesh)
+    return with_rates(describe(config, mesh) | timed)
+
+
+def train(config: Train, mesh: Mesh) -> dict[str, Any]:
+    """Time training steps. Off CPUs, the host is one step ahead, as in a run."""
+    model, optimizer = config.model, adamw(1e-4)
+    function = partial(
+        train_step,
+        objective=make_objective(config.objective),
+        optimizer=optimizer,
+        ema_decay=0.9999,
+        dtype=jnp.dtype(resolve_dtype(config.dtype)),
+        apply_block=config.apply_block(),
+        remat=config.remat,
+        unroll=config.unroll,
+        accumulate=config.accumulate,
+        mesh=mesh,
+    )
+    step = AbstractStep(
+        function,
+        model,
+        optimizer,
+        mesh,
+        config.batch_size,
+        latent=model.in_channels == 4,
+        fp8=config.matmul_dtype == "fp8",
+        remedy="--remat full, a higher --accumulate, --mesh.fsdp, or a smaller --batch-size",
+    )
+
+    def create(key):
+        state = step.create(key)
+        weights = random_weights(state.model)
+        return replace(state, model=weights, ema=jax.tree.map(jnp.copy, weights))
+
+    def random_batch(key):
+        shapes, count = dict(step.batch), max(model.num_classes, 1)
+        labels = jax.random.randint(key, shapes.pop("y").shape, 0, count)
+        return {name: jax.random.normal(key, leaf.shape, leaf.dtype) for name, leaf in shapes.items()} | {"y": labels}
+
+    program, seconds, size = step.compiled
+    key = jax.jit(lambda: jax.random.key(0), out_shardings=replicated(mesh))()
+    batch = jax.jit(random_batch, out_shardings=_shardings(step.batch))(key)
+    state = jax.jit(create, out_shardings=step.shardings)(key)
+
+    def call():
+        nonlocal state
+        state, terms = program(state, batch, key)
+        return terms
+
+    flops = costs.training_step(model, config.batch_size)
+    return _timed(intervals(call, jax.block_until_ready, config.repeats), config.batch_size, flops, seconds, size)
+
+
+def sample(config: Sample, mesh: Mesh) -> dict[str, Any]:
+    """Time batches of samples: one program for the whole loop, with its weights in the compute dtype."""
+    model, dtype = config.model, jnp.dtype(resolve_dtype(config.dtype))
+    objective, unroll = config.objective, config.unroll
+    sampler = make_sampler(
+        config.sampling, model, objective, mesh, batch_size=config.batch_size, unroll=unroll, kernels=config
+    )
+
+    def create(key):
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), random_weights(DiT(model, key=key)))
+
+    shapes = with_shardings(jax.eval_shape(create, jax.random.key(0)), mesh)
+    labels, seed = np.arange(config.batch_size, dtype=np.int32) % max(model.num_classes, 1), np.uint32(0)
+    program, seconds, size = compile_checked(sampler.program, shapes, None, labels, seed, np.int32(0), sampler.params)
+    network = jax.jit(create, out_shardings=_shardings(shapes))(jax.random.key(0))
+    numbers = iter(range(0, (config.repeats + 3) * config.batch_size, config.batch_size))
+
+    def call():  # waits for each batch, because a CPU would compute two at once
+        first = np.int32(next(numbers))
+        return jax.block_until_ready(program(network, None, labels, seed, first, sampler.params))
+
+    flops = 2 * config.batch_size * network_evaluations(config.sampling, objective) * costs.macs(model)
+    return _timed(intervals(call, jax.block_until_ready, config.repeats), config.batch_size, flops, seconds, size)
+
+
+def _shardings(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
+
+
+def _timed(times: list[float], images: int, flops: int, compile_seconds: float, program_bytes: int) -> dict[str, Any]:
+    memory = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     return {
+        "times": times,
+        "batch_size": images,
+        "flops": flops,
+        "compile_seconds": compile_seconds,
+        "program_bytes": program_bytes,
+        "peak_bytes": max(filter(None, memory), default=None),
+    }
+
+
+def network_evaluations(sampling: SamplingConfig, objective: ObjectiveConfig) -> int:
+    """Forward passes for one sample; guidance, if any, counts at all times."""
+    heun = sampling.resolved(objective).sampler == "heun"
+    return (2 * sampling.steps - 1 if heun else sampling.steps) * (1 if sampling.guidance_scale == 1 else 2)
+
+
+def random_weights(model: Any) -> Any:
+    """The model with uniform noise added to its weights: zeros, as in a new network, would be faster to multiply."""
+    leaves, structure = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), len(leaves))  # this generator compiles fast
+    noise = (jax.random.uniform(k, leaf.shape, minval=-0.04, maxval=0.04) for k, leaf in zip(keys, leaves, strict=True))
+    return jax.tree.unflatten(structure, map(jnp.add, leaves, noise))
+
+
+def peak(dtype: str, mesh: Mesh) -> tuple[float, int]:
+    """FLOP/s of all devices in products of large random square matrices, and the side of these.
+
+    The side grows until a call takes 5 ms a product, or to 8,192: the practical ceiling on GPUs, and fast on CPUs.
+    """
+    rows, chain = NamedSharding(mesh, P(tuple(mesh.axis_names))), 4
+    multiply = jax.jit(lambda x, w: jax.lax.fori_loop(0, chain, lambda _, x: x @ w, x), out_shardings=rows)
+
+    @partial(jax.jit, static_argnums=0, out_shardings=(rows, replicated(mesh)))
+    def random(n):  # the products of these matrices keep their size
+        x = jax.random.normal(jax.random.key(0), (mesh.size * n, n))
+        w = jax.random.normal(jax.random.key(1), (n, n)) / math.sqrt(n)
+        return x.astype(dtype), w.astype(dtype)
+
+    for n in (512, 1024, 2048, 4096, 8192):
+        call = partial(multiply, *random(n))
+        jax.block_until_ready(call())
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds = time.perf_counter() - start
+        if seconds > 0.02 or n == 8192:
+            break
+    times = intervals(call, jax.block_until_ready, min(50, max(5, int(0.4 / seconds))))
+    return 2 * chain * mesh.size * n**3 / float(np.median(times)), n
+
+
+def describe(config: Train | Sample, mesh: Mesh) -> dict[str, Any]:
+    """Network, date, versions, devices, and the peak of the devices in the compute dtype."""
+    device, dtype = jax.local_devices()[0], resolve_dtype(config.dtype)
+    measured, side = peak(dtype, mesh)
+    nominal = costs.nominal_peak(device.device_kind) if dtype == "bfloat16" else None
+    return {
+        "what": "train" if isinstance(config, Train) else "sample",
+        "network": config.source,
+        "parameters": costs.parameters(config.model),
+        "matmul_dtype": config.matmul_dtype,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("ditx", "jax", "jaxlib")} | {"python": sys.version.split()[0]},
         "backend": jax.default_backend(),
         "device": device.device_kind,
         "mesh": dict(mesh.shape),
         "dtype": dtype,
-        "compiler_options": compiler_options(mesh, fp8=compute.matmul_dtype == "fp8"),
+        "compiler_options": compiler_options(mesh, fp8=config.matmul_dtype == "fp8"),
         "peak_tflops_measured": measured / 1e12,
         "peak_side": side,
         "peak_tflops_nominal": nominal and nominal * mesh.size / 1e12,
-        "peak_bytes": max((size for size in memory if size), default=None),
     }
 
 
-def rates(timing: Timing) -> dict[str, Any]:
-    """Median time, its quartiles, and what follows from it."""
-    low, median, high = (float(q) for q in np.quantile(timing.times, [0.25, 0.5, 0.75]))
-    told = {"seconds": median, "quartiles": [low, high], "times": timing.times, "batch_size": timing.images}
-    told |= {"images_per_second": timing.images / median}
-    if timing.flops:
-        told |= {"flops": timing.flops, "tflops": timing.flops / median / 1e12}
-    if timing.program_bytes:
-        told |= {"compile_seconds": timing.compile_seconds, "program_bytes": timing.program_bytes}
-    return told
+def with_rates(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures with the median and quartiles of their times, and the rates that follow.
 
-
-def utilisation(told: dict[str, Any]) -> dict[str, float | None]:
-    """Model FLOP/s over what the devices can do (Chowdhery et al. 2022, appendix B), measured and nominal."""
-    nominal = told["peak_tflops_nominal"]
-    return {"mfu": told["tflops"] / told["peak_tflops_measured"], "mfu_nominal": nominal and told["tflops"] / nominal}
-
-
-def network(config: Train | Sample, cache: str = "") -> dict[str, Any]:
-    """Figures of a network at work; programs compiled are kept in the folder `cache`, if one is given."""
-    if cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
-    timing = bench_work.train(config) if isinstance(config, Train) else bench_work.sample(config)
-    told = describe(config) | devices(make_mesh(config.mesh), resolve_dtype(config.dtype), config) | rates(timing)
-    return told | utilisation(told)
-
-
-def describe(config: Train | Sample) -> dict[str, Any]:
-    """Which network at which work, when, and with which versions."""
-    what = "train" if isinstance(config, Train) else "sample"
-    told = {"what": what, "network": config.source, "parameters": costs.parameters(config.model)}
-    return told | {"products": config.matmul_dtype, **machine()}
-
-
-def reading(what: str, config: Evaluate | Extract | Data) -> dict[str, Any]:
-    """Figures of what is done with images."""
-    where = {"backend": jax.default_backend(), "device": jax.local_devices()[0].device_kind}
-    if isinstance(config, Evaluate):
-        timings = bench_evaluation.evaluate(config)
-    elif isinstance(config, Extract):
-        decoded = {"decode": bench_reading.decode(config)} if config.images else {}
-        timings, where["dtype"] = {"encode": bench_reading.extract(config), **decoded}, resolve_dtype(config.dtype)
-    else:
-        timings, where = bench_reading.read(config), {}
-    return {"what": what, **machine(), **where, "read": {name: rates(timing) for name, timing in timings.items()}}
+    Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) is relative to the peak of the devices, measured or
+    nominal, in the compute dtype, also where block matmuls are in fp8.
+    """
+    low, median, high = (float(q) for q in np.quantile(figures["times"], [0.25, 0.5, 0.75]))
+    tflops, nominal = figures["flops"] / median / 1e12, figures["peak_tflops_nominal"]
+    return figures | {
+        "seconds": median,
+        "quartiles": [low, high],
+        "images_per_second": figures["batch_size"] / median,
+        "tflops": tflops,
+        "mfu": tflops / figures["peak_tflops_measured"],
+        "mfu_nominal": nominal and tflops / nominal,
+    }
 
 
 def sweep(config: Train) -> dict[str, Any]:
-    """Figures of every choice that is tried and fits, and the fastest; in text, a line for each as it is made."""
-    mesh = bench_work.check_network(config)
-    rows = bench_sweep.search(config, mesh, lambda choice: rates(bench_work.train(choice)))
-    fitting = [row for row in rows if "skipped" not in row]
-    if not fitting:
-        raise ValueError("none of the choices fits; try smaller --batch-sizes, a higher --accumulate, or --mesh.fsdp")
-    where = devices(mesh, resolve_dtype(config.dtype), config)
-    for row in fitting:
-        row |= utilisation(where | row)
-    best = max(fitting, key=lambda row: row["images_per_second"])
-    by_batch_size = {size: flags_of(row) for size, row in fastest(rows).items()}
-    return describe(config) | where | {"rows": rows, "recommended": flags_of(best), "by_batch_size": by_batch_size}
+    """Figures of all settings that fit, and the fastest of each batch size.
+
+    First all settings of memory with the `kernels` and `attention` of `config`; then, with the fastest of each batch
+    size, the others. All combinations would be more than twice as many programs.
+    """
+    mesh = open_mesh(config)
+    sizes = sorted(set(config.batch_sizes or (config.batch_size, 2 * config.batch_size)))
+    machine, rows, too_large = describe(config, mesh), [], set()
+
+    def attempt(*setting):
+        row: dict[str, Any] = dict(zip(SETTINGS, setting, strict=True))
+        try:
+            if setting[1:] in too_large:
+                raise OutOfMemoryError("with a smaller batch already")
+            row |= with_rates(machine | train(replace(config, **row), mesh))
+        except (OutOfMemoryError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, OutOfMemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            row["skipped"] = f"out of memory: {first_line(error)}"
+            too_large.add(setting[1:])
+        gc.collect()  # memory of a failed attempt
+        rows.append(row)
+        if not config.json:
+            print(table_line(flags_of(row), row), flush=True)
+
+    for setting in product(sizes, sorted({1, config.model.depth}), get_args(Remat)):
+        attempt(*setting, config.kernels, config.attention)
+    for row in fastest(rows).values():
+        for kernels, attention in product(("xla", "fused"), ("auto", "fused")):
+            other = replace(config, kernels=kernels, attention=attention)
+            if (kernels, attention) != (config.kernels, config.attention) and is_supported(other, mesh):
+                attempt(*(row[name] for name in SETTINGS[:3]), kernels, attention)
+    best = {size: flags_of(row) for size, row in fastest(rows).items()}
+    if not best:
+        raise ValueError("no setting fits; try smaller --batch-sizes, a higher --accumulate, or --mesh.fsdp")
+    overall = max(fastest(rows).values(), key=lambda row: row["images_per_second"])
+    return machine | {"rows": rows, "by_batch_size": best, "recommended": flags_of(overall)}
 
 
-def beside(config: Train | Sample) -> dict[str, Any]:
-    """Our figures and the peers', all timed by turns."""
-    alone = replace(config, beside=())
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ditx", *config.beside)}
-    with TemporaryDirectory() as cache:  # empty: the first turn tells how long compiling takes
-        for turn in range(config.turns):
-            for name, results in turns.items():
-                if name == "ditx":
-                    results.append(bench_torch.apart(partial(network, alone, cache)))
-                else:
-                    ours = turns["ditx"][0]
-                    peer = partial(bench_torch.time_peer, alone, ours["backend"], ours["dtype"], name == "torch")
-                    results.append(bench_torch.apart(peer))
-                if not config.json:
-                    seconds = np.median(results[-1]["times"])
-                    print(f"turn {turn + 1}   {name:<12}{1e3 * seconds:>10,.2f} ms", file=sys.stderr, flush=True)
-    return compare(turns)
+def is_supported(config: Train, mesh: Mesh) -> bool:
+    """Whether the devices support the kernels and attention of `config`."""
+    with suppress(ValueError):
+        config.check_kernels(mesh, resolve_dtype(config.dtype), config.model)
+        return True
+    return False
 
 
-def compare(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The figures of `ditx` from all its turns, and in `beside` each peer's, with their time over ours as `ratio`."""
-    told, work = turns["ditx"][0], {}
+def fastest(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The fastest row of each batch size that fits."""
+    fitting = sorted((row for row in rows if "skipped" not in row), key=lambda row: row["images_per_second"])
+    return {row["batch_size"]: row for row in sorted(fitting, key=lambda row: row["batch_size"])}
+
+
+def flags_of(row: dict[str, Any]) -> str:
+    """A setting as flags of train.py."""
+    return " ".join(f"--{name.replace('_', '-')} {row[name]}" for name in SETTINGS)
+
+
+def compare(config: Train | Sample) -> dict[str, Any]:
+    """Our figures, and in `compare` each peer's, measured in alternating turns, each in a new process."""
+    ours = replace(config, compare=())
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ditx", *config.compare)}
+    killed = "a turn was killed, probably out of memory; try a smaller --batch-size"
+    with TemporaryDirectory() as cache:  # starts empty, so the first turn measures the compile time
+        for turn, (name, results) in product(range(config.turns), turns.items()):
+            if name == "ditx":
+                work = partial(measure, ours, cache)
+            else:
+                first = turns["ditx"][0]
+                work = partial(bench_torch.time_peer, ours, first["backend"], first["dtype"], name == "torch")
+            results.append(cli.in_new_process(work, killed=killed, initializer=bench_torch.use_one_gpu))
+            if not config.json:
+                seconds = np.median(results[-1]["times"])
+                print(f"turn {turn + 1}   {name:<12}{1e3 * seconds:>10,.2f} ms", file=sys.stderr, flush=True)
+    return merge_turns(turns)
+
+
+def merge_turns(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Figures over all turns; a peer's `ratio` is its time over ours."""
+    merged = {}
     for name, results in turns.items():
         times = [time for result in results for time in result["times"]]
-        figures = rates(Timing(times, told["batch_size"], told["flops"]))
-        work[name] = results[0] | figures | {"turns": [float(np.median(result["times"])) for result in results]}
-    ours, peers = work.pop("ditx"), work
-    for figures in peers.values():
+        medians = [float(np.median(result["times"])) for result in results]
+        merged[name] = with_rates(turns["ditx"][0] | results[0] | {"times": times, "turns": medians})
+    ours = merged.pop("ditx")
+    for figures in merged.values():
         figures["ratio"] = figures["seconds"] / ours["seconds"]
-    return ours | utilisation(ours) | {"beside": peers}
+    return ours | {"compare": merged}
 
 
-def network_text(told: dict[str, Any]) -> str:
-    """Figures of a network at work, for people."""
-    memory = f"; {told['peak_bytes'] / 2**30:,.2f} GiB in use at the peak" if told["peak_bytes"] else ""
-    return "\n".join(
-        [
-            *head(told),
-            f"memory   a program takes {told['program_bytes'] / 2**20:,.1f} MiB on each device{memory}",
-            f"compiled in {told['compile_seconds']:.1f} s",
-            f"time     {duration(told)}",
-            f"rate     {told['images_per_second']:,.2f} images/s",
-            f"speed    {told['tflops']:,.3f} TFLOP/s, {limits(told)}",
-        ]
-    )
-
-
-def limits(told: dict[str, Any]) -> str:
-    """How near a speed comes to what the devices can do in the network's type, whatever its products are of."""
-    text = (
-        f"{told['mfu']:.1%} of {told['peak_tflops_measured']:,.3f} in {told['dtype']} products of side"
-        f" {told['peak_side']:,}"
-    )
-    nominal = told["peak_tflops_nominal"]
-    return text + (f", {told['mfu_nominal']:.1%} of the nominal {nominal:,.0f}" if nominal else "")
-
-
-def head(told: dict[str, Any]) -> list[str]:
-    """What was timed where, for people."""
-    versions = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
-    mesh = ", ".join(f"{axis} {count}" for axis, count in told["mesh"].items())
-    return [
-        f"{told['what']:<8} {told['network']}, {told['parameters']:,} parameters",
-        f"devices  {np.prod(list(told['mesh'].values()))} x {told['device']} ({mesh}), computing in {told['dtype']}"
-        + (", products with the blocks' weights in fp8" if told["products"] == "fp8" else "")
-        + "".join(f", {name}={value}" for name, value in told["compiler_options"].items()),
-        f"date     {told['date']}, {versions}",
-    ]
-
-
-def duration(told: dict[str, Any]) -> str:
-    """A median and its spread, for people."""
-    low, high = told["quartiles"]
-    return (
-        f"{1e3 * told['seconds']:,.2f} ms for {told['batch_size']:,} images, the median of {len(told['times'])};"
-        f" half of them within {1e3 * low:,.2f} to {1e3 * high:,.2f}"
-    )
-
-
-def rates_text(told: dict[str, Any]) -> str:
-    """Rates of what is done with images, for people."""
+def report(figures: dict[str, Any]) -> str:
+    """All figures as text."""
+    versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
+    mesh = ", ".join(f"{axis} {count}" for axis, count in figures["mesh"].items())
+    fp8 = ", block matmuls in fp8" if figures["matmul_dtype"] == "fp8" else ""
+    options = "".join(f", {name}={value}" for name, value in figures["compiler_options"].items())
+    nominal = figures["peak_tflops_nominal"]
     lines = [
-        f"{name:<16}{row['images_per_second']:>12,.1f} images/s   {duration(row)}" for name, row in told["read"].items()
+        f"{figures['what']:<8} {figures['network']}, {figures['parameters']:,} parameters",
+        f"devices  {math.prod(figures['mesh'].values())} x {figures['device']} ({mesh})",
+        f"compute  {figures['dtype']}{fp8}{options}",
+        f"peak     {figures['peak_tflops_measured']:,.3f} TFLOP/s in products of side {figures['peak_side']:,}"
+        + (f", nominal {nominal:,.0f}" if nominal else ""),
+        f"date     {figures['date']}, {versions}",
     ]
+    if "rows" in figures:
+        lines += [f"batch {size:<8,} train.py ... {flags}" for size, flags in figures["by_batch_size"].items()]
+        return "\n".join([*lines, f"fastest        train.py ... {figures['recommended']}"])
+    peers = figures.get("compare", {})
+    lines += [table_line(name, row) for name, row in ({"ditx": figures} | peers).items()]
+    lines += [f"median and quartiles of {len(figures['times'])} for {figures['batch_size']:,} images"]
     return "\n".join(lines)
 
 
-def beside_text(told: dict[str, Any]) -> str:
-    """Ours and the peers', for people."""
-    lines = [
-        network_text(told),
-        f"{'':<14}{'ms':>10}{'images/s':>12}{'TFLOP/s':>10}{'compile s':>11}{'peak GiB':>10}{'ratio':>8}",
+def table_line(name: str, row: dict[str, Any]) -> str:
+    """One row of figures as text."""
+    if "skipped" in row:
+        return f"{name:<12} skipped, {row['skipped']}"
+    low, high = row["quartiles"]
+    parts = [
+        f"{name:<12}{1e3 * row['seconds']:>10,.2f} ms ({1e3 * low:,.2f} to {1e3 * high:,.2f})",
+        f"{row['images_per_second']:,.2f} images/s",
+        f"{row['tflops']:,.3f} TFLOP/s",
+        f"{row['mfu']:.1%} of the peak" + (f" ({row['mfu_nominal']:.1%} of nominal)" if row["mfu_nominal"] else ""),
+        f"compiled in {row['compile_seconds']:,.1f} s" if row["compile_seconds"] else "",
+        f"program {row['program_bytes'] / 2**20:,.1f} MiB" if row["program_bytes"] else "",
+        f"peak {row['peak_bytes'] / 2**30:,.2f} GiB" if row["peak_bytes"] else "",
+        f"{row['ratio']:.2f} x the time of ditx" if "ratio" in row else "",
     ]
-    for name, row in {"ditx": told, **told["beside"]}.items():
-        seconds, peak = row["compile_seconds"], row["peak_bytes"]
-        lines.append(
-            f"{name:<14}{1e3 * row['seconds']:>10,.2f}{row['images_per_second']:>12,.2f}{row['tflops']:>10,.3f}"
-            f"{'' if seconds is None else f'{seconds:,.1f}':>11}{f'{peak / 2**30:,.2f}' if peak else '':>10}"
-            f"{row.get('ratio', 1.0):>8.2f}"
-        )
-    found = next(iter(told["beside"].values()))["versions"]
-    versions = ", ".join(f"{name} {number}" for name, number in found.items())
-    return "\n".join([*lines, f"ratio: a peer's time over ours, above 1 where ours is faster; {versions}"])
-
-
-def sweep_text(told: dict[str, Any]) -> str:
-    """What a sweep found, for people."""
-    best = max((row for row in told["rows"] if "skipped" not in row), key=lambda row: row["images_per_second"])
-    lines = [*head(told), f"fastest  {best['tflops']:,.3f} TFLOP/s, {limits(told | best)}"]
-    lines += [f"of batch {size:<8,} train.py ... {flags}" for size, flags in told["by_batch_size"].items()]
-    return "\n".join([*lines, f"try      train.py ... {told['recommended']}"])
+    return ", ".join(filter(None, parts))

@@ -1,23 +1,20 @@
-"""`ditx info [MODEL]`: what a network costs, from its configuration alone; `--paper` sets all of Table 4 beside it."""
+"""`ditx info [MODEL]`: costs of a network, from its configuration only; `--paper` compares with the paper's Table 4."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import tyro
 
-from ditx import costs
-from ditx.memory import step_memory
+from ditx import cli, costs
 from ditx.nn.dit import DIT_CONFIGS, BlockName, DiTConfig
 from ditx.parallel.mesh import MeshConfig
 from ditx.training.step import Remat
 from ditx.weights import pretrained
 
-# Table 4 of Peebles and Xie 2022: what was printed for each network (block, side of the latent, G multiply-adds,
-# millions of parameters).
+# Table 4 of Peebles and Xie 2022 as printed: network, block, side of the latent, Gflops (multiply-adds), millions of
+# parameters.
 TABLE_4: list[tuple[str, BlockName, int, float, int]] = [
     ("DiT-S/8", "adaln-zero", 32, 0.36, 33),
     ("DiT-S/4", "adaln-zero", 32, 1.41, 33),
@@ -38,22 +35,9 @@ TABLE_4: list[tuple[str, BlockName, int, float, int]] = [
 ]
 
 
-DEVICE = {
-    "weights": "weights",
-    "ema": "ema",
-    "moments": "moments",
-    "batch": "batch",
-    "gradients": "gradients",
-    "activations": "kept for the backward pass",
-    "working_room": "working room",
-    "copies": "copies, which CPUs make",
-    "total": "in all, at the peak",
-}
-
-
 @dataclass(frozen=True)
 class Config:
-    """Which network, and how it is trained. Flags change single fields of the network."""
+    """The network and its training step. Flags change single fields of the network."""
 
     source: tyro.conf.Positional[str] = "DiT-XL/2"
     """a published network (DiT-S/8 to DiT-XL/2), the folder of a run, or a file of weights"""
@@ -61,33 +45,30 @@ class Config:
     batch_size: int = 256
     """images a training step, over all devices"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """what the network computes in"""
-    unroll: int = 1
-    """blocks compiled in a row"""
+    """compute dtype"""
     remat: Remat = "none"
-    """what the backward pass recomputes: none; all but the products with weights (dots); whole blocks (full)"""
+    """backward pass recomputes: nothing, all but matmuls (dots), blocks (full)"""
     accumulate: int = 1
-    """parts of a batch that follow each other within one step"""
+    """parts of a batch computed in turn"""
     power_emas: int = 0
-    """averages by power profiles: as many as --ema-lengths, with train.py's --ema-every"""
+    """power-function EMAs, one for each of train.py's --ema-lengths"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """devices, which need not be at hand; without --mesh.data, there is one copy of the weights"""
+    """devices, which need not exist; one copy of the weights without --mesh.data"""
     paper: bool = False
-    """print the paper's Table 4 beside our counts instead"""
+    """print the paper's Table 4 beside our counts"""
     json: bool = False
-    """print JSON, for programs"""
+    """print JSON"""
 
 
 def main(argv: list[str]) -> int:
-    """Print what was asked for; returns the exit code."""
-    prog, description = "ditx info", "What a network costs, from its configuration alone."
+    """Print the costs; returns the exit code."""
+    prog, description = "ditx info", "Costs of a network and its training step, from the configuration only."
     source = tyro.cli(Config, args=argv, prog=prog, description=description).source
-    model = DIT_CONFIGS[source] if source in DIT_CONFIGS else _described(source)
-    # Read twice: the network named on the command line sets the defaults of the other flags.
+    model = DIT_CONFIGS[source] if source in DIT_CONFIGS else _read_config(source)
+    # Parsed twice: the network sets the defaults of the other flags.
     config = tyro.cli(Config, args=argv, prog=prog, default=Config(model=model), description=description)
-    for name, least in {"batch_size": 1, "unroll": 1, "accumulate": 1, "profiles": 0}.items():
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}")
+    cli.at_least(config, 1, "batch_size", "accumulate")
+    cli.at_least(config, 0, "power_emas")
     if config.paper:
         rows = paper()
         print(json.dumps(rows, indent=2) if config.json else _paper_table(rows))
@@ -98,35 +79,32 @@ def main(argv: list[str]) -> int:
 
 
 def info(config: Config) -> dict[str, Any]:
-    """All costs: multiply-adds of one image; FLOPs and bytes of a training step, all in all and for one device."""
-    model, batch_size = config.model, config.batch_size
-    count, mesh = costs.parameters(model), asdict(config.mesh)
-    mesh["data"] = 1 if mesh["data"] == -1 else mesh["data"]  # the rest of devices that nobody has counted
-    for name, size in mesh.items():
+    """Multiply-adds of one image; FLOPs and bytes of a training step; bytes of one device, an estimate."""
+    model, batch_size, count = config.model, config.batch_size, costs.parameters(config.model)
+    mesh = replace(config.mesh, data=1) if config.mesh.data == -1 else config.mesh  # devices are not counted
+    for name, size in asdict(mesh).items():
         if size < 1:
-            raise ValueError(f"mesh.{name} is {size}; the devices need not be at hand, so give their number, 1 or more")
-    options = {name: getattr(config, name) for name in ("unroll", "remat", "accumulate", "profiles")}
-    held = {"weights": 1, "ema": 1 + config.power_emas, "moments": 2, "gradients": 1}
-    device = step_memory(model, batch_size=batch_size, mesh=mesh, dtype=jnp.dtype(config.dtype), **options)
+            raise ValueError(f"mesh.{name} is {size}; give the number of devices, at least 1 (they need not exist)")
+    options = {name: getattr(config, name) for name in ("dtype", "remat", "accumulate", "power_emas")}
+    device = costs.step_memory(model, batch_size=batch_size, mesh=mesh, **options)
+    copies = {"weights": 1, "ema": 1 + config.power_emas, "moments": 2, "gradients": 1}
     return {
         "config": asdict(model),
         "parameters": count,
         "multiply_adds": costs.macs(model),
         "batch_size": batch_size,
         "training_step_flops": costs.training_step(model, batch_size),
-        "bytes": {name: 4 * count * copies for name, copies in held.items()},
-        "mesh": mesh,
-        "dtype": config.dtype,
+        "bytes": {name: 4 * count * number for name, number in copies.items()},
+        "mesh": asdict(mesh),
         **options,
-        "backend": jax.default_backend(),
         "device_bytes": device | {"total": sum(device.values())},
     }
 
 
 def paper() -> list[dict[str, Any]]:
-    """Table 4 of the paper, row by row, with our counts and how far the printed ones are from them."""
+    """Rows of the paper's Table 4 with our counts and their deviation."""
     rows = []
-    for name, block, side, printed_gmacs, printed_millions in TABLE_4:
+    for name, block, side, gflops, millions in TABLE_4:
         model = replace(DIT_CONFIGS[name], block=block, input_size=side)
         gmacs, count = costs.macs(model) / 1e9, costs.parameters(model)
         rows.append(
@@ -134,43 +112,41 @@ def paper() -> list[dict[str, Any]]:
                 "model": name,
                 "block": block,
                 "image_size": 8 * side,
-                "paper_gflops": printed_gmacs,
+                "paper_gflops": gflops,
                 "gigamacs": gmacs,
-                "deviation": gmacs / printed_gmacs - 1,
-                "paper_millions": printed_millions,
+                "deviation": gmacs / gflops - 1,
+                "paper_millions": millions,
                 "parameters": count,
-                "parameters_agree": round(count / 1e6) == printed_millions,
+                "parameters_agree": round(count / 1e6) == millions,
             }
         )
     return rows
 
 
-def _described(source: str) -> DiTConfig:
+def _read_config(source: str) -> DiTConfig:
     if not Path(source).exists():
-        raise ValueError(f"there is no network {source!r}; give {', '.join(DIT_CONFIGS)}, a run, or a file of weights")
+        raise ValueError(f"unknown network {source!r}; give {', '.join(DIT_CONFIGS)}, a run, or a file of weights")
     return pretrained.describe(Path(source)).model
 
 
 def _table(source: str, config: Config, figures: dict[str, Any]) -> str:
-    model, held, device = config.model, figures["bytes"], figures["device_bytes"]
+    model = config.model
     mesh = " x ".join(f"{name} {size}" for name, size in figures["mesh"].items())
-    macs, step_flops = _scaled(figures["multiply_adds"]), _scaled(figures["training_step_flops"])
-    changed = "" if DIT_CONFIGS.get(source) == model else ", with other fields" if source in DIT_CONFIGS else ""
-    return "\n".join(
-        [
-            f"{source}{changed}: {model.block}, {model.depth} blocks of width {model.hidden_size},"
-            f" {model.num_heads} heads, {model.num_tokens} tokens of {model.input_size}x{model.input_size}"
-            f"x{model.in_channels}",
-            f"parameters                   {figures['parameters']:>14,}",
-            f"multiply-adds, one image     {macs:>14}  (the paper's Gflops)",
-            f"a training step of {config.batch_size:<10,}{step_flops:>14}FLOP  (6 a multiply-add)",
-            "held all through, float32",
-            *(f"  {name:<27}{_binary(held[name]):>14}" for name in ("weights", "ema", "moments")),
-            f"one device of {mesh}, on {figures['backend']}, with {config.dtype}, remat {config.remat},"
-            f" accumulate {config.accumulate}, unroll {config.unroll}",
-            *(f"  {text:<27}{_binary(device[name]):>14}" for name, text in DEVICE.items() if device[name]),
-        ]
-    )
+    macs, flops = _scaled(figures["multiply_adds"]), _scaled(figures["training_step_flops"])
+    changed = ", changed by flags" if DIT_CONFIGS.get(source, model) != model else ""
+    lines = [
+        f"{source}{changed}: {model.block}, {model.depth} blocks of width {model.hidden_size}, {model.num_heads} heads,"
+        f" {model.num_tokens} tokens of {model.input_size}x{model.input_size}x{model.in_channels}",
+        f"parameters                   {figures['parameters']:>14,}",
+        f"multiply-adds of an image    {macs:>14}  (the paper's Gflops)",
+        f"training step, batch {config.batch_size:<8,}{flops:>14}FLOP  (6 for each multiply-add)",
+        "memory of all devices, float32, one copy",
+        *(f"  {name:<27}{_binary(figures['bytes'][name]):>14}" for name in ("weights", "ema", "moments")),
+        f"memory of one device in a training step, an estimate: {mesh}, {config.dtype}, remat {config.remat},"
+        f" accumulate {config.accumulate}",
+        *(f"  {name.replace('_', ' '):<27}{_binary(size):>14}" for name, size in figures["device_bytes"].items()),
+    ]
+    return "\n".join(lines)
 
 
 def _scaled(count: int) -> str:
@@ -194,6 +170,6 @@ def _paper_table(rows: list[dict[str, Any]]) -> str:
         )
     agree = sum(row["parameters_agree"] for row in rows)
     lines.append(
-        f"Gflops in the paper are multiply-adds of one forward pass; parameters agree in {agree} of {len(rows)}."
+        f"The paper's Gflops are multiply-adds of one forward pass; parameters agree in {agree} of {len(rows)}."
     )
     return "\n".join(lines)

@@ -2,30 +2,33 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import signal
+import sys
 import time
 
+import matplotlib.figure
 import numpy as np
 import PIL.Image
 import pytest
 import scripts
 
-from ditx import plots
 from ditx.commands import study
 from ditx.data.sources import digits
 from ditx.training import checkpoint
 
+CORRELATION = "correlation_of_fid_with_log_gflops"
 TINY = dataclasses.replace(
     study.GRIDS["digits"],
-    flags=("--batch-size", "8", "--log-every", "2", "--model.num-heads", "2", "--model.depth", "1"),
+    flags="--batch-size 8 --log-every 2 --model.num-heads 2 --model.depth 1",
     networks={
-        "A/14": ("--model.hidden-size", "16", "--model.patch-size", "14"),
-        "A/14 adaln": ("--model.hidden-size", "16", "--model.patch-size", "14", "--model.block", "adaln"),
+        "A/14": "--model.hidden-size 16 --model.patch-size 14",
+        "A/14 adaln": "--model.hidden-size 16 --model.patch-size 14 --model.block adaln",
     },
     steps=4,
     every=2,
-    num=8,
+    num_samples=8,
     sampling_steps=(2, 1),
 )
 
@@ -39,15 +42,15 @@ def reference(tmp_path_factory):
 def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_path, monkeypatch, reference):
     monkeypatch.setitem(study.GRIDS, "digits", TINY)
     flags = ["digits", "--out", tmp_path, "--reference", reference]
-    code, said = run.ditx("study", *flags, "--only", "A/14")
-    assert code == 0 and "| A/14 | adaln-zero |" in said, said
-    _, said = run.ditx("study", *flags, "--list")
-    assert said == "A/14 step 4 of 4, 3 of 3 evaluations A/14 adaln step 0 of 4, 0 of 3 evaluations"
+    code, output = run.ditx("study", *flags, "--only", "A/14")
+    assert code == 0 and "| A/14 | adaln-zero |" in output, output
+    _, output = run.ditx("study", *flags, "--list")
+    assert output == "A/14 step 4 of 4, 3 of 3 evaluations A/14 adaln step 0 of 4, 0 of 3 evaluations"
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/A-14/**/*.json*")}
     assert checkpoint.steps(tmp_path / "runs" / "A-14" / "checkpoints") == [2, 4]
 
-    code, said = run.ditx("study", *flags)
-    assert code == 0, said
+    code, output = run.ditx("study", *flags)
+    assert code == 0, output
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/A-14/**/*.json*")}
     table = json.loads((tmp_path / "table.json").read_text())
     found = [(row["network"], row["step"], row["sampling_steps"]) for row in table["rows"]]
@@ -71,10 +74,10 @@ def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_p
     assert run.ditx("evaluate", tmp_path / "runs" / "A-14", reference, *other)[0] == 0
     assert run.ditx("study", *flags)[0] == 0 and table == json.loads((tmp_path / "table.json").read_text())
 
-    code, said = run.ditx("study", *flags, "--", "--batch-size", 0)
-    assert code == 2 and "train.py ended with 2 for A/14, for the reason above" in said, said
-    code, said = run.ditx("study", *flags, "--steps", 2)
-    assert code == 2 and "is a run of 4 steps, with a learning rate that falls over them, and not of 2" in said, said
+    code, output = run.ditx("study", *flags, "--", "--batch-size", 0)
+    assert code == 2 and "train.py failed for A/14 with exit code 2; see above" in output, output
+    code, output = run.ditx("study", *flags, "--steps", 2)
+    assert code == 2 and "is a run of 4 steps with a decaying learning rate, not of 2 steps" in output, output
 
 
 def test_told_to_stop_it_ends_with_a_checkpoint_of_the_network_in_training_and_goes_on_from_there(reference, tmp_path):
@@ -85,8 +88,8 @@ def test_told_to_stop_it_ends_with_a_checkpoint_of_the_network_in_training_and_g
         assert started.poll() is None, started.communicate()
         time.sleep(0.05)
     started.send_signal(signal.SIGTERM)
-    code, said = scripts.finish(started)
-    assert code == 143 and "stopped; the same command goes on from there" in said and "Traceback" not in said, said
+    code, output = scripts.finish(started)
+    assert code == 143 and "stopped; run the same command to resume" in output and "Traceback" not in output, output
     (saved,) = checkpoint.steps(metrics.parent / "checkpoints")
     assert 0 < saved < 3000 and saved == json.loads(metrics.read_text().splitlines()[-1])["step"]
     started = scripts.start(*command)
@@ -107,25 +110,38 @@ def test_the_correlation_is_that_with_the_logarithm():
 
 
 def test_grids_are_what_their_names_say(run):
-    _, said = run.ditx("study", "sizes", "--list")
-    assert said.count("step 0 of") == 6 and said.startswith("S/8") and "B/2" in said
+    _, output = run.ditx("study", "sizes", "--list")
+    assert output.count("step 0 of") == 6 and output.startswith("S/8") and "B/2" in output
     assert len(study.GRIDS["blocks"].networks) == 4
 
 
 def test_mistakes_end_in_a_sentence(run, tmp_path, monkeypatch):
     for arguments, sentence in [
-        (["sizes"], "sizes is of CIFAR-10; say where it lies with --data-path"),
-        (["digits", "--only", "XL/2"], "there is no network 'XL/2' in digits; choose T/14, "),
+        (["sizes"], "sizes trains on CIFAR-10; give its path with --data-path"),
+        (["digits", "--only", "XL/2"], "unknown network 'XL/2' of digits; choose from T/14, "),
         (["digits", "--every", "-1"], "every is -1; it must be at least 1"),
     ]:
-        code, said = run.ditx("study", *arguments, "--out", tmp_path / "out")
-        assert code == 2 and sentence in said and not (tmp_path / "out").exists(), said
+        code, output = run.ditx("study", *arguments, "--out", tmp_path / "out")
+        assert code == 2 and sentence in output and not (tmp_path / "out").exists(), output
     monkeypatch.setattr(study.ditx, "__file__", str(tmp_path / "site-packages" / "ditx" / "__init__.py"))
-    code, said = run.ditx("study", "digits", "--out", tmp_path / "out")
-    assert code == 2 and "train.py is not there; a study runs train.py, which a clone of the repository has" in said
+    code, output = run.ditx("study", "digits", "--out", tmp_path / "out")
+    assert code == 2 and "train.py does not exist; a study runs train.py, so clone the repository for it" in output
 
 
-def test_without_matplotlib_plots_are_said_to_need_it(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+def test_labels_of_plots_do_not_overlap(tmp_path, monkeypatch):
+    fields = {"step": 4, "sampling_steps": 2, "training_flops": 1.0, "parameters": 5, "block": "adaln-zero"}
+    rows = [{"network": f"A/{n}", "gflops": 1.0 + n % 2 / 10, "fid": 9.0 + n // 4 / 10, **fields} for n in range(12)]
+    figures, save = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, path: (figures.append(f), save(f, path)))
+    study.write_plots(tmp_path, {"rows": rows, "steps": 4, "sampling_steps": 2, CORRELATION: None})
+    texts = figures[0].axes[0].texts
+    boxes = [text.get_window_extent() for text in texts]
+    assert [text.get_text() for text in texts] == [row["network"] for row in rows]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_plots_need_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    rows = [{"network": "A/2", "block": "adaln-zero", "step": 1, "sampling_steps": 1, "gflops": 1, "fid": 1}]
     with pytest.raises(ModuleNotFoundError):
-        plots.write(tmp_path, {"rows": [], "sampling_steps": 1, "steps": 1, "correlation_of_fid_with_log_gflops": None})
+        study.write_plots(tmp_path, {"rows": rows, "sampling_steps": 1, "steps": 1, CORRELATION: None})
