@@ -1,7 +1,8 @@
-"""How the README's figures on digits are read: `uv run python tests/nearest_digits.py SAMPLES.npz`.
+"""Share of sampled digits that a nearest-neighbour classifier reads as their label.
 
-Samples are those of `sample.py --npz`. The classifier takes the majority of the 3 nearest training digits, by Euclidean
-distance over pixels of 0 to 255; the training digits themselves are read with each one held out.
+`uv run python tests/nearest_digits.py SAMPLES.npz`, with a file of `sample.py --npz`. The classifier takes the majority
+of the 3 nearest training digits, by Euclidean distance over pixels of 0 to 255. For comparison it reads the training
+digits, each held out in turn.
 """
 
 import sys
@@ -12,7 +13,7 @@ from ditx.data.sources import digits
 
 
 def read(images, train, labels, *, held_out=False):
-    """The label that the 3 nearest training digits give each image, and the distance to the first of them."""
+    """Majority label of the 3 nearest training digits of each image, and the distance to the nearest."""
     squares = (images**2).sum(1)[:, None] + (train**2).sum(1) - 2 * images @ train.T
     distances = np.sqrt(np.maximum(squares, 0))
     if held_out:
@@ -29,7 +30,10 @@ def report(name, predicted, labels, distances):
 if __name__ == "__main__":
     train, labels = digits().images.reshape(5000, -1).astype(np.float32), digits().labels.astype(int)
     with np.load(sys.argv[1]) as file:
-        samples, wanted = file["arr_0"].reshape(len(file["labels"]), -1).astype(np.float32), file["labels"]
-    for name, images, given, held_out in (("samples", samples, wanted, False), ("digits", train, labels, True)):
+        samples, sample_labels = file["arr_0"].reshape(len(file["labels"]), -1).astype(np.float32), file["labels"]
+    for name, images, image_labels, held_out in (
+        ("samples", samples, sample_labels, False),
+        ("digits", train, labels, True),
+    ):
         predicted, distances = read(images, train, labels, held_out=held_out)
-        report(name, predicted, given, distances)
+        report(name, predicted, image_labels, distances)

@@ -18,10 +18,10 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 @given(images(), images(), st.floats(0, 1))
 @x64
 def test_path_is_straight_from_data_to_noise(x0, noise, s):
-    here = flow.noise_level(jnp.asarray(s))
-    close(add_noise(here, jnp.asarray(x0), jnp.asarray(noise)), x0 + s * (noise - x0))
-    close(here.time, 1000 * s)
-    close(to_target("velocity", jnp.asarray(x0), jnp.asarray(noise), here), noise - x0)
+    level = flow.noise_level(jnp.asarray(s))
+    close(add_noise(level, jnp.asarray(x0), jnp.asarray(noise)), x0 + s * (noise - x0))
+    close(level.time, 1000 * s)
+    close(to_target("velocity", jnp.asarray(x0), jnp.asarray(noise), level), noise - x0)
 
 
 @given(images(), images(), images(), st.floats(0, 1))
@@ -41,7 +41,7 @@ def test_loss_is_the_squared_error_of_the_velocity(x0, noise, error, s):
     close(losses["loss"], np.square(error).mean())
 
 
-def test_logit_normal_is_normal_behind_the_sigmoid():
+def test_logit_of_logit_normal_times_is_normal():
     keys = jax.random.split(jax.random.key(0), 20_000)
     draw = jax.jit(jax.vmap(lambda key: flow.logit_normal(0.5, 2.0, key=key)))
     s = np.asarray(draw(keys), np.float64)
@@ -53,7 +53,7 @@ def test_logit_normal_is_normal_behind_the_sigmoid():
 
 @given(images(), images(), images(), st.floats(0, 1))
 @x64
-def test_loss_of_the_data_is_that_of_the_velocity_it_means_up_to_the_floor(x0, noise, error, s):
+def test_loss_of_a_data_prediction_is_the_error_of_the_implied_velocity_down_to_the_floor(x0, noise, error, s):
     loss = functools.partial(
         flow.training_loss, lambda x, t: jnp.asarray(x0 + error), jnp.asarray(x0), jnp.asarray(s), jnp.asarray(noise)
     )
@@ -63,7 +63,7 @@ def test_loss_of_the_data_is_that_of_the_velocity_it_means_up_to_the_floor(x0, n
 
 @given(images(), images(), images(), st.floats(0, 1))
 @x64
-def test_variance_channels_stay_out_of_the_loss(x0, noise, error, s):
+def test_loss_ignores_variance_channels(x0, noise, error, s):
     def predict(x, t):
         return jnp.concatenate([jnp.asarray(noise - x0 + error), 1e6 * x], -1)
 
@@ -73,7 +73,7 @@ def test_variance_channels_stay_out_of_the_loss(x0, noise, error, s):
 
 @given(st.floats(0.01, 0.99), st.floats(0.1, 10))
 @x64
-def test_a_shift_multiplies_the_ratio_of_noise(s, shift):
+def test_shift_multiplies_sigma_over_alpha(s, shift):
     moved = flow.shifted(jnp.asarray(s), shift)
     close(moved / (1 - moved), shift * s / (1 - s))
     close(flow.shifted(moved, 1 / shift), s)
@@ -92,7 +92,7 @@ def test_grid_runs_from_noise_to_data_in_equal_steps(steps):
     assert (grid.path, grid.prediction) == ("linear", "velocity")
 
 
-def test_grid_may_be_shifted():
+def test_shifted_grid_and_grid_of_eps():
     grid = flow.uniform_grid(4, shift=3.0, prediction="x0")
     np.testing.assert_allclose(grid.sigma, [0.5, 0.75, 0.9, 1], rtol=1e-12)
     np.testing.assert_allclose(grid.time, 1000 * grid.sigma, rtol=1e-12)

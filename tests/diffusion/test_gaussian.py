@@ -71,20 +71,20 @@ def test_prior_equals_the_reference():
 
 @given(steps(), images(), images())
 @x64
-def test_noising_is_undone_by_the_true_prediction_with_or_without_variance(step, x0, noise):
+def test_true_prediction_recovers_data_and_noise_with_and_without_variance(step, x0, noise):
     schedule, i = step
     x0, noise = jnp.asarray(x0), jnp.asarray(noise)
     x = q_sample(schedule, x0, i, noise)
     for kind, target in [("eps", noise), ("x0", x0)]:
         other = dataclasses.replace(schedule, prediction=kind)
         for output in (target, jnp.concatenate([target, x], -1)):
-            for found, true in zip(predict_x0_eps(other, lambda x, t, o=output: o, x, i), (x0, noise), strict=True):
-                close(found, true)
+            for actual, true in zip(predict_x0_eps(other, lambda x, t, o=output: o, x, i), (x0, noise), strict=True):
+                close(actual, true)
 
 
 @given(steps(), images(), images())
 @x64
-def test_noised_data_has_its_mean_and_deviation(step, x0, noise):
+def test_noised_data_has_the_mean_and_standard_deviation_of_the_betas(step, x0, noise):
     schedule, i = step
     signal = np.prod(1 - schedule.beta[: i + 1])
     x = q_sample(schedule, jnp.asarray(x0), i, jnp.asarray(noise))
@@ -112,7 +112,7 @@ def test_first_posterior_is_the_data(step, x0, x):
 
 @given(steps(), images(SIDES), images())
 @x64
-def test_variance_lies_between_its_bounds_and_beyond_them_unclamped(step, output, x):
+def test_variance_interpolates_its_bounds_and_is_not_clamped(step, output, x):
     schedule, i = step
     lower, upper = schedule.posterior_log_variance[i], schedule.log_beta[i]
     for v, expected in [(-1, lower), (1, upper), (0, (lower + upper) / 2), (3, 2 * upper - lower)]:
@@ -122,7 +122,7 @@ def test_variance_lies_between_its_bounds_and_beyond_them_unclamped(step, output
 
 @given(steps(), images(SIDES), images())
 @x64
-def test_mean_is_that_of_the_posterior_at_the_predicted_data(step, output, x):
+def test_mean_is_the_posterior_mean_at_the_predicted_data(step, output, x):
     schedule, i = step
     output, x = jnp.asarray(output), jnp.asarray(x)
     result = p_mean_variance(schedule, output, x, i)
@@ -137,7 +137,7 @@ def test_mean_is_that_of_the_posterior_at_the_predicted_data(step, output, x):
 @settings(max_examples=10)
 @given(steps(), images(SIDES, bound=2), images(), images())
 @x64
-def test_bound_trains_the_variance_alone_and_the_error_the_noise_alone(step, output, x0, noise):
+def test_bound_trains_only_the_variance_and_mse_only_the_noise(step, output, x0, noise):
     schedule, i = step
 
     @jax.jacrev
@@ -184,7 +184,7 @@ def test_likelihoods_of_all_bins_sum_to_one(mean, log_std):
 
 
 @x64
-def test_likelihood_is_near_that_of_a_normal_distribution():
+def test_likelihood_is_near_the_normal_distribution():
     x = jnp.linspace(-1, 1, 256).reshape(16, 16, 1)
     for mean, std in [(0.1, 0.3), (-0.9, 0.05), (0.0, 0.004)]:
         probability = np.exp(discretized_log_likelihood(x, jnp.full_like(x, mean), jnp.full_like(x, math.log(std))))
@@ -197,14 +197,14 @@ def test_likelihood_is_near_that_of_a_normal_distribution():
 
 @given(images(), images(), images(bound=2), images(bound=2))
 @x64
-def test_divergence_is_not_negative_and_zero_of_equals(mean1, mean2, log1, log2):
+def test_kl_divergence_is_not_negative_and_zero_for_equal_gaussians(mean1, mean2, log1, log2):
     kl = functools.partial(normal_kl, jnp.asarray(mean1), jnp.asarray(log1))
     assert np.all(kl(jnp.asarray(mean2), jnp.asarray(log2)) >= -1e-12)
     close(kl(jnp.asarray(mean1), jnp.asarray(log1)), 0)
 
 
 def test_zero_output_on_unit_data_costs_1_016():
-    """What a new network's loss must read, averaged over time."""
+    """The first loss of a new network, averaged over time."""
 
     @jax.jit
     @jax.vmap
@@ -221,7 +221,7 @@ def test_zero_output_on_unit_data_costs_1_016():
 
 @given(steps(), images(), images())
 @x64
-def test_network_is_fed_noised_data_at_the_time_of_training(step, x0, noise):
+def test_network_reads_noised_data_at_the_training_time(step, x0, noise):
     schedule, i = step
     seen = []
 
@@ -241,7 +241,7 @@ def test_network_is_fed_noised_data_at_the_time_of_training(step, x0, noise):
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
 @given(step=steps(), output=images(SIDES, bound=2), x0=images(), noise=images())
 @x64
-def test_other_predictions_are_held_to_their_target_and_weighted_as_errors_of_the_noise(kind, step, output, x0, noise):
+def test_other_predictions_train_on_their_target_and_weights_apply_to_the_noise_error(kind, step, output, x0, noise):
     schedule, i = step
     schedule = dataclasses.replace(schedule, prediction=kind)
     a, b = schedule.alpha[i], schedule.sigma[i]
@@ -261,7 +261,7 @@ def test_other_predictions_are_held_to_their_target_and_weighted_as_errors_of_th
 
 @given(images())
 @x64
-def test_prior_is_the_divergence_of_the_last_state_from_noise(x0):
+def test_prior_is_the_kl_divergence_of_the_last_state_from_noise(x0):
     signal = FULL.alpha_bar[-1]
     variance = 1 - signal
     nats = 0.5 * (variance + signal * x0**2 - 1 - np.log(variance))
@@ -274,7 +274,7 @@ def test_output_of_odd_channels_is_refused(channels):
         p_mean_variance(FULL, jnp.zeros((4, 4, channels)), jnp.zeros((4, 4, 2)), 5)
 
 
-def test_formulas_mix_no_types():
+def test_formulas_keep_their_dtype():
     x, i = jax.ShapeDtypeStruct((2, 2, 1), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     schedule = ditx.respace(FULL, "10")
     with jax.numpy_dtype_promotion("strict"):

@@ -34,7 +34,7 @@ def guided(*, y=2, predict=labelled, null_label=NULL, **options):
 
 @given(st.floats(-2, 9), st.integers(0, NULL))
 @x64
-def test_noise_moves_away_from_the_unlabelled_and_variance_never(scale, y):
+def test_guidance_moves_the_noise_and_never_the_variance(scale, y):
     output = guided(y=y, scale=scale)
     close(output[..., :4], at(NULL)[..., :4] + scale * (at(y) - at(NULL))[..., :4])
     close(output[..., 4:], at(y)[..., 4:])
@@ -64,14 +64,14 @@ def test_scale_0_is_the_unlabelled_noise():
 
 
 @x64
-def test_three_channels_may_be_guided_as_in_the_released_code():
+def test_guidance_of_the_first_three_channels_as_in_the_released_code():
     output = guided(scale=4.0, channels=3)
     close(output[..., :3], guided(scale=4.0)[..., :3])
     close(output[..., 3:], at(2)[..., 3:])
 
 
 @x64
-def test_network_without_variance_is_guided_whole():
+def test_network_without_variance_is_guided_on_all_channels():
     def noise_only(x, t, y):
         return x * y
 
@@ -105,7 +105,7 @@ def test_a_traced_scale_is_compiled_once():
 
 @given(st.floats(-2, 9), st.sampled_from([None, 3]))
 @x64
-def test_any_weaker_predictor_guides_alike(scale, channels):
+def test_guide_with_the_unlabelled_network_is_classifier_free_guidance(scale, channels):
     predict = guide(lambda x, t: labelled(x, t, 2), lambda x, t: labelled(x, t, NULL), scale=scale, channels=channels)
     close(predict(jnp.asarray(X), jnp.asarray(T)), guided(scale=scale, channels=channels))
 
@@ -122,7 +122,7 @@ def test_guidance_is_limited_to_its_interval(interval, inside):
     close(guided(scale=3.0, interval=interval), guided(scale=3.0) if inside else at(2))
 
 
-def test_outside_the_interval_the_weaker_network_is_not_run_even_in_a_batch():
+def test_weaker_network_is_not_run_outside_the_interval_even_in_a_batch():
     """Under vmap a condition turns into a selection between two results unless it is the same for the whole batch."""
     calls = []
 
@@ -143,7 +143,7 @@ def test_outside_the_interval_the_weaker_network_is_not_run_even_in_a_batch():
     assert sorted(set(calls)) == [300, 500, 700]
 
 
-def test_a_guided_sampler_of_a_batch_compiles_to_a_branch():
+def test_guided_sampler_of_a_batch_compiles_to_a_branch():
     config = ditx.DiTConfig(4, 2, 1, 8, 1, 1, num_classes=2)
 
     def draw(model, x, y):

@@ -24,25 +24,25 @@ def log_normal(x, mean, variance):
 
 @pytest.mark.parametrize("base", [FULL, ditx.cosine_schedule(prediction="v"), flow.uniform_grid(1000, prediction="x0")])
 @x64
-def test_density_of_gaussian_data_is_reached_with_order_2(base):
+def test_ode_density_of_gaussian_data_converges_with_order_2(base):
     x = jnp.asarray(np.random.default_rng(0).normal(MEAN, 2 * STD, (2, 3, 1)))
-    probes = jnp.ones((1, *x.shape))  # Exact, where the network sees each pixel alone.
+    probes = jnp.ones((1, *x.shape))  # exact, because the network treats each pixel separately
     errors = []
     for count in (64, 128):
         grid = ditx.sampling_grid(base, count, "log-snr")
-        found = jax.jit(functools.partial(ode_log_density, grid, oracle(grid)))(x, probes)
+        actual = jax.jit(functools.partial(ode_log_density, grid, oracle(grid)))(x, probes)
         # The flow is affine: it keeps distances from the mean in deviations.
         (mean0, variance0), (mean1, variance1) = marginal(grid, 0), marginal(grid)
         slope = math.sqrt(variance1 / variance0)
         exact = log_normal(mean1 + slope * (x - mean0), 0, 1) + x.size * math.log(slope)
-        errors.append(found - exact)
+        errors.append(actual - exact)
     assert np.log2(np.abs(errors[0] / errors[1])) == pytest.approx(2, abs=0.1)
     assert abs(errors[1]) < 0.01
 
 
 @x64
 def test_divergence_is_the_mean_over_probes():
-    """Over all signs, Hutchinson's estimate is the trace itself, and each alone is not, where pixels mix."""
+    """Averaged over all signs, Hutchinson's estimate is the trace. Single signs differ if pixels mix."""
     grid, mix = ditx.respace(FULL, [100, 600]), jnp.asarray(np.random.default_rng(0).standard_normal((3, 3)))
     x = jnp.asarray([0.3, -0.2, 0.9]).reshape(3, 1, 1)
 
@@ -71,7 +71,7 @@ def draws():
     return jnp.asarray(np.random.default_rng(0).normal(MEAN, STD, (4000, 1, 1)), jnp.float32)
 
 
-def test_both_bounds_are_the_entropy_of_gaussian_data():
+def test_both_bounds_equal_the_entropy_of_gaussian_data():
     x0 = jnp.where(jnp.abs(draws()) < 1, draws(), MEAN)
     nats = -log_normal(np.asarray(x0, np.float64), MEAN, STD**2) / x0.size
     exact = nats / math.log(2) + math.log2(255 / 2)
@@ -94,10 +94,10 @@ def test_variational_bound_is_the_sum_of_its_terms_and_the_prior():
     schedule = ditx.respace(FULL, "10")
     x0, key = draws()[:6].astype(jnp.float64), jax.random.key(3)
     predict = oracle(schedule, variance=True)
-    found = variational_bpd(schedule, predict, x0, key=key)
+    actual = variational_bpd(schedule, predict, x0, key=key)
     for i in range(10):
         x = q_sample(schedule, x0, i, jax.random.normal(jax.random.fold_in(key, i), x0.shape, x0.dtype))
         expected = variational_bound(schedule, predict(x, jnp.asarray(schedule.time[i])), x0, x, i)
-        np.testing.assert_allclose(found["terms"][i], expected, rtol=1e-8)
-    np.testing.assert_allclose(found["prior"], prior_bpd(schedule, x0), rtol=1e-12)
-    np.testing.assert_allclose(found["total"], found["terms"].sum() + found["prior"], rtol=1e-12)
+        np.testing.assert_allclose(actual["terms"][i], expected, rtol=1e-8)
+    np.testing.assert_allclose(actual["prior"], prior_bpd(schedule, x0), rtol=1e-12)
+    np.testing.assert_allclose(actual["total"], actual["terms"].sum() + actual["prior"], rtol=1e-12)

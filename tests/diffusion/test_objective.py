@@ -29,10 +29,10 @@ CONFIGS = [
 ]
 
 
-def expected(config, here, i):
+def expected(config, level, i):
     """The loss of an output that is off by ERROR."""
-    alpha, sigma = float(here.alpha), float(here.sigma)
-    if config.is_flow:  # Errors of the velocity, by what each output says of the data at a known x.
+    alpha, sigma = float(level.alpha), float(level.sigma)
+    if config.is_flow:  # Errors of the velocity, each output's error divided by its determinant.
         divisor = {"velocity": 1, "x0": sigma, "eps": alpha, "v": alpha**2 + sigma**2}[config.prediction]
         return ERROR**2 / max(divisor, 0.05) ** 2
     snr = (alpha / sigma) ** 2
@@ -46,7 +46,7 @@ def expected(config, here, i):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @x64
-def test_a_network_is_asked_for_what_its_objective_says(config):
+def test_network_reads_and_predicts_as_the_objective_says(config):
     for seed in range(5):
         noise = jax.random.normal(jax.random.split(jax.random.key(seed))[1], X0.shape)
         seen = []
@@ -54,18 +54,18 @@ def test_a_network_is_asked_for_what_its_objective_says(config):
         def predict(x, t, noise=noise, seen=seen):
             if config.is_flow:
                 s = t / 1000
-                here, i, place = flow.noise_level(s), 0, s
+                level, i, place = flow.noise_level(s), 0, s
             else:
                 schedule = linear_schedule() if config.schedule == "linear" else cosine_schedule()
                 i = int(t)
-                here, place = noise_level(schedule, i), i / 1000
-            close(x, here.alpha * X0 + here.sigma * noise)
-            seen.append((here, i, float(place)))
-            return to_target(config.prediction, jnp.asarray(X0), noise, here) + ERROR
+                level, place = noise_level(schedule, i), i / 1000
+            close(x, level.alpha * X0 + level.sigma * noise)
+            seen.append((level, i, float(place)))
+            return to_target(config.prediction, jnp.asarray(X0), noise, level) + ERROR
 
         terms = make_objective(config)(predict, jnp.asarray(X0), jax.random.key(seed))
-        ((here, i, place),) = seen
-        close(terms["loss"], expected(config, here, i))
+        ((level, i, place),) = seen
+        close(terms["loss"], expected(config, level, i))
         by_time = np.zeros((2, BINS))
         by_time[:, int(BINS * place)] = 1, terms["loss"]
         close(terms["by_time"], by_time)
@@ -82,7 +82,7 @@ def test_flow_times_are_uniform_or_shifted_towards_the_noise():
     np.testing.assert_allclose(shares(flow_shift=3.0), np.diff(edges / (3 - 2 * edges)), atol=0.01)
 
 
-def test_grids_are_those_of_training_and_shorter_ones():
+def test_sampler_grids_are_the_training_levels_or_fewer():
     same = functools.partial(np.testing.assert_array_equal)
     same(ObjectiveConfig().sampler_grid().time, linear_schedule().time)
     same(ObjectiveConfig("cosine", "v").sampler_grid(7).alpha, respace(cosine_schedule(), 7).alpha)

@@ -18,7 +18,7 @@ KINDS = get_args(Prediction)
 
 
 def on_circle(angle):
-    """The level of a variance-preserving path at an angle, by which velocities are meant."""
+    """The level of a variance-preserving path at an angle; velocities are derivatives by the angle."""
     angle = jnp.asarray(angle)
     alpha, sigma = jnp.cos(angle), jnp.sin(angle)
     return NoiseLevel(angle, alpha, sigma, -sigma, alpha)
@@ -34,27 +34,27 @@ def draws():
 @pytest.mark.parametrize("source", KINDS)
 @given(*draws())
 @x64
-def test_every_prediction_comes_back_by_way_of_every_other(source, path, s, x, prediction):
+def test_conversion_to_any_prediction_and_back_is_the_identity(source, path, s, x, prediction):
     level, x, prediction = PATHS[path](s), jnp.asarray(x), jnp.asarray(prediction)
     for target in KINDS:
-        there = convert(prediction, x, level, source=source, target=target)
-        close(convert(there, x, level, source=target, target=source), prediction, atol=1e-9)  # divided by 0.02 twice
+        other = convert(prediction, x, level, source=source, target=target)
+        close(convert(other, x, level, source=target, target=source), prediction, atol=1e-9)  # two divisions by 0.02
 
 
 @given(*draws())
 @x64
-def test_every_prediction_tells_the_data_and_the_noise(path, s, x0, noise):
+def test_every_prediction_determines_data_and_noise(path, s, x0, noise):
     level, x0, noise = PATHS[path](s), jnp.asarray(x0), jnp.asarray(noise)
     x = add_noise(level, x0, noise)
     for kind in KINDS:
-        found = to_x0_eps(to_target(kind, x0, noise, level), kind, x, level)
-        close(found[0], x0)
-        close(found[1], noise)
+        actual = to_x0_eps(to_target(kind, x0, noise, level), kind, x, level)
+        close(actual[0], x0)
+        close(actual[1], noise)
 
 
 @given(st.floats(0.02, 0.98), images(), images())
 @x64
-def test_each_prediction_is_what_its_paper_defines(s, x0, noise):
+def test_each_prediction_has_its_papers_definition(s, x0, noise):
     x0, noise = jnp.asarray(x0), jnp.asarray(noise)
     for name, path in PATHS.items():
         level = path(s)

@@ -41,7 +41,7 @@ def toy(x, t):
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim_eta0.0", "ddim_eta0.5"])
 @pytest.mark.parametrize("steps", ["10", "50", "ddim10", "ddim50"])
-def test_recorded_noise_replays_the_references_runs(steps, name):
+def test_recorded_noise_reproduces_the_reference_runs(steps, name):
     golden = {k: hwc(v) for k, v in load("diffusion.npz").items() if k.startswith(f"sample/{steps}/")}
     schedule, prefix = ditx.respace(FULL, steps), f"sample/{steps}"
     run = jax.jit(jax.vmap(lambda x, noises: sample(STEPS[name], toy, schedule, x, noises=noises)))
@@ -55,7 +55,7 @@ def test_recorded_noise_replays_the_references_runs(steps, name):
 def test_ddpm_with_the_true_variance_is_exact_in_any_number_of_steps(steps):
     schedule = ditx.respace(FULL, steps)
     mean, variance = outcome(ddpm_step, oracle(schedule, variance=True), schedule, *marginal(schedule))
-    # Without noise at the last step, what the first state hides of the data is not drawn.
+    # The last step adds no noise, so the variance of the data given the first level is missing.
     a, b = schedule.alpha[0], schedule.sigma[0]
     close(mean, MEAN)
     close(variance, STD**2 - STD**2 * b**2 / (a**2 * STD**2 + b**2))
@@ -79,14 +79,14 @@ def test_euler_is_ddim_without_noise():
 
 @pytest.mark.parametrize("base", ["linear", "cosine", "flow"])
 @pytest.mark.parametrize("name", ALL)
-def test_samplers_reach_the_datas_mean_and_converge_to_its_variance_with_their_order(name, base):
+def test_samplers_converge_with_their_order(name, base):
     step, order = ALL[name]
     assert check_order(step, order, BASES[base]) == pytest.approx(order, abs=0.1)
 
 
 @pytest.mark.parametrize(("step", "order"), [(euler_step, 1), (heun_step, 2), (euler_maruyama_step, 1)])
 @x64
-def test_flows_converge_to_the_data_from_pure_noise_in_even_steps(step, order):
+def test_flows_converge_from_pure_noise_in_uniform_steps(step, order):
     errors = []
     for count in (32, 64):
         grid = flow.uniform_grid(count)
@@ -100,8 +100,8 @@ def test_flows_converge_to_the_data_from_pure_noise_in_even_steps(step, order):
     ("base", "kinds"), [("linear", ["eps", "v", "score", "velocity"]), ("flow", ["velocity", "v"])]
 )
 @x64
-def test_every_sampler_draws_the_same_from_every_prediction(base, kinds):
-    """The network is of one mind, and says so in different ways."""
+def test_samples_do_not_depend_on_the_prediction(base, kinds):
+    """The network computes the same function and expresses it as different predictions."""
     x, key = jax.random.normal(jax.random.key(0), (2, 2, 1)), jax.random.key(1)
     grid = ditx.respace(BASES[base], [100, 400, 700, 999])
 
@@ -110,9 +110,9 @@ def test_every_sampler_draws_the_same_from_every_prediction(base, kinds):
 
     def network(schedule):
         def predict(x, t):
-            here = noise_level(schedule, jnp.argmin(jnp.abs(jnp.asarray(schedule.time) - t)))
-            x0 = jnp.tanh(2 * x + here.sigma)
-            prediction = to_target(schedule.prediction, x0, (x - here.alpha * x0) / here.sigma, here)
+            level = noise_level(schedule, jnp.argmin(jnp.abs(jnp.asarray(schedule.time) - t)))
+            x0 = jnp.tanh(2 * x + level.sigma)
+            prediction = to_target(schedule.prediction, x0, (x - level.alpha * x0) / level.sigma, level)
             return jnp.concatenate([prediction, jnp.cos(x)], -1)
 
         return predict
@@ -121,8 +121,8 @@ def test_every_sampler_draws_the_same_from_every_prediction(base, kinds):
     expected = draws(plain, network(plain))
     for kind in kinds:
         schedule = dataclasses.replace(grid, prediction=kind)
-        for name, found, wanted in zip(ALL, draws(schedule, network(schedule)), expected, strict=True):
-            np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-8, err_msg=f"{name} {kind}")
+        for name, actual, reference in zip(ALL, draws(schedule, network(schedule)), expected, strict=True):
+            np.testing.assert_allclose(actual, reference, rtol=1e-8, atol=1e-8, err_msg=f"{name} {kind}")
 
 
 @x64
@@ -132,8 +132,8 @@ def test_dpm_solver_extrapolates_the_data_in_log_snr():
     grid = dataclasses.replace(grid, prediction="x0")
     half = grid.log_snr / 2
     for i, share in [(3, 0.0), (2, (half[1] - half[2]) / (half[2] - half[3])), (0, 0.0)]:
-        moved, found = dpm_solver_step(lambda x, t: x0, grid, x, i, x, previous)
-        close(found, x0)
+        moved, prediction = dpm_solver_step(lambda x, t: x0, grid, x, i, x, previous)
+        close(prediction, x0)
         data = x0 + share / 2 * (x0 - previous)
         if i == 0:
             close(moved, data)
@@ -143,8 +143,8 @@ def test_dpm_solver_extrapolates_the_data_in_log_snr():
 
 
 @x64
-def test_flow_samplers_are_exact_where_paths_do_not_bend():
-    """One point of data: every velocity is constant along its path."""
+def test_flow_samplers_are_exact_on_straight_paths():
+    """For a single data point every velocity is constant along its path."""
 
     def predict(x, t):
         return (x - MEAN) / (t / 1000)
@@ -175,7 +175,7 @@ def test_ddim_at_eta_0_moves_to_the_next_level_with_the_same_data_and_noise(step
 
 @given(steps(), images(), images())
 @x64
-def test_no_noise_enters_at_the_last_step(step, x, noise):
+def test_last_step_adds_no_noise(step, x, noise):
     schedule, x = step[0], jnp.asarray(x)
     for ours in STEPS.values():
         np.testing.assert_array_equal(
@@ -186,7 +186,7 @@ def test_no_noise_enters_at_the_last_step(step, x, noise):
 
 @given(steps(first=1), images(), images())
 @x64
-def test_noise_enters_every_other_step_with_its_deviation(step, x, noise):
+def test_other_steps_add_noise_with_their_standard_deviation(step, x, noise):
     schedule, i = step
     x, noise = jnp.asarray(x), jnp.asarray(noise)
     deviation = math.sqrt(schedule.posterior_variance[i])
@@ -205,7 +205,7 @@ def test_noise_enters_every_other_step_with_its_deviation(step, x, noise):
         (heun_step, flow.uniform_grid(2), [1000, 500, 500]),  # the last step is Euler's
     ],
 )
-def test_network_is_fed_the_times_of_training(step, schedule, expected):
+def test_network_reads_the_training_times(step, schedule, expected):
     seen = []
 
     def predict(x, t):
@@ -219,7 +219,7 @@ def test_network_is_fed_the_times_of_training(step, schedule, expected):
     assert seen == expected
 
 
-def test_a_batch_of_draws_equals_each_alone():
+def test_batch_of_samples_equals_single_samples():
     schedule = ditx.respace(FULL, "10")
     keys = jax.random.split(jax.random.key(3), 3)
     x = jax.vmap(lambda key: jax.random.normal(key, (4, 4, 1)))(keys)
@@ -228,13 +228,13 @@ def test_a_batch_of_draws_equals_each_alone():
     def draw(x, key):
         return sample(ddpm_step, toy, schedule, x, key=key)[0]
 
-    sync_errors = jax.jit(jax.vmap(draw))(x, keys)
+    batch = jax.jit(jax.vmap(draw))(x, keys)
     for i in range(3):
-        np.testing.assert_allclose(sync_errors[i], draw(x[i], keys[i]), rtol=1e-6, atol=1e-6)
-    assert np.abs(sync_errors[0] - sync_errors[1]).max() > 0.1
+        np.testing.assert_allclose(batch[i], draw(x[i], keys[i]), rtol=1e-6, atol=1e-6)
+    assert np.abs(batch[0] - batch[1]).max() > 0.1
 
 
-def test_fresh_noise_is_the_keys_by_index_of_step():
+def test_noise_of_a_step_comes_from_the_key_and_the_index():
     schedule, key = ditx.respace(FULL, "10"), jax.random.key(5)
     x = jax.random.normal(jax.random.key(6), (4, 4, 1))
     noises = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), x.shape) for i in reversed(range(10))])
@@ -253,6 +253,6 @@ def test_exactly_one_source_of_noise_is_required(given_both):
         sample(ddim_step, toy, FULL, x, **noise)
 
 
-def test_odd_output_is_refused_before_it_runs():
+def test_wrong_number_of_channels_is_refused_before_running():
     with pytest.raises(ValueError, match="the output has 3 channels and the input 1; give as many or twice"):
         sample(ddim_step, lambda x, t: jnp.zeros((2, 2, 3)), FULL, jnp.zeros((2, 2, 1)), key=jax.random.key(0))

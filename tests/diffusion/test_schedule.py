@@ -63,14 +63,14 @@ def test_derived_tables_agree_with_alpha_bar(schedule):
     assert schedule.posterior_log_variance[0] == schedule.posterior_log_variance[1]
 
 
-def test_noise_share_next_to_the_data_is_not_lost_in_float32():
+def test_small_noise_next_to_the_data_is_accurate_in_float32():
     # 1 - alpha_bar formed in float32 would be off by 1.7e-4.
     assert float(at(FULL.sigma, 0)) == pytest.approx(0.01, rel=1e-7)
     assert float(at(FULL.log_snr, 0)) == pytest.approx(np.log(0.9999 / 0.0001), rel=1e-7)
 
 
 @given(kept_steps())
-def test_respacing_keeps_alpha_bar_and_the_time_of_training(kept):
+def test_respacing_keeps_alpha_bar_and_time(kept):
     respaced = ditx.respace(FULL, kept)
     np.testing.assert_allclose(respaced.alpha_bar, FULL.alpha_bar[kept], rtol=1e-12)
     np.testing.assert_array_equal(respaced.time, kept)
@@ -78,7 +78,7 @@ def test_respacing_keeps_alpha_bar_and_the_time_of_training(kept):
 
 @given(schedules())
 def test_respacing_to_all_steps_changes_nothing(schedule):
-    assert_same(ditx.respace(schedule, len(schedule)), schedule, 1e-10)  # betas anew from quotients near 1
+    assert_same(ditx.respace(schedule, len(schedule)), schedule, 1e-10)  # betas are recomputed from quotients near 1
     assert_same(ditx.respace(schedule, range(len(schedule))), schedule, 1e-10)
 
 
@@ -95,7 +95,7 @@ def test_the_two_grids_of_250_steps():
 
 
 @given(st.integers(1, 1000))
-def test_a_count_keeps_so_many_steps_from_first_to_last(count):
+def test_a_count_keeps_that_many_steps_from_first_to_last(count):
     respaced = ditx.respace(FULL, count)
     assert len(respaced) == count
     assert respaced.time[0] == 0 and (count == 1 or respaced.time[-1] == 999)
@@ -145,7 +145,7 @@ COSINE = ditx.cosine_schedule()
 BASES = {"linear": FULL, "cosine": COSINE, "flow": flow.uniform_grid(1000)}
 
 
-def test_cosine_schedule_is_the_squared_cosine_but_for_the_last_step():
+def test_cosine_schedule_is_the_squared_cosine_except_at_the_last_step():
     t = np.arange(1, 1000) / 1000
     start = np.cos(0.008 / 1.008 * np.pi / 2) ** 2
     np.testing.assert_allclose(
@@ -157,16 +157,16 @@ def test_cosine_schedule_is_the_squared_cosine_but_for_the_last_step():
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_as_many_even_steps_are_the_schedule_itself(name):
-    sampling_grid = ditx.sampling_grid(BASES[name], 1000)
-    assert (sampling_grid.path, sampling_grid.prediction) == (BASES[name].path, BASES[name].prediction)
+def test_grid_of_all_steps_is_the_schedule(name):
+    grid = ditx.sampling_grid(BASES[name], 1000)
+    assert (grid.path, grid.prediction) == (BASES[name].path, BASES[name].prediction)
     for table in ("time", "alpha", "sigma", "beta"):
-        np.testing.assert_allclose(getattr(sampling_grid, table), getattr(BASES[name], table), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(getattr(grid, table), getattr(BASES[name], table), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", BASES)
 @given(st.integers(2, 60))
-def test_levels_are_spaced_as_asked_from_the_noisiest_to_the_cleanest(name, steps):
+def test_grid_levels_are_equally_spaced_from_noisiest_to_cleanest(name, steps):
     base = BASES[name]
     even, log_snr, karras = (ditx.sampling_grid(base, steps, spacing) for spacing in ("time", "log-snr", "karras"))
     data = 2 * base.time[0] - base.time[1]
@@ -175,24 +175,20 @@ def test_levels_are_spaced_as_asked_from_the_noisiest_to_the_cleanest(name, step
     np.testing.assert_allclose(log_snr.log_snr, np.linspace(*finite, steps), rtol=1e-9, atol=1e-9)
     roots = (karras.sigma / karras.alpha) ** (1 / 7)
     np.testing.assert_allclose(roots, np.linspace(*np.exp(-finite / 14), steps), rtol=1e-9)
-    for sampling_grid in (even, log_snr, karras):
-        assert len(sampling_grid) == steps
-        total = (
-            sampling_grid.alpha**2 + sampling_grid.sigma**2
-            if base.path == "vp"
-            else sampling_grid.alpha + sampling_grid.sigma
-        )
+    for grid in (even, log_snr, karras):
+        assert len(grid) == steps
+        total = grid.alpha**2 + grid.sigma**2 if base.path == "vp" else grid.alpha + grid.sigma
         np.testing.assert_allclose(total, 1, rtol=1e-12)
         # At whole times of training, and between them by log alpha (or alpha), the levels are those of training.
         kind = np.log if base.path == "vp" else np.asarray
-        between = np.interp(sampling_grid.time, base.time, kind(base.alpha))
-        inside = (sampling_grid.time >= base.time.min()) & (sampling_grid.time <= base.time.max())
-        np.testing.assert_allclose(kind(sampling_grid.alpha)[inside], between[inside], rtol=1e-8, atol=1e-12)
+        between = np.interp(grid.time, base.time, kind(base.alpha))
+        inside = (grid.time >= base.time.min()) & (grid.time <= base.time.max())
+        np.testing.assert_allclose(kind(grid.alpha)[inside], between[inside], rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("i", [3, 500, 990])
-def test_time_of_a_ratio_of_noise_is_that_of_its_level(name, i):
+def test_time_at_inverts_sigma_over_alpha(name, i):
     base = BASES[name]
     assert time_at(base, base.sigma[i] / base.alpha[i]) == pytest.approx(base.time[i], rel=1e-9)
 
@@ -203,6 +199,6 @@ def test_one_step_starts_at_the_noisiest_level():
 
 
 @pytest.mark.parametrize(("kept", "steps"), [(10, 0), (10, -2), (1, 5)])
-def test_spacing_refuses_what_has_no_levels(kept, steps):
+def test_impossible_grids_are_refused(kept, steps):
     with pytest.raises(ValueError, match=f"cannot take {steps} of {kept} levels; give at least 1 step and 2 levels"):
         ditx.sampling_grid(ditx.respace(FULL, kept), steps)

@@ -1,4 +1,4 @@
-"""The golden arrays of other programs, in our conventions; golden/README of the references names their sources."""
+"""Golden arrays of other programs, in our conventions."""
 
 import json
 import zlib
@@ -21,7 +21,7 @@ def load(name):
 
 
 def hwc(array):
-    """The references' `... c h w` as our `... h w c`."""
+    """Transpose the references' `... c h w` to our `... h w c`."""
     return np.moveaxis(array, -3, -1)
 
 
@@ -37,7 +37,7 @@ def assert_close(ours, theirs, tolerance):
 
 
 def formula(name, shape):
-    """Weights drawn from their own name."""
+    """Random weights seeded by the tensor's name."""
     state = np.random.RandomState(zlib.crc32(name.encode()))
     values = state.standard_normal(int(np.prod(shape))).reshape(shape)
     if name.endswith("running_var"):
@@ -48,7 +48,7 @@ def formula(name, shape):
 
 
 def inception_weights():
-    """The state dict of `inception_formula.npz`, larger than the formula's so that signals last through the layers."""
+    """The state dict of `inception_formula.npz`: `formula`, scaled up so that signals survive all layers."""
     state = {name: formula(name, shape) for name, shape in load("inception_state_dict_shapes.json").items()}
     for name, value in state.items():
         if value.ndim == 4:
@@ -72,7 +72,7 @@ def tiny_dit():
 
 
 def tiny_diffusers_config():
-    """The configuration of `diffusers_dit_tiny.npz`, less what `dit_from_diffusers` adds."""
+    """The configuration of `diffusers_dit_tiny.npz`; `dit_from_diffusers` sets the other fields."""
     return ditx.DiTConfig(8, 2, 4, 48, 2, 3, num_classes=10)
 
 
