@@ -293,10 +293,10 @@ def test_final_weights_write_one_pixel_and_channel_of_every_patch():
         ({"patch_size": 3}, "patch_size 3 does not divide input_size 32; choose a divisor"),
         ({"num_heads": 7}, "hidden_size 1152 is not divisible by num_heads 7; change one"),
         ({"hidden_size": 30, "num_heads": 3}, "hidden_size 30 is not divisible by 4.*; try 32"),
-        ({"label_dropout": 1.0}, "label_dropout is 1.0; it is a probability"),
-        ({"label_dropout": -0.1}, "label_dropout is -0.1; it is a probability"),
-        ({"frequency_shift": 2}, "frequency_shift is 2; it is 0"),
-        ({"mlp_ratio": 0.0}, "mlp_ratio 0.0 leaves the MLP no width"),
+        ({"label_dropout": 1.0}, "label_dropout is 1.0; give a probability"),
+        ({"label_dropout": -0.1}, "label_dropout is -0.1; give a probability"),
+        ({"frequency_shift": 2}, "frequency_shift is 2; give 0"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio 0.0 gives the MLP a width of 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(changes, message):
@@ -313,7 +313,7 @@ def test_unknown_block_is_named():
 @pytest.mark.parametrize("shape", [(8, 8, 4), (4, 8, 3), (16, 16, 3)])
 def test_input_of_another_shape_is_named(shape):
     model = new()
-    message = rf"input has shape \({shape[0]}, {shape[1]}, {shape[2]}\), the network was built for \(8, 8, 3\)"
+    message = rf"input has shape \({shape[0]}, {shape[1]}, {shape[2]}\), but the network was built for \(8, 8, 3\)"
     with pytest.raises(ValueError, match=message):
         model(jnp.zeros(shape), jnp.asarray(0), jnp.asarray(0))
 
