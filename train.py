@@ -174,11 +174,11 @@ def fit(config: Config, dataset: sources.Source, abstract: AbstractStep, hooks: 
 
 
 def finish(config: Config, hooks: Hooks, run: Run, state: TrainState, note: str) -> int:
-    """Write the curves of the loss, and the last picture if a kill has prevented it; returns the exit code."""
+    """Write the loss curve, and the last picture if a kill has prevented it; returns the exit code."""
     missing = is_main_process() and not run.picture(config.steps).exists()
     if "samples" in hooks and distributed.broadcast_from_main(missing):
         hooks["samples"][1](run, state, config.steps)
-    run.write_loss_curves()
+    run.write_loss_curve()
     print(f"done      {note}; draw samples with: sample.py {run.folder}")
     return 0
 

@@ -18,6 +18,8 @@ from ditx.files import first_line
 T = TypeVar("T")
 
 MAX_SEED = 2**32 - 1
+C = TypeVar("C")
+X = TypeVar("X")
 
 
 def run(prog: str, function: Callable[[], int], *, out_of_memory: str = "try a smaller --batch-size") -> int:
@@ -119,3 +121,18 @@ def in_new_process(function: Callable[[], T], *, killed: str, initializer: Calla
             raise
         except BrokenProcessPool as error:
             raise ValueError(killed) from error
+
+
+def parse_with_defaults(
+    config_type: type[C], argv: list[str], defaults: Callable[[C], tuple[C | None, X]], **texts: Any
+) -> tuple[C, X]:
+    """Parse twice: what the first pass names, such as a run, sets the defaults of the other flags in the second.
+
+    `defaults(first)` returns them, or None to keep the first pass, and a value to pass on. `texts` are `prog` and
+    `description`. Exits with 2 on a bad flag.
+    """
+    import tyro
+
+    first = tyro.cli(config_type, args=argv, **texts)
+    default, value = defaults(first)
+    return (first if default is None else tyro.cli(config_type, default=default, args=argv, **texts)), value

@@ -1,12 +1,13 @@
-"""Pictures for people: grids of samples and the curve of a loss."""
+"""Pictures for people: grids of samples, and the loss curve of a run."""
 
-import math
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import PIL.ImageDraw
 from einops import rearrange
 from jaxtyping import Float, UInt8
+
+_PALE_TO_DARK = ("#dbe7f2", "#b8cfe5", "#7fa6cc", "#4878a6", "#1f4e79")
 
 
 def to_picture(image: UInt8[np.ndarray, "h w c"]) -> PIL.Image.Image:
@@ -23,58 +24,31 @@ def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> PIL.Image.Image:
     return picture.resize((picture.width * factor, picture.height * factor), PIL.Image.Resampling.NEAREST)
 
 
-def loss_curve(steps: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -> PIL.Image.Image:
-    """The loss over training: each value, and their running mean over a fiftieth of the run.
+def write_loss_curve(
+    file: Path,
+    steps: Float[np.ndarray, " n"],
+    losses: Float[np.ndarray, " n"],
+    losses_by_time: Float[np.ndarray, "n bins"],
+    counts_by_time: Float[np.ndarray, "n bins"],
+) -> None:
+    """Plot the loss over training and, in five parts of the run from early (pale) to late (dark), by time.
 
-    The vertical axis is cut at the 98th percentile, since the first steps lie far above all others.
+    Times without examples have a loss of NaN and a count of 0. Raises ModuleNotFoundError without matplotlib.
     """
-    metric_sums = max(1, math.ceil(len(losses) / 50))
-    sums = np.cumsum(np.concatenate([np.zeros(1), losses]))
-    starts = np.maximum(np.arange(len(losses)) + 1 - metric_sums, 0)
-    means = (sums[1:] - sums[starts]) / (np.arange(len(losses)) + 1 - starts)
-    span = max(float(steps[-1]), 1.0) if len(steps) else 1.0
-    curves = [(losses, "#b8cfe5", 1), (means, "#1f4e79", 3)]
-    return _curves(steps, curves, span, "training loss", "training step")
+    from matplotlib.figure import Figure
 
-
-def loss_by_time(losses: Float[np.ndarray, "n bins"], counts: Float[np.ndarray, "n bins"]) -> PIL.Image.Image:
-    """The mean loss at each range of time, data first, in five parts of a run, from pale to dark."""
-    curves = []
-    for k, part in enumerate(np.array_split(np.arange(len(losses)), 5)):
-        total = np.nansum(losses[part] * counts[part], 0)
-        means = np.divide(total, counts[part].sum(0), out=np.full(len(total), np.nan), where=counts[part].sum(0) > 0)
-        curves.append((means, ("#dbe7f2", "#b8cfe5", "#7fa6cc", "#4878a6", "#1f4e79")[k], 3))
-    times = 1000 * (np.arange(losses.shape[1]) + 0.5) / losses.shape[1]
-    title = "training loss by time, early (pale) to late (dark)"
-    return _curves(times, curves, 1000.0, title, "time, from data to noise")
-
-
-def _curves(
-    across: np.ndarray, curves: list[tuple[np.ndarray, str, int]], span: float, title: str, below: str
-) -> PIL.Image.Image:
-    """Values by their places from 0 to `span`, each with colour and thickness."""
-    width, height, left, bottom, top, right = 800, 450, 70, 40, 30, 20
-    picture = PIL.Image.new("RGB", (width, height), "white")
-    draw = PIL.ImageDraw.Draw(picture)
-    sync_errors = np.concatenate([values for values, _, _ in curves])
-    finite = sync_errors[np.isfinite(sync_errors)]
-    low, high = (finite.min(), np.percentile(finite, 98)) if finite.size else (0.0, 1.0)
-    high = high if high > low else low + 1
-
-    def at(place, value):
-        x = left + (width - left - right) * place / span
-        y = height - bottom - (height - bottom - top) * (min(value, high) - low) / (high - low)
-        return x, y
-
-    for fraction in np.linspace(0, 1, 6):
-        x, y = at(fraction * span, low + fraction * (high - low))
-        draw.line([(left, y), (width - right, y)], fill="#dddddd")
-        draw.text((left - 8, y), f"{low + fraction * (high - low):.4g}", fill="black", anchor="rm")
-        draw.text((x, height - bottom + 8), f"{fraction * span:,.0f}", fill="black", anchor="mt")
-    draw.text((width / 2, height - 4), below, fill="black", anchor="mb")
-    draw.text((left, 8), title, fill="black", anchor="lt")
-    for values, colour, thickness in curves:
-        points = [at(place, value) for place, value in zip(across, values, strict=True) if np.isfinite(value)]
-        if len(points) > 1:
-            draw.line(points, fill=colour, width=thickness)
-    return picture
+    figure = Figure((10, 4), layout="constrained")
+    over_training, by_time = figure.subplots(1, 2)
+    window = max(1, len(losses) // 50)
+    over_training.plot(steps, losses, color="#b8cfe5", linewidth=1)
+    if len(losses) >= window:
+        means = np.convolve(losses, np.ones(window) / window, "valid")
+        over_training.plot(steps[window - 1 :], means, color="#1f4e79")
+    times = 1000 * (np.arange(losses_by_time.shape[1]) + 0.5) / losses_by_time.shape[1]
+    for part, color in zip(np.array_split(np.arange(len(losses)), 5), _PALE_TO_DARK, strict=True):
+        counts = counts_by_time[part].sum(0)
+        sums = np.nansum(losses_by_time[part] * counts_by_time[part], 0)
+        by_time.plot(times, np.divide(sums, counts, out=np.full(len(times), np.nan), where=counts > 0), color=color)
+    over_training.set(yscale="log", xlabel="training step", ylabel="training loss")
+    by_time.set(yscale="log", xlabel="time, from data to noise", title="early (pale) to late (dark)")
+    figure.savefig(file)

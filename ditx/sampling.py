@@ -232,11 +232,15 @@ def _to_images(x: Array, count: int) -> UInt8[np.ndarray, "n ..."]:
     return to_uint8(samples)
 
 
-def make_decode(vae: AutoencoderKL, mesh: Mesh, batch_size: int = 4) -> Decode:
+def make_decode(vae: AutoencoderKL | None, mesh: Mesh, batch_size: int = 4) -> Decode | None:
     """Compile the decoder of latents, `batch_size` of them on each device at a time; a call does not wait.
+
+    Without an autoencoder, for a network of pixels, there is none.
 
     A decoder's memory grows with its batch: about 0.4 GB for an image of 256 pixels, four times that for 512.
     """
+    if vae is None:
+        return None
     count, rows, whole = batch_size * data_parallel_size(mesh), batch_sharding(mesh), replicated(mesh)
     weights = jax.tree.map(lambda leaf: shard_host_array(leaf, whole), vae)
 

@@ -61,28 +61,48 @@ def test_images_become_latents_a_run_and_samples(run, photos, vae, tmp_path):
     described = pretrained.describe(folder)
     assert (described.vae, described.latent_scale) == (str(vae), 0.5)
     code, said = run.sample(
-        folder, "--num", 3, "--labels", "golden retriever", "1", "--npz", "--separate", "--steps", 2
+        folder, "--num-samples", 3, "--labels", "golden retriever", "1", "--npz", "--separate", "--steps", 2
     )
     assert code == 0 and "decoder" in said and "guidance 4.0 on 3 of 4 channels" in said, said
-    with np.load(folder / "drawn-000.npz") as drawn:
+    with np.load(folder / "samples-000.npz") as drawn:
         assert drawn["arr_0"].shape == (3, 16, 16, 3) and drawn["labels"].tolist() == [0, 1, 0]
-    assert (folder / "drawn-000" / "000000-golden_retriever.png").exists()
+    assert (folder / "samples-000" / "000000-golden_retriever.png").exists()
 
     weights_file = tmp_path / "exported.safetensors"
     code, said = run.ditx("convert", folder, weights_file)
     assert code == 0 and "at step 6" in said, said
-    draw = ("--vae", vae, "--num", 3, "--labels", 0, 1, "--npz", "--steps", 2, "--decode-batch", 1, "--batch", 2)
+    draw = (
+        "--vae",
+        vae,
+        "--num-samples",
+        3,
+        "--labels",
+        0,
+        1,
+        "--npz",
+        "--steps",
+        2,
+        "--decode-batch",
+        1,
+        "--batch",
+        2,
+    )
     code, said = run.sample(weights_file, *draw, "--out", tmp_path / "again.png")
     assert code == 0, said
-    with np.load(tmp_path / "again.npz") as again, np.load(folder / "drawn-000.npz") as drawn:
+    with np.load(tmp_path / "again.npz") as again, np.load(folder / "samples-000.npz") as drawn:
         assert np.abs(again["arr_0"].astype(int) - drawn["arr_0"]).max() <= 1  # of other batches
         reference = scripts.write_reference(tmp_path / "reference.npz", np.concatenate(list(drawn.values())[:1]))
 
     # What is judged are the decoded images, those of sample.py.
-    code, said = run.sample(weights_file, *draw, "--num", 8, "--guidance-scale", 1, "--out", tmp_path / "eight.png")
+    code, said = run.sample(
+        weights_file, *draw, "--num-samples", 8, "--guidance-scale", 1, "--out", tmp_path / "eight.png"
+    )
     assert code == 0, said
     fids = []
-    for source in ([tmp_path / "eight.npz"], [weights_file, "--vae", vae, "--num", 8, "--balanced", "--steps", 2]):
+    for source in (
+        [tmp_path / "eight.npz"],
+        [weights_file, "--vae", vae, "--num-samples", 8, "--balanced", "--steps", 2],
+    ):
         code, said = run.ditx("evaluate", source[0], reference, *source[1:], "--json")
         assert code == 0, said
         fids.append(json.loads(said[said.index("{") : said.rindex("}") + 1])["metrics"]["fid"])
@@ -96,12 +116,12 @@ def test_without_an_autoencoder_it_trains_and_says_that_there_are_no_pictures(ru
     assert code == 0 and "no pictures, which need --vae to decode latents" in said, said
     assert not list((folder / "samples").glob("*"))
     code, said = run.train("imagenet256-s8", *TINY, "--data-path", photos, "--run", tmp_path / "other")
-    assert code == 2 and "holds no latents; give the folder that `ditx extract` wrote" in said
+    assert code == 2 and "contains no latents; give a folder that `ditx extract` wrote" in said
     other = tmp_path / "vae"
     other.mkdir()
     config = json.loads((vae / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.25}))
     write_safetensors(other / "diffusion_pytorch_model.safetensors", weights(load("vae_tiny.npz")))
-    code, said = run.sample(folder, "--vae", other, "--num", 1)
+    code, said = run.sample(folder, "--vae", other, "--num-samples", 1)
     assert code == 2 and "scales latents by 0.25, those of the data by 0.5" in said
     assert not list(folder.glob("drawn*"))

@@ -21,8 +21,8 @@ def test_a_network_without_labels_trains_and_guides_another(finished, run, tmp_p
     code, said = run.train(*flags, "--run", tmp_path / "free")
     assert code == 0 and "5,000 images of 28x28x1, 0 classes" in said, said
     assert runs.read_config(tmp_path / "free")["class_names"] == []
-    code, said = run.sample(tmp_path / "free", "--separate", "--num", 2)
-    assert code == 0 and (tmp_path / "free" / "drawn-000" / "000001-any.png").exists(), said
+    code, said = run.sample(tmp_path / "free", "--separate", "--num-samples", 2)
+    assert code == 0 and (tmp_path / "free" / "samples-000" / "000001-any.png").exists(), said
     code, said = run.sample(tmp_path / "free", "--guidance-scale", 2)
     assert code == 2 and "the network has no labels; use 1" in said
 
@@ -30,7 +30,7 @@ def test_a_network_without_labels_trains_and_guides_another(finished, run, tmp_p
     grids = {}
     for name, guide in {"alone": "", "same": finished[0], "free": tmp_path / "free"}.items():
         scale, grid = (["--guidance-scale", 1 if name == "alone" else 3], tmp_path / f"{name}.png")
-        succeed(run, finished[0], "--num", 8, "--npz", "--guide", guide, *scale, "--out", grid)
+        succeed(run, finished[0], "--num-samples", 8, "--npz", "--guide", guide, *scale, "--out", grid)
         with np.load(grid.with_suffix(".npz")) as file:
             grids[name] = file["arr_0"].astype(int)
     assert np.abs(grids["same"] - grids["alone"]).max() <= 1 < np.abs(grids["free"] - grids["alone"]).max()
@@ -42,9 +42,9 @@ def test_a_guide_must_be_of_the_same_kind(finished):
     for other, sentence in [
         (
             replace(described, objective=ObjectiveConfig("cosine")),
-            "schedule of --guide is cosine, and of the network flow",
+            "schedule of --guide is cosine, but of the network flow",
         ),
-        (replace(described, model=replace(described.model, in_channels=3)), "in_channels of --guide is 3, and of"),
+        (replace(described, model=replace(described.model, in_channels=3)), "in_channels of --guide is 3, but of"),
         (replace(described, class_names=tuple("abcdefghij")), "the classes of --guide are not those of the network"),
     ]:
         with pytest.raises(ValueError, match=sentence):
@@ -58,7 +58,7 @@ def succeed(run, source, *flags):
 
 def test_samples_are_written_in_every_form_and_never_over_others(finished, run, tmp_path):
     out = tmp_path / "grid.png"
-    succeed(run, finished[0], "--num", 12, "--out", out, "--npz", "--separate", "--animate", "--steps", 4)
+    succeed(run, finished[0], "--num-samples", 12, "--out", out, "--npz", "--separate", "--animate", "--steps", 4)
     with np.load(tmp_path / "grid.npz") as file:
         assert file["arr_0"].shape == (12, 28, 28, 1) and file["arr_0"].dtype == np.uint8
         assert file["labels"].tolist() == [*range(10), 0, 1]
@@ -77,7 +77,7 @@ def test_samples_are_written_in_every_form_and_never_over_others(finished, run, 
 def test_sample_k_depends_on_seed_and_k_alone(finished, run, tmp_path):
     results = {}
     for name, flags in {"a": ["--batch", 8], "b": ["--batch", 24], "c": ["--seed", 1]}.items():
-        succeed(run, finished[0], "--num", 20, "--npz", "--out", tmp_path / f"{name}.png", *flags)
+        succeed(run, finished[0], "--num-samples", 20, "--npz", "--out", tmp_path / f"{name}.png", *flags)
         with np.load(tmp_path / f"{name}.npz") as file:
             results[name] = file["arr_0"].astype(int)
     # Rounding may move a pixel that lies next to a boundary by one.
@@ -94,28 +94,28 @@ def test_newest_run_is_the_default_and_classes_have_names(finished, run, tmp_pat
     time.sleep(0.01)
     (tmp_path / "runs" / "newer" / "config.json").write_text(json.dumps(config))
     time.sleep(0.01)
-    (tmp_path / "runs" / "older" / "drawn-000.png").touch()  # drawn from since, but not trained
+    (tmp_path / "runs" / "older" / "samples-000.png").touch()  # drawn from since, but not trained
     monkeypatch.chdir(tmp_path)
-    code, said = run.sample("--labels", "digit 7", 3, "--num", 4, "--npz")
+    code, said = run.sample("--labels", "digit 7", 3, "--num-samples", 4, "--npz")
     assert code == 0 and "runs/newer at step 40" in said and "4 samples" in said, said
-    with np.load(tmp_path / "runs" / "newer" / "drawn-000.npz") as file:
+    with np.load(tmp_path / "runs" / "newer" / "samples-000.npz") as file:
         assert file["labels"].tolist() == [7, 3, 7, 3]
-    run.sample("--num", 1)
-    assert (tmp_path / "runs" / "newer" / "drawn-001.png").exists()
+    run.sample("--num-samples", 1)
+    assert (tmp_path / "runs" / "newer" / "samples-001.png").exists()
 
 
 SAMPLE_MISTAKES = {
     "guidance_scale is nan": ["--guidance-scale", "nan"],
     "seed is 4294967296; it goes from 0": ["--seed", 2**32],
-    "there is no class 'cat'; there are 0 to 9: 0, 1": ["--labels", "cat"],
-    "there is no class '10'": ["--labels", 10],
-    "guidance_interval is 800.0 to 200.0; give two times": ["--guidance-interval", 800, 200],
+    "unknown class 'cat'; choose from 0 to 9: 0, 1": ["--labels", "cat"],
+    "unknown class '10'": ["--labels", 10],
+    "guidance_interval is 800.0 to 200.0; give two rising times": ["--guidance-interval", 800, 200],
     "steps is 0": ["--steps", 0],
     "guidance_channels is 3; the network has 1": ["--guidance-channels", 3],
-    "num is -1": ["--num", -1],
+    "num_samples is -1; it must not be negative": ["--num-samples", -1],
     "give a name that ends in .png": ["--out", "grid.jpg"],
-    "kernels is fused, which is for GPUs": ["--kernels", "fused"],
-    "attention is cudnn, which is for GPUs": ["--attention", "cudnn"],
+    "kernels is fused, which needs GPUs": ["--kernels", "fused"],
+    "attention is cudnn, which needs GPUs": ["--attention", "cudnn"],
 }
 
 

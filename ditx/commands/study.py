@@ -221,7 +221,7 @@ class Study:
     def evaluate(self, name: str) -> None:
         """Run the missing evaluations of a network and write the tables."""
         for step, sampling_steps in self.points():
-            flags = ["--num", str(self.plan.num_samples), "--step", str(step), "--steps", str(sampling_steps)]
+            flags = ["--num-samples", str(self.plan.num_samples), "--step", str(step), "--steps", str(sampling_steps)]
             flags += [*self.plan.evaluation.split(), *self._inception(), "--out", str(self.results(name))]
             config, described = evaluate.parse([str(self.run(name)), str(self.statistics), *flags])
             config.check()

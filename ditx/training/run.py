@@ -86,7 +86,7 @@ class Run:
             reached = max((line["step"] for line in read_metrics(self.folder)), default=0)
             with sync_errors():
                 # Each save waits for the one before it, so that a kill cannot cause this.
-                if reached >= 2 * self._config.checkpoint_every or self._curves()[0].exists():
+                if reached >= 2 * self._config.checkpoint_every or self._curve.exists():
                     raise ValueError(
                         f"{self.folder} has come to step {reached:,} but has no checkpoint; bring back {folder}, or"
                         " choose another --run"
@@ -104,7 +104,7 @@ class Run:
         config = self._config
         with sync_errors():
             if is_main_process():
-                for file in (*self._curves(), *self.folder.glob("averages/*.partial")):
+                for file in (self._curve, *self.folder.glob("averages/*.partial")):
                     file.unlink(missing_ok=True)
                 trim_metrics(self.folder, step)
         self._checkpoints = checkpoint.Checkpoints(
@@ -126,19 +126,21 @@ class Run:
         """The file of the samples of a step."""
         return self.folder / "samples" / f"step-{step:07d}.png"
 
-    def write_loss_curves(self) -> None:
-        """Draw the loss over training and by time, unless both are there."""
-        if not is_main_process() or all(file.exists() for file in self._curves()):
+    def write_loss_curve(self) -> None:
+        """Draw the loss over training and by time, unless it is there; matplotlib is needed."""
+        if not is_main_process() or self._curve.exists():
             return
         lines = [line for line in read_metrics(self.folder) if "loss" in line]
         names = ("step", "loss", "loss_by_time", "count_by_time")
         steps, losses, by_time, counts = (np.array([line[name] for line in lines], np.float64) for name in names)
-        curve, curve_by_time = self._curves()
-        pictures.loss_curve(steps, losses).save(curve)
-        pictures.loss_by_time(by_time, counts).save(curve_by_time)
+        try:
+            pictures.write_loss_curve(self._curve, steps, losses, by_time, counts)
+        except ModuleNotFoundError:
+            print("no loss curve, which needs matplotlib: use `uv run --extra plot ...`, or pip install matplotlib")
 
-    def _curves(self) -> tuple[Path, Path]:
-        return self.folder / "loss.png", self.folder / "loss-by-time.png"
+    @property
+    def _curve(self) -> Path:
+        return self.folder / "loss.png"
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

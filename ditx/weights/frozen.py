@@ -53,11 +53,20 @@ def load_vae(source: str) -> tuple[AutoencoderKL, str]:
     return model, f"{name} (CRC-32 {checksum_arrays(jax.tree.leaves(model))})"
 
 
-def load_decoder(source: str, channels: int, scale: float | None) -> tuple[AutoencoderKL, str]:
-    """`load_vae`, for latents of `channels` channels and, if `scale` is known, of that scale.
+def load_decoder(source: str, channels: int, scale: float | None) -> tuple[AutoencoderKL | None, str]:
+    """`load_vae`, for a network of `channels` channels with latents, if `scale` is known, of that scale.
 
-    Raises ValueError for an autoencoder with other latents.
+    A network of pixels, with 1 or 3 channels, has None. Raises ValueError for an autoencoder with other latents, a
+    missing one, or one for pixels.
     """
+    if channels in (1, 3):
+        if source:
+            raise ValueError(f"vae is {source!r}, but the network makes images of {channels} channels; leave it out")
+        return None, ""
+    if not source:
+        raise ValueError(
+            f"the network makes latents of {channels} channels; decode them with --vae ft-mse, as the paper, or a path"
+        )
     vae, name = load_vae(source)
     if scale not in (None, vae.config.scale):
         raise ValueError(

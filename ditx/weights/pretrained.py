@@ -142,6 +142,13 @@ def load(source: Path, description: Description, shapes: Any = None, *, step: in
     return model, f"{source} in the layout of {layout}{', ' + file.note if file.note else ''}"
 
 
+def load_on_mesh(source: Path, description: Description, mesh: Mesh, dtype: str, *, step: int = 0) -> tuple[DiT, str]:
+    """`load` onto a mesh, in `dtype`."""
+    shapes = jax.eval_shape(lambda key: DiT(description.model, key=key), jax.random.key(0))
+    model, note = load(source, description, with_shardings(shapes, mesh), step=step)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), model), note
+
+
 def describe_initial(source: Path, model: DiTConfig) -> Description:
     """Describe the run or file from which a network of configuration `model` starts.
 

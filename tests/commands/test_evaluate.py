@@ -13,9 +13,9 @@ from ditx import pictures
 from ditx.data.sources import digits
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.evaluation import metrics
+from ditx.evaluation.classifier import train_classifier
 from ditx.evaluation.features import FeatureNetwork, FeatureStore
 from ditx.evaluation.reference import read_reference
-from ditx.evaluation.train_classifier import train_classifier
 from ditx.nn.dit import DiT, DiTConfig
 from ditx.nn.inception import Inception
 from ditx.parallel.mesh import MeshConfig, make_mesh
@@ -92,12 +92,12 @@ def test_folders_and_arrays_are_judged_alike_and_as_by_the_library(reference, pl
 
     code, said = run.ditx("evaluate", tmp_path / "samples.npz", reference, "--metrics", "fid", "sfid")
     assert code == 0 and f"FID {expected['fid']:.4f}" in said and "sFID none: the network has no spatial" in said, said
-    assert "recall" not in said and "72 samples: FID and sFID are too high" in said
-    assert "not to be compared with FIDs of Inception" in said and "500 images, from" in said
+    assert "recall" not in said and "FID and sFID of 72 samples, fewer than 10,000, are too high" in said
+    assert "not comparable with Inception's FID" in said and "500 images, from" in said
 
 
 def test_stopped_and_started_again_it_finds_what_it_would_have(reference, place, run, tmp_path, monkeypatch):
-    flags = [place / "weights.safetensors", reference, "--num", 40, "--batch", 8]
+    flags = [place / "weights.safetensors", reference, "--num-samples", 40, "--batch", 8]
     expected = found(run, *flags, "--out", tmp_path / "whole")
     assert expected["samples"]["guidance_scale"] == 1.0 and expected["samples"]["steps"] == 2
 
@@ -131,7 +131,7 @@ def test_stopped_and_started_again_it_finds_what_it_would_have(reference, place,
 
 
 def test_one_device_two_processes_and_the_images_that_sample_py_writes(reference, place, run, tmp_path):
-    flags = [place / "weights.safetensors", reference, "--num", 20, "--balanced", "--batch", 16, "--seed", 5]
+    flags = [place / "weights.safetensors", reference, "--num-samples", 20, "--balanced", "--batch", 16, "--seed", 5]
     eight = found(run, *flags, "--out", tmp_path / "8")
     command = [scripts.ROOT / "ditx" / "__main__.py", "evaluate", *flags, "--json"]
     one = scripts.start(*command, "--out", tmp_path / "1")
@@ -143,10 +143,10 @@ def test_one_device_two_processes_and_the_images_that_sample_py_writes(reference
         (line,) = (tmp_path / folder / "evaluations.jsonl").read_text().splitlines()
         assert json.loads(line)["metrics"] == pytest.approx(eight["metrics"], rel=1e-3)
 
-    drawn = tmp_path / "drawn.png"
-    flags = ["--num", 20, "--npz", "--guidance-scale", 1, "--batch", 16, "--seed", 5, "--out", drawn]
+    grid = tmp_path / "grid.png"
+    flags = ["--num-samples", 20, "--npz", "--guidance-scale", 1, "--batch", 16, "--seed", 5, "--out", grid]
     assert run.sample(place / "weights.safetensors", *flags)[0] == 0
-    assert found(run, drawn.with_suffix(".npz"), reference)["metrics"] == pytest.approx(eight["metrics"], rel=1e-12)
+    assert found(run, grid.with_suffix(".npz"), reference)["metrics"] == pytest.approx(eight["metrics"], rel=1e-12)
 
 
 def test_inception_and_a_reference_of_the_adm_suite(run, tmp_path, monkeypatch):
@@ -187,20 +187,26 @@ def test_mistakes_end_in_a_sentence(reference, place, run, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     weights = place / "weights.safetensors"
     for arguments, sentence in [
-        ([weights], "there is nothing to compare with; make statistics with: ditx evaluate --make-stats OUT DATA"),
+        ([weights], "there is no reference; make statistics with: ditx evaluate --make-stats OUT DATA"),
         ([], "there is no run under runs/"),
-        ([weights, reference, "--num", 1], "num is 1; it must be at least 2, since a covariance needs as many"),
+        (
+            [weights, reference, "--num-samples", 1],
+            "num_samples is 1; it must be at least 2, since a covariance needs 2",
+        ),
         ([weights, reference, "--step", 5], "step is 5, but"),
         ([weights, reference, "--vae", "ft-mse"], "but the network makes images of 1 channels; leave it out"),
-        ([weights, reference, "--guidance-interval", 5, 2], "guidance_interval is 5.0 to 2.0; give two times"),
+        ([weights, reference, "--guidance-interval", 5, 2], "guidance_interval is 5.0 to 2.0; give two rising times"),
         ([tmp_path / "nowhere", reference], "there is no such file or folder; give a folder of images"),
         ([place / "data.npz", tmp_path / "nowhere.npz"], "there is no such file; make it with"),
-        ([place / "data.npz", reference, "--num", 9], "has images, all of which are judged; leave out the flags of"),
-        (["--make-stats", "out.npz"], "what is out.npz to be made from?"),
+        (
+            [place / "data.npz", reference, "--num-samples", 9],
+            "has images, all of which are evaluated; leave out the flags of",
+        ),
+        (["--make-stats", "out.npz"], "--make-stats out.npz needs a source; give a folder"),
         (["--make-stats", "out.txt", "digits"], "give the name of a new file that ends in .npz"),
         (["--make-stats", reference, "digits"], "give the name of a new file that ends in .npz"),
         (["--make-stats", "out.npz", weights], "is a network, not a data set"),
-        (["--make-stats", "out.npz", reference], "has statistics already; give it as the REFERENCE"),
+        (["--make-stats", "out.npz", reference], "already has statistics; give it as the REFERENCE"),
         (["--make-stats", "out.npz", "digits", "--inception", "nowhere.pth"], "nowhere.pth: there is no such file"),
     ]:
         assert sentence in refused(run, *arguments)
@@ -215,7 +221,7 @@ def test_images_that_cannot_be_judged_are_refused(reference, run, tmp_path):
         ("other", {"x": colour}, "it has neither arr_0 nor images and labels"),
         ("one", {"arr_0": IMAGES[:1]}, "has 1 images; a covariance needs at least 2"),
         ("colour", {"arr_0": colour}, "the images are in colour but the reference is grey"),
-        ("large", {"arr_0": colour.repeat(2, 1).repeat(2, 2)}, "the images are 16x16, those of the reference 8x8"),
+        ("large", {"arr_0": colour.repeat(2, 1).repeat(2, 2)}, "the images are 16x16, but those of the reference 8x8"),
     ]:
         np.savez(tmp_path / f"{name}.npz", **arrays)
         assert sentence in refused(run, tmp_path / f"{name}.npz", reference)
@@ -244,9 +250,9 @@ def test_a_folder_of_classes_makes_a_reference(run, tmp_path, monkeypatch):
     PIL.Image.new("RGB", (20, 30)).save(folder / "0" / "other.png")
     flags = ["--features", "classifier", "--make-stats", tmp_path / "reference.npz", "--size", 8]
     code, said = run.ditx("evaluate", folder, *flags)
-    assert code == 0 and "33 of 8x8x3" in said and "of a tenth held out" in said, said
+    assert code == 0 and "33 of 8x8x3" in said and "on a held-out tenth" in said, said
     read = read_reference(tmp_path / "reference.npz")
     assert (read.count, read.image_shape, len(read.rows)) == (33, (8, 8, 3), 33)
     flat = write_folder(tmp_path / "flat", IMAGES[:30])
     said = refused(run, flat, "--features", "classifier", "--make-stats", tmp_path / "flat.npz")
-    assert "30 images of 1 classes train no classifier" in said
+    assert "30 images of 1 classes cannot train a classifier" in said

@@ -58,7 +58,7 @@ def test_mistakes_are_one_sentence(run, stored):
     folder = stored[2]
     np.savez(folder / "other.npz", images=np.zeros((2, 4, 4, 1), np.uint8), labels=[0, 1], classes=["a", "c"])
     for data, flags, sentence in [
-        ("digits", [], "the images are 28x28x1, and the network is of 4x4x1"),
+        ("digits", [], "the images are 28x28x1, but the network's are 4x4x1"),
         (folder / "other.npz", [], "are not those of"),
         (folder / "data.npz", ["--steps", 1], "steps is 1; it must be at least 2"),
         (folder / "none.npz", [], "there is no such file or folder"),

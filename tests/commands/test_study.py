@@ -70,7 +70,7 @@ def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_p
 
     assert table["features"] == "classifier"
     # Evaluations that others make of a run are no part of it.
-    other = ["--num", 8, "--step", 4, "--steps", 2, "--metrics", "fid", "--guidance-scale", 3]
+    other = ["--num-samples", 8, "--step", 4, "--steps", 2, "--metrics", "fid", "--guidance-scale", 3]
     assert run.ditx("evaluate", tmp_path / "runs" / "A-14", reference, *other)[0] == 0
     assert run.ditx("study", *flags)[0] == 0 and table == json.loads((tmp_path / "table.json").read_text())
 

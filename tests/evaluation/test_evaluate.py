@@ -9,11 +9,10 @@ import scripts
 
 from ditx.data.sources import digits
 from ditx.evaluation import metrics
-from ditx.evaluation.classifier import Classifier
+from ditx.evaluation.classifier import Classifier, train_classifier
 from ditx.evaluation.evaluate import compute_metrics, draw_labels, make_fid
 from ditx.evaluation.features import FeatureNetwork, Features, FeatureStore, make_feature_extractor
-from ditx.evaluation.reference import Gaussian, Reference, read_reference
-from ditx.evaluation.train_classifier import train_classifier
+from ditx.evaluation.reference import FeatureStats, Reference, read_reference
 from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.training import checkpoint
 from ditx.training import run as runs
@@ -49,9 +48,9 @@ def test_the_classifier_learns_and_depends_on_the_seed_alone():
     np.testing.assert_array_equal(one, two)
     assert (one != other).any()
     for images, labels, classes, sentence in [
-        (IMAGES, LABELS, 1, "500 images of 1 classes train no classifier; give at least 20, of 2 classes"),
+        (IMAGES, LABELS, 1, "500 images of 1 classes cannot train a classifier; give at least 20, with a"),
         (IMAGES[:19], LABELS[:19], 10, "19 images"),
-        (np.zeros((20, 65, 65, 3), np.uint8), LABELS[:20], 10, "65x65 are more than .* take the features of inception"),
+        (np.zeros((20, 65, 65, 3), np.uint8), LABELS[:20], 10, "65x65 are too large .* use --features inception"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             train_classifier(images, labels, classes)
@@ -120,7 +119,7 @@ def test_a_reference_is_read_as_it_was_written(reference, features, tmp_path):
 def test_what_cannot_be_compared_is_refused(reference, features):
     reference.check(features, (7, 7, 3))
     for shape, changes, sentence in [
-        ((8, 8, 1), {}, "the images are 8x8, those of the reference 7x7; make one of the same size"),
+        ((8, 8, 1), {}, "the images are 8x8, but those of the reference 7x7; make one of the same size"),
         ((7, 7, 1), {"checksum": "00000000"}, r"with other weights of classifier \(CRC-32 00000000\) than these"),
         ((7, 7, 1), {"resize": "pytorch-fid"}, "with --resize pytorch-fid, not adm"),
     ]:
@@ -134,20 +133,24 @@ def test_files_that_are_no_reference_are_refused(reference, tmp_path):
         good = dict(file)
     mean, covariance = np.zeros(2048), np.eye(2048)
     for name, arrays, sentence in [
-        ("a", good | {"mu": good["mu"] * np.nan}, "has a mu of numbers that are not finite; make or fetch it anew"),
+        ("a", good | {"mu": good["mu"] * np.nan}, "has values in mu that are not finite; make or fetch it again"),
         (
             "g",
             good | {"sigma": good["sigma"][:5]},
-            r"a mean of shape \(128,\) and a covariance of shape \(5, 128\); make",
+            r"a mean of shape \(128,\) but a covariance of shape \(5, 128\); make",
         ),
         (
             "b",
             good | {"classifier_0": good["classifier_0"] + 1},
-            "damaged .*its classifier was altered.*; make it anew",
+            "damaged .*its classifier was altered.*; make it again",
         ),
         ("c", good | {"about": np.array("{")}, "another version of ditx, or is damaged"),
         ("d", {"images": np.zeros(3)}, r"neither images \(arr_0\) nor statistics \(mu, sigma\)"),
-        ("e", {"mu": mean[:64], "sigma": covariance[:64, :64]}, r"a mu of shape \(64,\); Inception's .* are 2048"),
+        (
+            "e",
+            {"mu": mean[:64], "sigma": covariance[:64, :64]},
+            r"a mu of shape \(64,\); Inception's .* have shape \(2048,\)",
+        ),
         ("f", {"arr_0": np.zeros((4, 8, 8, 3))}, r"an arr_0 of float64 and shape \(4, 8, 8, 3\); images are uint8"),
     ]:
         path = tmp_path / f"{name}.npz"
@@ -155,7 +158,7 @@ def test_files_that_are_no_reference_are_refused(reference, tmp_path):
         with pytest.raises(ValueError, match=f"{path} .*{sentence}"):
             read_reference(path)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"cannot be read as an \.npz"):
+    with pytest.raises(ValueError, match=r"cannot read .*cut\.npz as an \.npz of plain arrays"):
         read_reference(tmp_path / "cut.npz")
     with pytest.raises(ValueError, match="there is no such file; make it with: ditx evaluate --make-stats"):
         read_reference(tmp_path / "nowhere.npz")
@@ -173,14 +176,14 @@ def test_metrics_are_those_of_the_features_and_what_is_missing_is_said(reference
     # With spatial features, and an ADM reference of statistics alone.
     both, identity = FeatureStore(), (np.zeros(3), np.eye(3))
     both.add(Features(pool, part.pool[:, :3]))
-    adm = dataclasses.replace(reference, rows=None, spatial=Gaussian(*identity))
+    adm = dataclasses.replace(reference, rows=None, spatial=FeatureStats(*identity))
     found, absent = compute_metrics(both, features, adm, ("sfid", "precision-recall"))
     expected = metrics.frechet_distance(pool[:, :3].mean(0), np.cov(pool[:, :3].T), *identity)
     assert found == {"sfid": pytest.approx(expected, rel=1e-5)}
     assert absent == dict.fromkeys(("precision", "recall"), "the reference has no images (arr_0)")
     few = FeatureStore()
     few.add(Features(pool[:3], None))
-    assert compute_metrics(few, features, reference)[1]["recall"] == "3 images have no neighbour of rank 3"
+    assert compute_metrics(few, features, reference)[1]["recall"] == "3 images have no 3 neighbours each"
     one = FeatureStore()
     one.add(Features(pool[:1], None))
     with pytest.raises(ValueError, match="at least 2 samples, and there are 1"):
@@ -204,7 +207,7 @@ def test_training_logs_the_fid_that_evaluate_finds_and_keeps_the_best(run, tmp_p
     assert checkpoint.steps(folder / "checkpoints") == [2, 5] and (folder / "loss.png").exists()
     fids = {line["step"]: line["fid"] for line in runs.read_metrics(folder) if "fid" in line}
     assert fids.pop(2) == 1 and fids.pop(4) == 2 and list(fids) == [5]
-    code, said = run.ditx("evaluate", folder, path, "--num", 10, "--metrics", "fid")
+    code, said = run.ditx("evaluate", folder, path, "--num-samples", 10, "--metrics", "fid")
     assert code == 0 and f"FID {fids[5]:.4f}" in said, (said, fids)
 
     for wrong, sentence in [

@@ -44,7 +44,7 @@ def test_memory_of_programs_is_not_mapped_anew(tmp_path):
     run = tmp_path / "run"
     for script, *flags in (
         ["train.py", *TINY, "--sample-every", "0", "--run", run],
-        ["sample.py", run, "--num", "1", "--out", tmp_path / "one.png"],
+        ["sample.py", run, "--num-samples", "1", "--out", tmp_path / "one.png"],
         ["ditx", "bench", "train", "tiny", "--batch-size", "1", "--repeats", "1"],
     ):
         code = [sys.executable, "-c", FAULTS, script, *map(str, flags)]
@@ -129,8 +129,8 @@ def test_a_second_start_takes_all_programs_from_the_cache(tmp_path):
     assert started(ROOT / "train.py", *TINY, *other) == first
 
     draw = [ROOT / "sample.py", folder, "--steps", 3]
-    drawn = started(*draw, "--num", 6, "--out", tmp_path / "a.png") - first
+    drawn = started(*draw, "--num-samples", 6, "--out", tmp_path / "a.png") - first
     assert any("run_batch" in name for name in drawn)
-    other = "--num 5 --labels 7 --seed 3 --guidance-scale 4 --spacing log-snr".split()
+    other = "--num-samples 5 --labels 7 --seed 3 --guidance-scale 4 --spacing log-snr".split()
     assert started(*draw, *other, "--out", tmp_path / "b.png") - first == drawn
     shutil.rmtree(cache)

@@ -140,7 +140,7 @@ def test_one_device_eight_and_two_processes_take_turns_in_one_run(tmp_path):
                 np.testing.assert_allclose(line[name], expected[line["step"]][name], rtol=2e-5)
     means = [np.mean([expected[step]["loss"] for step in steps]) for steps in ([1, 2, 3], [4, 5, 6])]
     np.testing.assert_allclose([line["loss"] for line in metrics(run)[:2]], means, rtol=2e-5)
-    draw = [scripts.ROOT / "sample.py", run, "--num", 10, "--steps", 4, "--npz", "--out"]
+    draw = [scripts.ROOT / "sample.py", run, "--num-samples", 10, "--steps", 4, "--npz", "--out"]
     complete(
         *scripts.start_together(*draw, tmp_path / "two.png", "--mesh.data", 2, "--mesh.tensor", 4, launcher="mpirun")
     )

@@ -91,20 +91,20 @@ def test_published_networks_are_recognised(tmp_path, name):
 
 def test_sampling_from_released_weights(run, released, vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    draw = [released, "--vae", vae, "--steps", 2, "--num", 4, "--npz", "--separate"]
+    draw = [released, "--vae", vae, "--steps", 2, "--num-samples", 4, "--npz", "--separate"]
     code, said = run.sample(*draw, "--labels", "golden retriever", "360")
     assert code == 0 and "by ddpm in 2 steps, guidance 4.0 on 3 of 4 channels, computing in float32" in said, said
     folder = tmp_path / "samples" / "DiT-small-16x16"
-    with np.load(folder / "drawn-000.npz") as drawn:
+    with np.load(folder / "samples-000.npz") as drawn:
         images = drawn["arr_0"]
         assert images.shape == (4, 32, 32, 3) and drawn["labels"].tolist() == [207, 360, 207, 360]
-    with PIL.Image.open(folder / "drawn-000" / "000001-otter.png") as image:
+    with PIL.Image.open(folder / "samples-000" / "000001-otter.png") as image:
         np.testing.assert_array_equal(np.asarray(image), images[1])
     code, said = run.sample(*draw, "--labels", "Lutra lutra", "--dtype", "bfloat16")
-    assert code == 2 and "there is no class 'Lutra lutra'" in said
+    assert code == 2 and "unknown class 'Lutra lutra'" in said
     code, said = run.sample(*draw, "--labels", "207", "OTTER", "--dtype", "bfloat16", "--decode-batch", 1)
     assert code == 0 and "computing in bfloat16" in said
-    with np.load(folder / "drawn-001.npz") as drawn:
+    with np.load(folder / "samples-001.npz") as drawn:
         difference = np.abs(drawn["arr_0"].astype(int) - images).mean()
         assert 0 < difference < 10  # eight bits of mantissa, guided four times as far
 
@@ -112,10 +112,10 @@ def test_sampling_from_released_weights(run, released, vae, tmp_path, monkeypatc
 def test_mistakes_are_one_sentence_and_write_nothing(run, released, vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, sentence in [
-        ([released], "the network makes latents of 4 channels; decode them with --vae ft-ema, or a path"),
+        ([released], "the network makes latents of 4 channels; decode them with --vae ft-mse, as the paper, or a path"),
         ([released, "--vae", "ft-eme"], "unknown autoencoder 'ft-eme'; choose from original, ft-ema, ft-mse, or give"),
         ([released, "--vae", vae, "--labels", "crane"], "'crane' is the name of several classes; give one of 134, 517"),
-        ([released, "--vae", vae, "--labels", "1000"], "there is no class '1000'; there are 0 to 999: tench, goldfish"),
+        ([released, "--vae", vae, "--labels", "1000"], "unknown class '1000'; choose from 0 to 999: tench, goldfish"),
         ([released, "--vae", vae, "--decode-batch", 0], "decode_batch is 0"),
         ([released, "--vae", released], "the weights do not fit the configuration: missing ["),
         ([released, "--vae", vae, "--steps", 1001], "steps is 1001; schedule linear samples in 1 to 1000 steps"),
@@ -137,10 +137,8 @@ def test_imagenet_has_its_classes():
 
 @given(st.integers(0, 999))
 def test_every_class_is_found_by_identifier_and_number(label):
-    import sample
-
     class_names = tuple(imagenet.classes())
-    assert sample.read_labels((class_names[label], str(label)), class_names) == [label, label]
+    assert imagenet.find_labels((class_names[label], str(label)), class_names) == [label, label]
 
 
 def test_golden_files_are_small_and_all_read():
