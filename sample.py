@@ -89,7 +89,8 @@ def parse(argv: list[str]) -> tuple[Config, tuple[Path, Description]]:
         return Config(sampling=described.sampling, vae=described.vae), (source, described)
 
     description = "Draw samples from the averaged weights of a run, or from released weights."
-    return cli.parse_with_defaults(Config, argv, defaults, prog="sample.py", description=description)
+    parse = partial(tyro.cli, Config, args=argv, prog="sample.py", description=description)
+    return cli.parse_with_defaults(parse, defaults)
 
 
 def check(config: Config, described: Description, guide: Description | None, mesh: Mesh) -> None:

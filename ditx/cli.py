@@ -123,16 +123,12 @@ def in_new_process(function: Callable[[], T], *, killed: str, initializer: Calla
             raise ValueError(killed) from error
 
 
-def parse_with_defaults(
-    config_type: type[C], argv: list[str], defaults: Callable[[C], tuple[C | None, X]], **texts: Any
-) -> tuple[C, X]:
+def parse_with_defaults(parse: Callable[..., C], defaults: Callable[[C], tuple[C | None, X]]) -> tuple[C, X]:
     """Parse twice: what the first pass names, such as a run, sets the defaults of the other flags in the second.
 
-    `defaults(first)` returns them, or None to keep the first pass, and a value to pass on. `texts` are `prog` and
-    `description`. Exits with 2 on a bad flag.
+    `parse` is `tyro.cli` with all but `default` filled in. `defaults(first)` returns those, or None to keep the first
+    pass, and a value to pass on.
     """
-    import tyro
-
-    first = tyro.cli(config_type, args=argv, **texts)
+    first = parse()
     default, value = defaults(first)
-    return (first if default is None else tyro.cli(config_type, default=default, args=argv, **texts)), value
+    return (first if default is None else parse(default=default)), value

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def parse(argv: list[str]) -> tuple[Config, Description | None]:
         return Config(source=source, generation=GenerationConfig(sampling=sampling, vae=described.vae)), described
 
     description = "FID, sFID, Inception Score, precision and recall of samples or images."
-    return parse_with_defaults(Config, argv, defaults, prog="ditx evaluate", description=description)
+    parse = partial(tyro.cli, Config, args=argv, prog="ditx evaluate", description=description)
+    return parse_with_defaults(parse, defaults)
 
 
 def _has_weights(source: Path) -> bool:
@@ -207,14 +209,14 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
     if broadcast_from_main(stored is not None):
         return stored or {}
     with ExitStack() as stack:
-        partial = None
+        unfinished = None
         if folder and is_main_process():
             key = np.frombuffer(json.dumps([result["samples"], result["features"]]).encode(), np.uint8)
-            partial = folder / f"evaluation-{checksum_arrays([key])}"
-            partial.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(partial / "lock", f"another process runs the same evaluation in {folder}"))
+            unfinished = folder / f"evaluation-{checksum_arrays([key])}"
+            unfinished.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(unfinished / "lock", f"another process runs the same evaluation in {folder}"))
         reference = _with_features(reference, features, config, mesh)
-        store = FeatureStore(partial, samples.count)
+        store = FeatureStore(unfinished, samples.count)
         start = broadcast_from_main(store.count)
         resumed = f", resuming at {start:,}" if start else ""
         _report(config, f"samples  {samples.count:,} of {_shape(samples.image_shape)}{resumed}")
@@ -223,10 +225,10 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
             return {}
         result["metrics"], result["absent"] = compute_metrics(store, features, reference, config.metrics)
         result["reference"] |= {"name": reference.name, "count": reference.count}
-        if folder and partial:
+        if folder and unfinished:
             with (folder / RESULTS).open("a") as file:
                 file.write(json.dumps(result) + "\n")
-            shutil.rmtree(partial)
+            shutil.rmtree(unfinished)
     return result
 
 
