@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from ditx.nn.dit import DiTConfig
 from ditx.parallel.compile import compile_checked, compiler_options
 from ditx.parallel.fsdp import bytes_per_device, table, with_shardings
 from ditx.parallel.mesh import batch_sharding, replicated
-from ditx.training.step import TrainState
+from ditx.training.step import Optimizer, TrainState
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +26,7 @@ class AbstractStep:
 
     function: Callable[..., Any]
     model: DiTConfig
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     mesh: Mesh
     batch_size: int
     latent: bool = False

@@ -16,6 +16,7 @@ from ditx.parallel import fsdp
 from ditx.training.ema import update_rate
 
 Remat: TypeAlias = Literal["none", "dots", "full"]
+Optimizer: TypeAlias = optax.GradientTransformation
 
 
 class TrainState(eqx.Module):
@@ -31,9 +32,7 @@ class TrainState(eqx.Module):
     """averages with power profiles (`ditx.training.ema`), from which averages of any length are reconstructed"""
 
     @classmethod
-    def create(
-        cls, config: DiTConfig, optimizer: optax.GradientTransformation, *, power_emas: int = 0, key: PRNGKeyArray
-    ) -> "TrainState":
+    def create(cls, config: DiTConfig, optimizer: Optimizer, *, power_emas: int = 0, key: PRNGKeyArray) -> "TrainState":
         """The state before the first step."""
         model: Any = DiT(config, key=key)
         # Copies, because each step donates the whole state to the next.
@@ -89,7 +88,7 @@ def train_step(
     key: PRNGKeyArray,
     *,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     ema_decay: float,
     ema_gammas: tuple[float, ...] = (),
     dtype: jnp.dtype = jnp.float32,
