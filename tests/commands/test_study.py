@@ -81,8 +81,9 @@ def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_p
 
 
 def test_told_to_stop_it_ends_with_a_checkpoint_of_the_network_in_training_and_goes_on_from_there(reference, tmp_path):
-    flags = ["digits", "--only", "T/14", "--out", tmp_path, "--reference", reference, "--steps", 3000, "--num", 8]
-    command = [scripts.ROOT / "ditx" / "__main__.py", "study", *flags, "--every", 3000, "--", "--log-every", 1]
+    flags = ["digits", "--only", "T/14", "--out", tmp_path, "--reference", reference, "--steps", 3000]
+    flags += ["--num-samples", 8, "--every", 3000, "--", "--log-every", 1]
+    command = [scripts.ROOT / "ditx" / "__main__.py", "study", *flags]
     started, metrics = scripts.start(*command), tmp_path / "runs" / "T-14" / "metrics.jsonl"
     while not metrics.exists():
         assert started.poll() is None, started.communicate()
