@@ -123,5 +123,5 @@ def test_without_an_autoencoder_it_trains_and_says_that_there_are_no_pictures(ru
     (other / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.25}))
     write_safetensors(other / "diffusion_pytorch_model.safetensors", weights(load("vae_tiny.npz")))
     code, said = run.sample(folder, "--vae", other, "--num-samples", 1)
-    assert code == 2 and "scales latents by 0.25, those of the data by 0.5" in said
-    assert not list(folder.glob("drawn*"))
+    assert code == 2 and "scales latents by 0.25, but the data's are scaled by 0.5" in said
+    assert not list(folder.glob("samples-*"))

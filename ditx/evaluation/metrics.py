@@ -194,9 +194,9 @@ def _squared_distances(
     point: Float[Array, " d"], x: Float[Array, "n d"], squares: Float[Array, " n"], half: bool
 ) -> Float[Array, " n"]:
     """From a point to all rows, whose sums of squares are given, so that most of it is a matrix product."""
-    matmul_dtype = _rounded(jnp.matmul(x, point, precision=jax.lax.Precision.HIGHEST), half)
+    products = _rounded(jnp.matmul(x, point, precision=jax.lax.Precision.HIGHEST), half)
     square = _rounded(jnp.square(point).sum(), half)
-    return jnp.maximum(_rounded(_rounded(square - 2 * matmul_dtype, half) + squares, half), 0)
+    return jnp.maximum(_rounded(_rounded(square - 2 * products, half) + squares, half), 0)
 
 
 @partial(jax.jit, static_argnames=("k", "half"))
