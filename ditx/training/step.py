@@ -134,19 +134,27 @@ def train_step(
     grads, terms = gradients(model, (batch, batch_keys))
     updates, opt_state = optimizer.update(grads, state.opt_state, model)
     model = optax.apply_updates(model, updates)
-
-    def moved(average, rate):
-        return jax.tree.map(lambda average, new: average + rate * (new - average), average, model)
-
-    rates = [update_rate(state.step + 1, gamma) for gamma in ema_gammas]
-    power_emas = tuple(moved(average, rate) for average, rate in zip(state.power_emas, rates, strict=True))
-    after = (model, moved(state.ema, 1 - ema_decay), opt_state, power_emas)
-    before = (state.model, state.ema, state.opt_state, state.power_emas)
+    after = (model, *_move_averages(state, model, ema_decay, ema_gammas), opt_state)
+    before = (state.model, state.ema, state.power_emas, state.opt_state)
 
     terms |= {"grad_norm": optax.tree.norm(grads)}
     finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(terms["grad_norm"])
     after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-    return TrainState(state.step + 1, *after), terms | {"skipped": 1.0 - finite}
+    model, ema, power_emas, opt_state = after
+    return TrainState(state.step + 1, model, ema, opt_state, power_emas), terms | {"skipped": 1.0 - finite}
+
+
+def _move_averages(
+    state: TrainState, model: Any, ema_decay: float, ema_gammas: tuple[float, ...]
+) -> tuple[Any, tuple[Any, ...]]:
+    """The exponential moving average and the power EMAs after an update to `model`."""
+
+    def move(average, rate):
+        return jax.tree.map(lambda average, new: average + rate * (new - average), average, model)
+
+    rates = [update_rate(state.step + 1, gamma) for gamma in ema_gammas]
+    power_emas = tuple(move(average, rate) for average, rate in zip(state.power_emas, rates, strict=True))
+    return move(state.ema, 1 - ema_decay), power_emas
 
 
 def _draw_example(x0, std, y, config: DiTConfig, key: PRNGKeyArray):
