@@ -56,7 +56,8 @@ def put_state(tree, mesh):
 
 
 def make_step(mesh=None, **options):
-    options = {"objective": make_objective(ObjectiveConfig()), "optimizer": OPTIMIZER, "ema_decay": 0.9} | options
+    defaults = {"objective": make_objective(ObjectiveConfig()), "optimizer": OPTIMIZER, "ema_decay": 0.9}
+    options = defaults | {"apply_block": KernelConfig().apply_block()} | options
     return partial(train_step, mesh=mesh, **options)
 
 
