@@ -194,7 +194,10 @@ class DiT(eqx.Module):
     ) -> Float[Array, "n d"]:
         """Run the blocks, or a slice of them, over the tokens."""
         stack = self.blocks if blocks == slice(None) else jax.tree.map(lambda leaf: leaf[blocks], self.blocks)
-        body = lambda tokens, block: (apply_block(block, tokens, condition), None)  # noqa: E731
+
+        def body(tokens, block):
+            return apply_block(block, tokens, condition), None
+
         return jax.lax.scan(body, tokens, stack, unroll=unroll)[0]
 
     def unembed(self, tokens: Float[Array, "n d"], condition: Float[Array, "*m d"]) -> Float[Array, "h w o"]:
