@@ -221,7 +221,7 @@ def test_a_new_run_begins_from_the_weights_of_another(finished, tmp_path, monkey
     assert other.label.table.shape == (4, 16)
     np.testing.assert_array_equal(other.blocks.mlp.up.weight, before.blocks.mlp.up.weight)
     code, said = call(train, monkeypatch, capsys, *flags, "--model.depth", 2, "--run", tmp_path / "deeper")
-    assert code == 2 and "holds another network: depth was 1 and is 2; give the flags" in said, said
+    assert code == 2 and "holds another network: depth was 1 and is 2; change the flags to match it" in said, said
 
 
 def ema_of(run):

@@ -196,6 +196,6 @@ def test_mistakes_of_one_process_end_all_of_them_in_one_sentence(tmp_path):
 
 
 def test_killed_one_by_one_and_together_nothing_is_lost(tmp_path):
-    """The short form of `tests/soak.py`."""
+    """The short form of `tests/helpers/soak.py`."""
     told = soak.soak(tmp_path, kills=2, steps=15, seed=2, devices=2)
     assert told["kills"] == 2 and told["runs"] >= 1
