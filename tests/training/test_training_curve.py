@@ -23,7 +23,9 @@ def curve(seed):
     config, optimizer = DiTConfig(28, 7, 1, 128, 4, 4, num_classes=10), adamw(1e-3)
     source, key = sources.open_dataset("digits", "", 28), jax.random.key(seed)
     step = partial(train_step, objective=make_objective(ObjectiveConfig()), optimizer=optimizer, ema_decay=0.9999)
-    step = jax.jit(partial(step, apply_block=KernelConfig().apply_block(), unroll=4), donate_argnums=0)
+    fast = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # 3,000 steps
+    apply_block = KernelConfig().apply_block()
+    step = jax.jit(partial(step, apply_block=apply_block, unroll=4), donate_argnums=0, compiler_options=fast)
     state = TrainState.create(config, optimizer, key=jax.random.key(100 + seed))
     losses = []
     batches = loader.batches(source, batch_size=BATCH, seed=seed, flip=False, start=0)
