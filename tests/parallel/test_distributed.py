@@ -158,7 +158,7 @@ def test_a_run_restored_on_eight_one_two_times_four_and_eight_devices_is_the_sam
     """By a script that reads the newest checkpoint where the mesh has it, and writes it to the next folder."""
     first = tmp_path / "8"
     complete(scripts.start(TRAIN, *FLAGS, "--mesh.data", 1, "--mesh.fsdp", 8, "--run", first, "--steps", 3, devices=8))
-    script = scripts.ROOT / "tests" / "resave.py"
+    script = scripts.ROOT / "tests" / "helpers" / "resave.py"
     complete(scripts.start(script, first, tmp_path / "1"))
     complete(*scripts.start_together(script, tmp_path / "1", tmp_path / "2x4", launcher="srun"))
     complete(scripts.start(script, tmp_path / "2x4", tmp_path / "back", devices=8))
