@@ -89,7 +89,7 @@ def parse(argv: list[str]) -> tuple[Config, tuple[Path, Description]]:
         return Config(sampling=described.sampling, vae=described.vae), (source, described)
 
     description = "Draw samples from the averaged weights of a run, or from released weights."
-    parse = partial(tyro.cli, Config, args=argv, prog="sample.py", description=description)
+    parse = partial(tyro.cli, Config, args=argv, prog=cli.script("sample"), description=description)
     return cli.parse_with_defaults(parse, defaults)
 
 
@@ -238,7 +238,9 @@ def sample(argv: list[str]) -> int:
 
 def main() -> int:
     """Run the command line."""
-    return cli.run("sample.py", partial(sample, sys.argv[1:]), out_of_memory="try a smaller --batch or --decode-batch")
+    return cli.run(
+        cli.script("sample"), partial(sample, sys.argv[1:]), out_of_memory="try a smaller --batch or --decode-batch"
+    )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> tuple[str, Config]:
         f" are the flags and defaults of {preset}; --help-verbose explains them."
     )
     default = replace(PRESETS[preset], run=f"runs/{preset}")
-    options: Any = {"prog": f"train.py {preset}", "description": usage, "compact_help": True}
+    options: Any = {"prog": f"{cli.script('train')} {preset}", "description": usage, "compact_help": True}
     return preset, tyro.cli(Config, default=default, args=flags, **options)
 
 
@@ -89,6 +89,7 @@ def make_step(config: Config, mesh: Mesh, *, latent: bool) -> AbstractStep:
         objective=make_objective(config),
         optimizer=optimizer,
         ema_decay=config.ema_decay,
+        ema_warmup=config.ema_warmup,
         ema_gammas=config.ema_gammas,
         dtype=jnp.dtype(config.dtype),
         accumulate=config.accumulate,
@@ -179,7 +180,7 @@ def finish(config: Config, hooks: Hooks, run: Run, state: TrainState, note: str)
     if "samples" in hooks and distributed.broadcast_from_main(missing):
         hooks["samples"][1](run, state, config.steps)
     run.write_loss_curve()
-    print(f"done      {note}; draw samples with: sample.py {run.folder}")
+    print(f"done      {note}; draw samples with: {cli.script('sample')} {run.folder}")
     return 0
 
 
@@ -199,7 +200,7 @@ def summary(config: Config, dataset: sources.Source, step: AbstractStep) -> str:
 
 def main() -> int:
     """Run the command line; a mistake is one sentence and exit code 2."""
-    return cli.run("train.py", lambda: train(*parse(sys.argv[1:])), out_of_memory=f"try {REMEDY}")
+    return cli.run(cli.script("train"), lambda: train(*parse(sys.argv[1:])), out_of_memory=f"try {REMEDY}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """The commands: `ditx VERB ...`, or `python -m ditx VERB ...`."""
 
 import importlib
+import runpy
 import sys
+from pathlib import Path
 
 from ditx import cli
 
 VERBS = {
+    "train": "train a network; train.py of a clone",
+    "sample": "draw samples from a run or from released weights; sample.py of a clone",
     "bench": "time training and sampling on this machine, also against PyTorch",
     "convert": "convert weights: a run's, the authors' and diffusers', each into the others",
     "ema": "average the weights of a run over any length, after training",
@@ -20,12 +24,18 @@ VERBS = {
 def main() -> int:
     """Run one verb and return its exit code."""
     verb, *arguments = sys.argv[1:] or ["--help"]
-    if verb in ("-h", "--help"):
-        print("usage: ditx VERB ... (ditx VERB --help lists the flags of a verb)\n")
-        print("\n".join(f"  {name:<10}  {text}" for name, text in VERBS.items()))
-        return 0
+    if verb in ("train", "sample"):
+        # The wheel carries the scripts beside this file; in a clone they are at the top.
+        installed = Path(__file__).with_name("scripts")
+        folder = installed if installed.is_dir() else Path(__file__).parents[1]
+        sys.argv = [f"ditx {verb}", *arguments]
+        runpy.run_path(str(folder / f"{verb}.py"), run_name="__main__")  # ends the process
 
     def call() -> int:
+        if verb in ("-h", "--help"):
+            print("usage: ditx VERB ... (ditx VERB --help lists the flags of a verb)\n")
+            print("\n".join(f"  {name:<10}  {text}" for name, text in VERBS.items()))
+            return 0
         if verb not in VERBS:
             raise cli.unknown("verb", verb, VERBS)
         return importlib.import_module(f"ditx.commands.{verb}").main(arguments)

@@ -1,19 +1,22 @@
 """Command lines: presets, checks of fields, unknown names, exit codes. Shared by both scripts and all verbs."""
 
 import difflib
+import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Collection
+import traceback
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
-from ditx.files import first_line
+from ditx.files import cache_folder, first_line
 
 T = TypeVar("T")
 
@@ -26,7 +29,8 @@ def run(prog: str, function: Callable[[], int], *, out_of_memory: str = "try a s
     """Call a command and return its exit code: a mistake is one sentence and code 2, Ctrl-C is 130.
 
     A mistake is a ValueError or an OSError. Too little memory on a device ends with the advice `out_of_memory`. Of
-    several processes, one that fails exits at once. Compiled programs are kept on disk for the next start.
+    several processes, one that fails exits at once. Compiled programs are kept on disk for the next start. Output that
+    nobody reads any more is dropped.
     """
     import jax
 
@@ -34,21 +38,76 @@ def run(prog: str, function: Callable[[], int], *, out_of_memory: str = "try a s
 
     # JAX reads these names itself; set to nothing, the first switches the cache off.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "ditx" / "jax"))
+        with suppress(ValueError):  # a user without a home folder
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    try:
-        return function()
-    except (ValueError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return end(2)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"{prog}: the devices have too little memory ({first_line(error)}); {out_of_memory}", file=sys.stderr)
-        return end(2)
-    except KeyboardInterrupt:
-        return end(130)
+    output, errors = Output(sys.stdout), Output(sys.stderr)
+    with redirect_stdout(cast(Any, output)), redirect_stderr(cast(Any, errors)):
+        try:
+            code = function()
+            output.flush()
+            if output.lost:
+                raise OSError(f"the output could not be written ({output.lost}); everything else is done")
+            return code
+        except (ValueError, OSError) as error:
+            print(f"{prog}: {error}", file=sys.stderr)
+            return end(2)
+        except (RuntimeError, AssertionError) as error:
+            # For some platforms JAX fails at an assertion without a message.
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if "RESOURCE_EXHAUSTED" in str(error):
+                sentence = f"the devices have too little memory ({first_line(error)}); {out_of_memory}"
+            elif "Unable to initialize backend" in str(error) or frame.f_code.co_name == "backends":
+                sentence = f"there is no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}; unset it, or"
+                sentence += " install JAX for that device: --extra cuda or --extra tpu after uv run"
+            else:
+                raise
+            print(f"{prog}: {sentence}", file=sys.stderr)
+            return end(2)
+        except KeyboardInterrupt:
+            return end(130)
+
+
+class Output:
+    """A stream that outlives its reader: text that cannot be written is dropped, as after `| head`.
+
+    Characters outside the terminal's encoding become question marks.
+    """
+
+    def __init__(self, stream: Any):
+        self.lost = ""
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 (open until the process ends)
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # Nobody misses the output to a closed pipe or terminal.
+                self.lost = self.lost or first_line(error)
+            # From here on every write succeeds, also the one at the end of the process.
+            with suppress(OSError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), self._stream.fileno())
+
+
+def script(name: str) -> str:
+    """The command of a script in the form that this process was started with: `train.py`, or `ditx train`."""
+    return f"ditx {name}" if Path(sys.argv[0]).name.startswith(("ditx", "__main__")) else f"{name}.py"
 
 
 def split_preset(arguments: list[str], presets: Collection[str], *, default: str) -> tuple[str, list[str]]:

@@ -29,6 +29,14 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """The folder `ditx` in `XDG_CACHE_HOME`, or else in `~/.cache`. Raises ValueError for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditx"
+    except RuntimeError as error:
+        raise ValueError("this user has no home folder to keep downloads in; set XDG_CACHE_HOME to a folder") from error
+
+
 def lock(file: Path, busy: str | None = None) -> IO[str]:
     """Lock a file until the result is closed or the process ends.
 

@@ -1,7 +1,12 @@
+import io
+import os
+from contextlib import closing
+
 import jax
 import pytest
 
 from ditx import cli
+from ditx.files import cache_folder
 
 
 @pytest.mark.parametrize(
@@ -15,9 +20,16 @@ from ditx import cli
             2,
             "prog: the devices have too little memory (RESOURCE_EXHAUSTED: no 9 bytes); try it\n",
         ),
+        (
+            RuntimeError("Unable to initialize backend 'cuda': no such thing"),
+            2,
+            "prog: there is no device of JAX_PLATFORMS=cuda; unset it, or install JAX for that device: --extra cuda or"
+            " --extra tpu after uv run\n",
+        ),
     ],
 )
 def test_a_command_ends_in_one_sentence_and_a_code(error, code, text, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
@@ -34,6 +46,50 @@ def test_other_errors_are_bugs_and_keep_their_traceback(monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     with pytest.raises(jax.errors.JaxRuntimeError), pytest.MonkeyPatch.context():
         cli.run("prog", lambda: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: bug")))
+
+
+def test_output_outlives_its_reader_and_small_alphabets(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:  # closing it writes what is left, and must not raise either
+        output = cli.Output(stream)
+        for _ in range(3):
+            assert output.write("x" * 100_000) == 100_000
+            output.flush()
+        assert output.lost == ""
+        stream.write("left")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    output = cli.Output(stream)
+    output.write("─ a")
+    output.flush()
+    assert stream.buffer.getvalue() == b"? a"
+    with closing(cli.Output(None)) as output:
+        output.write("closed before the start")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert cli.run("prog", lambda: print("figures") or 0) == 2
+    assert "prog: the output could not be written ([Errno 28] No space left on device)" in capsys.readouterr().err
+
+
+def test_a_user_without_a_home_keeps_no_compiled_programs(monkeypatch):
+    def nobody(number):
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    before = jax.config.jax_compilation_cache_dir
+    assert cli.run("prog", lambda: 7) == 7 and jax.config.jax_compilation_cache_dir == before
+    with pytest.raises(ValueError, match="no home folder to keep downloads in; set XDG_CACHE_HOME"):
+        cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(cache_folder()) == "/somewhere/ditx"
+
+
+@pytest.mark.parametrize(("started", "name"), [("/a/train.py", "sample.py"), ("/bin/ditx", "ditx sample")])
+def test_a_script_is_named_as_the_process_was_started(started, name, monkeypatch):
+    monkeypatch.setattr("sys.argv", [started])
+    assert cli.script("sample") == name
 
 
 def test_the_preset_comes_first():

@@ -22,7 +22,8 @@ def test_wheel_holds_code_assets_and_licences(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "ditx").rglob("*.py")}
     assets = {str(path.relative_to(ROOT)) for path in (ROOT / "ditx/assets").iterdir()}
-    assert sources | assets | {"ditx/py.typed"} <= names
+    scripts = {"ditx/scripts/train.py", "ditx/scripts/sample.py"}
+    assert sources | assets | scripts | {"ditx/py.typed"} <= names
     licences = {Path(name).name for name in names if "dist-info/licenses/" in name}
     assert licences == {"LICENSE", *(path.name for path in (ROOT / "ditx/assets").glob("LICENSE-*"))}
 
@@ -38,5 +39,11 @@ def test_pip_installs_a_clone_that_runs_elsewhere(tmp_path):
     command = [python, "-c", "import ditx; print(ditx.__version__, ditx.__file__)"]
     version, file = subprocess.check_output(command, cwd=tmp_path, text=True).split()
     assert version == ditx.__version__ and Path(file).is_relative_to(tmp_path)
-    usage = subprocess.run([tmp_path / "env/bin/ditx", "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert usage.returncode == 0 and "evaluate" in usage.stdout + usage.stderr
+    for arguments, words in (
+        (["--help"], "evaluate"),
+        (["train", "--help"], "--batch-size"),
+        (["sample", "-h"], "--guide"),
+    ):
+        command = [tmp_path / "env/bin/ditx", *arguments]
+        usage = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert usage.returncode == 0 and words in usage.stdout, usage.stderr

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-import ditx
 from ditx import cli, costs
 from ditx.commands import evaluate
 from ditx.evaluation.reference import read_reference
@@ -167,8 +166,6 @@ class Study:
                 raise ValueError(
                     f"unknown network {name!r} of {self.grid}; choose from {', '.join(self.plan.networks)}"
                 )
-        if not _script().is_file():
-            raise ValueError(f"{_script()} does not exist; a study runs train.py, so clone the repository for it")
         if self.plan.preset != "digits" and not (self.data_path or self.list):
             raise ValueError(f"{self.grid} trains on CIFAR-10; give its path with --data-path")
 
@@ -202,7 +199,15 @@ class Study:
             )
         if plan.steps in done and not self.train_flags:  # train.py compares flags with those of the run
             return
-        command = [sys.executable, str(_script()), plan.preset, *plan.flags.split(), *plan.networks[name].split()]
+        command = [
+            sys.executable,
+            "-m",
+            "ditx",
+            "train",
+            plan.preset,
+            *plan.flags.split(),
+            *plan.networks[name].split(),
+        ]
         command += ["--run", str(run), "--steps", str(plan.steps), "--sample-every", "0"]
         command += ["--checkpoint-every", str(plan.every), "--keep-every", str(plan.every)]
         command += ["--data-path", self.data_path] if self.data_path else []
@@ -406,7 +411,3 @@ def _annotate(axes: Any, labels: list[tuple[Any, str]]) -> None:
                 taken.append(box)
                 break
             note.remove()
-
-
-def _script() -> Path:
-    return Path(ditx.__file__).parents[1] / "train.py"

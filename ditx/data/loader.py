@@ -99,8 +99,9 @@ def _with_workers(iterable: grain.IterDataset, workers: int) -> grain.IterDatase
 
 
 def _exit_with_parent(worker: int, count: int) -> None:
-    """End this worker when its parent ends, however it ends; leave Ctrl-C, sent to every process, to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End this worker when its parent ends, however it ends; leave signals, sent to every process, to the parent."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

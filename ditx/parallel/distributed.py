@@ -7,7 +7,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ def initialize(config: DistributedConfig) -> None:
             " and --distributed.count and --distributed.index where neither srun nor mpirun starts them"
         ) from error
     if not is_main_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
 
 def is_main_process() -> bool:
@@ -146,25 +146,30 @@ def assert_same_everywhere(described: Any) -> None:
 
 
 @contextmanager
-def stop_signals(notice: str = "stopping after this step, with a checkpoint") -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that a loop can end between two steps; a later SIGINT ends the process at once.
+def stop_signals(notice: str = "") -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGHUP, so that a loop can end between two steps; a later SIGINT ends it at once.
 
-    SIGTERM is the notice of preempted machines, Kubernetes and SLURM. Launchers can deliver a signal twice: from the
-    group, and forwarded.
+    SIGTERM is the notice of preempted machines, Kubernetes and SLURM; SIGHUP that of a closed terminal, which nohup has
+    ignored. Launchers can deliver a signal twice: from the group, and forwarded.
     """
     received: list[int] = []
     at_once = 0.0
+    step = "this step" if jax.process_count() == 1 else "the next step"
+    notice = notice or f"stopping after {step}, with a checkpoint"
 
     def receive(number, _):
         nonlocal at_once
         if not received:
             at_once = time.monotonic() + _AT_ONCE_AFTER
-            print(f"\n{notice}; Ctrl-C stops at once", file=sys.stderr)
             received.append(number)
+            with suppress(OSError):  # The terminal may be gone. Python's stream may be in the middle of a write.
+                os.write(2, f"\n{notice}; Ctrl-C stops at once\n".encode())
         elif number == signal.SIGINT and time.monotonic() > at_once:
             os._exit(128 + number)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield received
     finally:
@@ -175,7 +180,7 @@ def stop_signals(notice: str = "stopping after this step, with a checkpoint") ->
 class SyncedBatches:
     """Iterates over `batches` and ends at the same one in every process: if one received a signal, or cannot read on.
 
-    The signal is then in every process's `received`; a ValueError or OSError is in every process's `error`. The
+    The signal is then in every process's `received`; a ValueError or OSError is in every process's `error`. Several
     processes agree on the next batch while the devices compute, so that no device waits.
     """
 
@@ -188,7 +193,7 @@ class SyncedBatches:
         ahead = self._read()
         while True:
             batch, error, agreed = ahead
-            code = int(agreed)
+            code = self._code(error) if agreed is None else int(agreed)
             if code == _FAILED:
                 try:
                     with sync_errors():
@@ -203,16 +208,22 @@ class SyncedBatches:
             ahead = self._read()
             yield batch
 
-    def _read(self) -> tuple[Any, Any, Any]:
+    def _code(self, error: Exception | None) -> int:
+        # A signal to the whole group may have ended the processes that read.
+        return max(self._received, default=_FAILED if error else 0)
+
+    def _read(self) -> tuple[Any, ValueError | OSError | None, Any]:
+        """The next batch or the error, and the largest code of any process, on its way; None for one process."""
         batch, error = None, None
         try:
             batch = next(self._batches)
         except (ValueError, OSError) as caught:
             error = caught
-        code = _FAILED if error else max(self._received, default=0)
+        except RuntimeError as caught:  # Grain's, for a process that reads and was killed.
+            error = OSError(f"the data cannot be read on ({first_line(caught)}); run the same command to resume")
         if jax.process_count() == 1:
-            return batch, error, code
-        spread = NamedSharding(self._mesh, P(self._mesh.axis_names))
+            return batch, error, None
+        spread, code = NamedSharding(self._mesh, P(self._mesh.axis_names)), self._code(error)
         codes = jax.make_array_from_callback((self._mesh.size,), spread, lambda _: np.full(1, code, np.int32))
         return batch, error, self._largest(codes)
 
@@ -232,7 +243,7 @@ def exit_if_peer_dies() -> Iterator[None]:
 
 def end(code: int) -> int:
     """The exit code; one of several processes that has failed exits here, since a regular exit waits for the others."""
-    if jax.process_count() > 1 and code:
+    if jax.distributed.is_initialized() and code:
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(code)

@@ -39,6 +39,8 @@ class Common:
     """learning rate: constant, or falling to 0 at the last step"""
     ema_decay: float = 0.9999
     """of the averaged weights, from which samples are drawn"""
+    ema_warmup: bool = True
+    """average over fewer steps at first: after t steps, decay at most (1 + t) / (10 + t)"""
     flip: bool = True
     """mirror half of the images left to right"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -173,7 +175,7 @@ def paper(name: str, steps: int = 400_000, **changes: Any) -> Config:
     """A run of the paper on latents, with pictures as in the released code."""
     model = replace(DIT_CONFIGS[name], **changes)
     sampling = SamplingConfig(guidance_scale=4.0, guidance_channels=3)
-    return Config(dataset="latents", model=model, steps=steps, sampling=sampling)
+    return Config(dataset="latents", model=model, steps=steps, ema_warmup=False, sampling=sampling)
 
 
 PRESETS = {

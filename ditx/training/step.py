@@ -90,6 +90,7 @@ def train_step(
     objective: Objective,
     optimizer: Optimizer,
     ema_decay: float,
+    ema_warmup: bool = False,
     ema_gammas: tuple[float, ...] = (),
     dtype: jnp.dtype = jnp.float32,
     accumulate: int = 1,
@@ -103,8 +104,9 @@ def train_step(
     If the batch has `std`, `x` is the mean of latents, and every step draws a fresh sample of them. The network
     computes in `dtype`; weights, averages, moments, losses and all results stay in float32. `accumulate` parts of the
     batch follow each other, and their gradients are added. On a `mesh`, state and batch have the shardings of
-    `ditx.parallel`. Neither changes the result. `ema_gammas` are the exponents of the state's `power_emas`. A step
-    whose loss or gradient is not finite changes nothing but `step`.
+    `ditx.parallel`. Neither changes the result. With `ema_warmup` the decay of the average after `t` updates is at most
+    (1 + t) / (10 + t). `ema_gammas` are the exponents of the state's `power_emas`. A step whose loss or gradient is not
+    finite changes nothing but `step`.
     Returns the terms of the objective as means over the batch, `grad_norm`, and `skipped`: 1 after such a step, else 0.
     """
     batch_keys = jax.random.split(jax.random.fold_in(key, state.step), batch["y"].shape[0])
@@ -134,7 +136,8 @@ def train_step(
     grads, terms = gradients(model, (batch, batch_keys))
     updates, opt_state = optimizer.update(grads, state.opt_state, model)
     model = optax.apply_updates(model, updates)
-    after = (model, *_move_averages(state, model, ema_decay, ema_gammas), opt_state)
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_decay
+    after = (model, *_move_averages(state, model, decay, ema_gammas), opt_state)
     before = (state.model, state.ema, state.power_emas, state.opt_state)
 
     terms |= {"grad_norm": optax.tree.norm(grads)}
@@ -145,7 +148,7 @@ def train_step(
 
 
 def _move_averages(
-    state: TrainState, model: Any, ema_decay: float, ema_gammas: tuple[float, ...]
+    state: TrainState, model: Any, ema_decay: Any, ema_gammas: tuple[float, ...]
 ) -> tuple[Any, tuple[Any, ...]]:
     """The exponential moving average and the power EMAs after an update to `model`."""
 

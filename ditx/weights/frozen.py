@@ -3,14 +3,13 @@
 import hashlib
 import http.client
 import math
-import os
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from ditx.files import checksum_arrays, first_line, read_npz, write_atomically
+from ditx.files import cache_folder, checksum_arrays, first_line, read_npz, write_atomically
 from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.weights import convert, files
@@ -100,7 +99,7 @@ def download(url: str) -> Path:
     The name ends in the first digits of the file's SHA-256, as in torch's hub, and they are checked. Raises ValueError
     if the file cannot be downloaded.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditx"
+    cache = cache_folder()
     path = cache / url.rsplit("/", 1)[-1]
     if path.is_file():
         return path

@@ -116,7 +116,7 @@ def test_grids_are_what_their_names_say(run):
     assert len(study.GRIDS["blocks"].networks) == 4
 
 
-def test_mistakes_end_in_a_sentence(run, tmp_path, monkeypatch):
+def test_mistakes_end_in_a_sentence(run, tmp_path):
     for arguments, sentence in [
         (["sizes"], "sizes trains on CIFAR-10; give its path with --data-path"),
         (["digits", "--only", "XL/2"], "unknown network 'XL/2' of digits; choose from T/14, "),
@@ -124,9 +124,6 @@ def test_mistakes_end_in_a_sentence(run, tmp_path, monkeypatch):
     ]:
         code, output = run.ditx("study", *arguments, "--out", tmp_path / "out")
         assert code == 2 and sentence in output and not (tmp_path / "out").exists(), output
-    monkeypatch.setattr(study.ditx, "__file__", str(tmp_path / "site-packages" / "ditx" / "__init__.py"))
-    code, output = run.ditx("study", "digits", "--out", tmp_path / "out")
-    assert code == 2 and "train.py does not exist; a study runs train.py, so clone the repository for it" in output
 
 
 def test_labels_of_plots_do_not_overlap(tmp_path, monkeypatch):

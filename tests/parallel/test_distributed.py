@@ -65,7 +65,7 @@ def test_batches_end_at_a_signal_and_at_a_failure_after_those_before():
             taken.append(batch)
             if batch == 4:
                 signal.raise_signal(signal.SIGTERM)
-        assert received == [signal.SIGTERM] and taken in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5])
+        assert received == [signal.SIGTERM] and taken == [0, 1, 2, 3, 4]  # "stopping after this step"
 
     def failing():
         yield from range(3)
@@ -88,6 +88,33 @@ def test_a_signal_that_comes_twice_is_one(monkeypatch):
         assert not ended
         signal.raise_signal(signal.SIGINT)
         assert ended == [130]
+
+
+def test_a_closed_terminal_stops_as_sigterm_does_unless_it_is_ignored(monkeypatch, capfd):
+    with stop_signals() as received:
+        signal.raise_signal(signal.SIGHUP)
+        assert received == [signal.SIGHUP]
+    assert "stopping after this step, with a checkpoint; Ctrl-C stops at once" in capfd.readouterr().err
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with stop_signals() as received:
+        signal.raise_signal(signal.SIGHUP)
+        assert received == []
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_killed_reader_is_an_error_unless_a_signal_ended_it():
+    def killed():
+        yield 0
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -15.")
+
+    mesh = make_mesh(MeshConfig())
+    batches = SyncedBatches(killed(), mesh, [])
+    assert list(batches) == [0] and "the data cannot be read on (Worker process was" in str(batches.error)
+    with stop_signals() as received:
+        batches = SyncedBatches(killed(), mesh, received)
+        for _ in batches:
+            signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM] and batches.error is None
 
 
 def test_a_process_that_is_left_alone_ends_and_one_short_of_memory_says_so(monkeypatch, capsys):
