@@ -26,6 +26,14 @@ settings.load_profile("ditx")
 
 
 @pytest.fixture
+def optimized():
+    """Full optimisation, for tests that run longer than they compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def highest_precision():
     """Matrix products in full float32, as the references on a CPU computed them."""
     with jax.default_matmul_precision("highest"):

@@ -112,6 +112,7 @@ def test_unknown_devices_have_no_nominal_peak():
 CONFIG = DiTConfig(16, 2, 4, 64, 4, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "mesh", "options"),
     [

@@ -42,6 +42,7 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_images_become_latents_a_run_and_samples(run, photos, vae, tmp_path):
     shards, folder = tmp_path / "latents", tmp_path / "run"
     code, said = run.ditx("extract", photos, shards, "--vae", vae, "--size", 16, "--batch-size", 8, "--shard-size", 7)
@@ -109,6 +110,7 @@ def test_images_become_latents_a_run_and_samples(run, photos, vae, tmp_path):
     assert fids[0] == pytest.approx(fids[1], rel=1e-2)  # a pixel may differ by one, of other batches
 
 
+@pytest.mark.slow
 def test_without_an_autoencoder_it_trains_and_says_that_there_are_no_pictures(run, photos, vae, tmp_path):
     shards, folder = tmp_path / "latents", tmp_path / "run"
     run.ditx("extract", photos, shards, "--vae", vae, "--size", 16)

@@ -43,6 +43,7 @@ def test_every_room_has_a_page_that_the_readme_links():
         assert f"(ditx/{room}/README.md)" in PAGES["README.md"], room
 
 
+@pytest.mark.slow
 def test_library_example():
     names = run_examples("README.md")
     # The output of a new network is zero, so the loss is the mean square of the noise plus a small variational term.
@@ -51,6 +52,7 @@ def test_library_example():
     assert names["states"].shape == (250, 32, 32, 4)
 
 
+@pytest.mark.slow
 def test_single_pieces_train_in_another_loop():
     names = run_examples("ditx/diffusion/README.md")
     # The data have mean 0.5 and standard deviation 0.1; samples of an untrained block have mean 0.

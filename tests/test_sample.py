@@ -16,6 +16,7 @@ from ditx.training import run as runs
 from ditx.weights import pretrained
 
 
+@pytest.mark.slow
 def test_a_network_without_labels_trains_and_guides_another(finished, run, tmp_path):
     flags = [*TINY, "--model.num-classes", 0, "--sampling.guidance-scale", 1, "--steps", 1, "--sample-every", 1]
     code, said = run.train(*flags, "--run", tmp_path / "free")

@@ -64,6 +64,7 @@ def test_a_run_is_a_folder_of_plain_files(finished):
             assert len(np.unique(np.asarray(image))) > 10
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_ends_as_the_undisturbed_run(finished, tmp_path):
     run, rng = tmp_path / "killed", random.Random(time.time_ns())
     for _ in range(3):
@@ -79,6 +80,7 @@ def test_killed_at_any_time_it_ends_as_the_undisturbed_run(finished, tmp_path):
     assert_same_run(run, finished[0])
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_passed_over(copy, finished):
     largest = max((copy / "checkpoints" / "35").glob("*/**/*"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
@@ -97,6 +99,7 @@ def test_without_a_sound_checkpoint_it_does_not_start_anew(copy, monkeypatch, ca
     assert (copy / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_more_steps_can_follow(tmp_path, number, code):
     run = tmp_path / "stopped"
@@ -114,6 +117,7 @@ def test_a_signal_saves_and_more_steps_can_follow(tmp_path, number, code):
     assert losses(run)[-1][0] == newest + 3
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     run, limited = tmp_path / "full", "import resource, runpy, sys; sys.argv = sys.argv[1:];"
     # Files may not grow beyond 4 kB once the first checkpoint lies there: what a full disk does to a write.
@@ -161,6 +165,7 @@ def test_pictures_that_a_kill_prevented_are_made_up_for(finished, tmp_path, monk
     assert (run / "samples" / "step-0000040.png").exists()
 
 
+@pytest.mark.slow
 def test_updates_that_are_no_numbers_are_skipped_and_end_the_run(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     # From its eighth update on, it diverges.
@@ -190,6 +195,7 @@ def test_a_folder_left_by_a_kill_at_the_very_start_is_used(tmp_path, monkeypatch
     assert code == 0, said
 
 
+@pytest.mark.slow
 def test_a_new_run_begins_from_the_weights_of_another(finished, tmp_path, monkeypatch, capsys):
     before = checkpoint.load_newest(finished[0] / "checkpoints", ema_of(finished[0]))[1]["ema"]
     flags = [*TINY, "--init-from", finished[0], "--steps", 1, "--learning-rate", 0, "--sample-every", 0]
@@ -231,6 +237,7 @@ def ema_of(run):
     return {"ema": create.eval_shape(jax.random.key(0))}
 
 
+@pytest.mark.slow
 def test_a_profile_and_the_checkpoints_asked_for_are_there(tmp_path):
     run = tmp_path / "run"
     flags = [*TINY, "--steps", 20, "--run", run, "--sample-every", 0, "--keep", 1, "--profile-steps", 30]
@@ -325,6 +332,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, monkeypatch, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_other_data_is_noticed(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     stored = {"images": rng.integers(0, 255, (20, 8, 8, 3), np.uint8), "labels": np.arange(20) % 10}
@@ -341,6 +349,7 @@ def test_other_data_is_noticed(tmp_path, monkeypatch, capsys):
     assert code == 2 and "has 0 images" in said and not (tmp_path / "empty").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_trains(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     for k in range(12):
@@ -359,11 +368,13 @@ def test_a_folder_of_images_trains(tmp_path, monkeypatch, capsys):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_block_learns_the_digits(tmp_path, block):
+def test_every_block_learns_the_digits(optimized, tmp_path, monkeypatch, capsys, block):
     run = tmp_path / block
     network = ["--model.block", block, "--model.hidden-size", 64, "--model.depth", 2, "--model.num-heads", 2]
-    code, output = finish(start("digits", *network, "--steps", 300, "--sample-every", 0, "--run", run))
+    flags = ["digits", *network, "--steps", 300, "--sample-every", 0, "--run", run]
+    code, output = call(train, monkeypatch, capsys, *flags)
     assert code == 0, output
     means = [loss for _, loss, _ in losses(run)]
     # It begins at about 1.7, the mean square of the velocity; to know nothing but that mean gives 1.3.

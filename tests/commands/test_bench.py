@@ -37,6 +37,7 @@ def check_figures(figures, flops):
     assert (figures["backend"], figures["peak_tflops_nominal"], figures["mfu_nominal"]) == ("cpu", None, None)
 
 
+@pytest.mark.slow
 def test_a_training_step_on_any_mesh(run):
     flags = ("--mesh.fsdp", 2, "--remat", "full", "--batch-size", 16)
     code, output = run.ditx("bench", "train", "tiny", *SMALL, *flags, "--repeats", 2, "--json")

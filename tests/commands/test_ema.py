@@ -4,6 +4,7 @@ import shutil
 
 import jax
 import numpy as np
+import pytest
 
 from ditx.nn.dit import DiT
 from ditx.training import checkpoint
@@ -25,6 +26,7 @@ def distance(a, b):
     return np.sqrt(sum(np.square(x - y).sum() for x, y in zip(a, b, strict=True)))
 
 
+@pytest.mark.slow
 def test_any_length_is_made_from_two_that_a_run_stored(run, tmp_path):
     folder, made = tmp_path / "run", tmp_path / "new" / "made.safetensors"
     code, output = run.train(*FLAGS, "--run", folder)

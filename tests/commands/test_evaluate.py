@@ -130,6 +130,7 @@ def test_stopped_and_started_again_it_finds_what_it_would_have(reference, place,
     assert lines == [other, expected]
 
 
+@pytest.mark.slow
 def test_one_device_two_processes_and_the_images_that_sample_py_writes(reference, place, run, tmp_path):
     flags = [place / "weights.safetensors", reference, "--num-samples", 20, "--balanced", "--batch", 16, "--seed", 5]
     eight = found(run, *flags, "--out", tmp_path / "8")
@@ -149,6 +150,7 @@ def test_one_device_two_processes_and_the_images_that_sample_py_writes(reference
     assert found(run, grid.with_suffix(".npz"), reference)["metrics"] == pytest.approx(eight["metrics"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_inception_and_a_reference_of_the_adm_suite(run, tmp_path, monkeypatch):
     """The network's features are held to the suite's in tests/nn; here, that each comes to its metric."""
     rng = np.random.default_rng(0)

@@ -165,6 +165,7 @@ def test_an_autoencoder_gives_the_mean_and_deviation_of_its_posterior(undisturbe
 # Kills
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_extraction_equals_an_undisturbed_one(undisturbed, photos, vae, tmp_path):
     out = tmp_path / "latents"
     command = ("-m", "ditx", "extract", photos, out, "--vae", vae[1], *FLAGS)

@@ -39,6 +39,7 @@ def reference(tmp_path_factory):
     return scripts.write_reference(tmp_path_factory.mktemp("study") / "reference.npz", digits().images[::125])
 
 
+@pytest.mark.slow
 def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_path, monkeypatch, reference):
     monkeypatch.setitem(study.GRIDS, "digits", TINY)
     flags = ["digits", "--out", tmp_path, "--reference", reference]
@@ -80,6 +81,7 @@ def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_p
     assert code == 2 and "is a run of 4 steps with a decaying learning rate, not of 2 steps" in output, output
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_ends_with_a_checkpoint_of_the_network_in_training_and_goes_on_from_there(reference, tmp_path):
     flags = ["digits", "--only", "T/14", "--out", tmp_path, "--reference", reference, "--steps", 3000]
     flags += ["--num-samples", 8, "--every", 3000, "--", "--log-every", 1]

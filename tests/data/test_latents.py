@@ -148,6 +148,7 @@ def test_checksum_depends_on_latents_and_classes(source, tmp_path):
     assert len({source.checksum, *(LatentSource(other).checksum for other in others)}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_resume_exactly(source, workers):
     batches = take(loader.batches(source, **OPTIONS), 9)

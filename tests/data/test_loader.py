@@ -108,6 +108,7 @@ def test_processes_together_see_the_batch_of_one(count):
     assert_same(joined, take(loader.batches(numbered(50), **options), 6))
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_batches():
     options = {"batch_size": 12, "seed": 5, "flip": True, "start": 3}
     assert_same(
@@ -137,6 +138,7 @@ def test_batches_refuses_an_empty_source():
         loader.batches(numbered(0), batch_size=4, seed=0, flip=False)
 
 
+@pytest.mark.slow
 def test_worker_processes_end_with_their_parent():
     code = (
         "import os, signal\n"
@@ -166,6 +168,7 @@ def folder(tmp_path):
     return image_files.find_classes(tmp_path)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 0), (20, 0), (4, 2)])
 def test_images_are_decoded_in_order_with_an_error_for_damaged_ones(folder, batch_size, workers):
     batches = list(loader.decode(folder, 8, batch_size=batch_size, workers=workers))

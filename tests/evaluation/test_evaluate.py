@@ -41,7 +41,8 @@ def test_labels_are_uniform_or_balanced_and_the_first_are_the_same_for_any_numbe
     np.testing.assert_array_equal(draw_labels(0, 5, 1), np.zeros(5))
 
 
-def test_the_classifier_learns_and_depends_on_the_seed_alone():
+@pytest.mark.slow
+def test_the_classifier_learns_and_depends_on_the_seed_alone(optimized):
     model, accuracy = train_classifier(IMAGES, LABELS, 10)
     assert accuracy > 0.6 and model.logits.shape == (128, 10)  # 0.1 by chance
     one, two, other = (train_classifier(IMAGES, LABELS, 10, seed, steps=3)[0].logits for seed in (1, 1, 2))
@@ -190,6 +191,7 @@ def test_metrics_are_those_of_the_features_and_what_is_missing_is_said(reference
         compute_metrics(one, features, reference)
 
 
+@pytest.mark.slow
 def test_training_logs_the_fid_that_evaluate_finds_and_keeps_the_best(run, tmp_path, monkeypatch):
     path, folder = scripts.write_reference(tmp_path / "reference.npz", digits().images[::125]), tmp_path / "run"
     flags = (

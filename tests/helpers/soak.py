@@ -27,9 +27,9 @@ from ditx.training import checkpoint
 
 FLAGS = (
     "digits --model.hidden-size 16 --model.depth 1 --model.num-heads 8 --model.patch-size 14 --batch-size 8"
-    " --sample-every 0 --log-every 4 --checkpoint-every 5 --distributed.heartbeat 4 --mesh.data 1 --mesh.fsdp -1"
+    " --sample-every 0 --log-every 4 --checkpoint-every 5 --distributed.heartbeat 10 --mesh.data 1 --mesh.fsdp -1"
 ).split()
-SURVIVORS_END_WITHIN = 20  # seconds, of which the heartbeat is 4
+SURVIVORS_END_WITHIN = 40  # seconds, of which the heartbeat is 10
 
 
 def launch(run, steps, flags, devices):

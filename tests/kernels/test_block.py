@@ -18,7 +18,7 @@ from ditx.training.step import recompute
 CONFIG = ditx.DiTConfig(6, 2, 3, 24, 3, 2, num_classes=10)
 
 
-@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("unroll", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("block", BLOCKS)
 @x64
 def test_the_tuned_block_equals_the_plain_one(block, unroll):

@@ -88,6 +88,7 @@ def test_gelu_is_finite_far_from_zero():
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "remat"), [("adaln-zero", "dots"), *((block, "full" if block == "adaln" else "none") for block in BLOCKS)]
 )
@@ -146,7 +147,8 @@ def test_norms_with_weights_stay_plain():
     assert traced.count("platform_index") == 1
 
 
-def test_losses_agree_over_200_steps_in_bfloat16():
+@pytest.mark.slow
+def test_losses_agree_over_200_steps_in_bfloat16(optimized):
     config = ditx.DiTConfig(8, 2, 3, 24, 2, 2, num_classes=10)
     optimizer, objective = adamw(1e-3), make_objective(ObjectiveConfig())
     key = jax.random.key(0)

@@ -183,6 +183,7 @@ def test_only_products_with_the_weights_of_blocks_are_rounded(block):
     assert "float8" not in str(jax.make_jaxpr(ditx.DiT.__call__)(random_dit(config), *example(config)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "remat", "unroll"),
     [("adaln-zero", "dots", 1), ("adaln", "full", 1), ("cross-attention", "none", 2), ("in-context", "none", 1)],
@@ -221,6 +222,7 @@ def moved(state):
     return np.concatenate(jax.tree.leaves(apart))
 
 
+@pytest.mark.slow
 def test_a_step_on_eight_devices_is_that_on_one():
     batch, key = batch_of(), jax.random.key(1)
     alone, terms = step_of()(state_of(), batch, key)

@@ -42,6 +42,7 @@ def test_tiny_equals_the_reference(highest_precision):
     assert_close(chw(jax.jit(jax.vmap(model.decode))(hwc(golden["latent"]))), golden["decoded"], 1e-5)
 
 
+@pytest.mark.slow
 def test_stable_diffusions_geometry_equals_the_reference(highest_precision):
     model, golden = full_size(), load("vae_sd_formula.npz")
     mean, log_variance = np.split(moments(model, hwc(golden["x"])), 2, axis=1)

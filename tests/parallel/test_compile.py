@@ -39,6 +39,7 @@ def test_more_than_a_device_has_is_said_before_anything_runs(monkeypatch):
         compile.compile_checked(double, x, remedy="less")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does")
 def test_memory_of_programs_is_not_mapped_anew(tmp_path):
     run = tmp_path / "run"
@@ -98,6 +99,7 @@ def test_what_does_not_fit_is_said_before_anything_is_compiled(run, photos, tmp_
         assert code == 2 and sentence in said and "Traceback" not in said, said
 
 
+@pytest.mark.slow
 def test_a_finished_run_compiles_nothing_unless_its_last_checkpoint_is_gone(run, tmp_path, monkeypatch):
     flags = [*TINY, "--checkpoint-every", 1, "--sample-every", 0, "--run", tmp_path / "run"]
     code, said = run.train(*flags)
@@ -112,6 +114,7 @@ def test_a_finished_run_compiles_nothing_unless_its_last_checkpoint_is_gone(run,
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 2
 
 
+@pytest.mark.slow
 def test_a_second_start_takes_all_programs_from_the_cache(tmp_path):
     cache, folder = tmp_path / "cache", tmp_path / "run"
 

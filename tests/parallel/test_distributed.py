@@ -142,6 +142,7 @@ def complete(*started):
         assert code == 0, output
 
 
+@pytest.mark.slow
 def test_one_device_eight_and_two_processes_take_turns_in_one_run(tmp_path):
     run, other = tmp_path / "turns", tmp_path / "undisturbed"
     fsdp, data = ["--mesh.data", 2, "--mesh.fsdp", 4], ["--mesh.data", 8, "--mesh.fsdp", 1]
@@ -181,6 +182,7 @@ def test_one_device_eight_and_two_processes_take_turns_in_one_run(tmp_path):
         np.testing.assert_allclose(x, y, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_run_restored_on_eight_one_two_times_four_and_eight_devices_is_the_same(tmp_path):
     """By a script that reads the newest checkpoint where the mesh has it, and writes it to the next folder."""
     first = tmp_path / "8"
@@ -195,6 +197,7 @@ def test_a_run_restored_on_eight_one_two_times_four_and_eight_devices_is_the_sam
         jax.tree.map(np.testing.assert_array_equal, soak.arrays(tmp_path / name, 3), state)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_fid_of_one_while_they_train(tmp_path):
     reference = scripts.write_reference(tmp_path / "reference.npz", digits().images[::125])
     flags = [*FLAGS, "--steps", 3, "--sampling.steps", 2, "--eval-every", 3, "--eval-samples", 24]
@@ -209,6 +212,7 @@ def test_two_processes_find_the_fid_of_one_while_they_train(tmp_path):
     assert len(fids[0]) == 1 and fids[0] == pytest.approx(fids[1], rel=1e-2)  # a pixel may be rounded otherwise
 
 
+@pytest.mark.slow
 def test_mistakes_of_one_process_end_all_of_them_in_one_sentence(tmp_path):
     flags = [*FLAGS, "--run", tmp_path / "run", "--steps", 3]
     first, second = scripts.start_together(TRAIN, *flags)
@@ -222,6 +226,7 @@ def test_mistakes_of_one_process_end_all_of_them_in_one_sentence(tmp_path):
     assert code == 2 and "process 1 has other flags" in output and not (tmp_path / "run").exists(), output
 
 
+@pytest.mark.slow
 def test_killed_one_by_one_and_together_nothing_is_lost(tmp_path):
     """The short form of `tests/helpers/soak.py`."""
     told = soak.soak(tmp_path, kills=2, steps=15, seed=2, devices=2)

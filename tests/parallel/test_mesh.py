@@ -88,12 +88,14 @@ def alone():
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {}) for name in MESHES),
-        ("fsdp", {"remat": "full"}),
-        ("fsdp", {"remat": "dots", "unroll": 3}),
-        ("data-fsdp", {"accumulate": 2}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in MESHES),
+        pytest.param("fsdp", {"remat": "full"}, marks=pytest.mark.slow),
+        pytest.param("fsdp", {"remat": "dots", "unroll": 3}, marks=pytest.mark.slow),
+        pytest.param("data-fsdp", {"accumulate": 2}, marks=pytest.mark.slow),
         ("all", {"accumulate": 2, "remat": "full", "unroll": 3}),
-        ("data-fsdp", {"apply_block": KernelConfig("fused", attention="fused").apply_block()}),
+        pytest.param(
+            "data-fsdp", {"apply_block": KernelConfig("fused", attention="fused").apply_block()}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_eight_devices_equal_one(alone, name, options):
@@ -195,6 +197,7 @@ def test_fsdp_gathers_each_block_once_a_direction_and_reduces_once(name, options
     assert reduced == Counter([*(leaf.sharding.shard_shape(leaf.shape) for leaf in left), (2, 10)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data", "fsdp", "data-fsdp"])
 def test_twice_the_batch_sends_no_more(name):
     assert sizes(compiled(name)) == sizes(compiled(name, batch=2 * BATCH))
@@ -229,6 +232,7 @@ def test_all_three_axes_gather_over_fsdp_alone():
     assert {operation for _, operation in sent} <= {"all-gather", "reduce-scatter", "all-reduce"}
 
 
+@pytest.mark.slow
 def test_fsdp_holds_an_eighth_on_each_device_by_xlas_own_figures():
     config = dataclasses.replace(CONFIG, hidden_size=128, depth=4)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(partial(create, config))))

@@ -15,7 +15,7 @@ from ditx.kernels.block import KernelConfig
 from ditx.nn.dit import DiTConfig
 from ditx.training.step import TrainState, adamw, train_step
 
-WINDOW, STEPS, BATCH = 100, 1500, 64
+WINDOW, STEPS, BATCH = 100, 800, 64
 
 
 def curve(seed):
@@ -23,9 +23,7 @@ def curve(seed):
     config, optimizer = DiTConfig(28, 7, 1, 128, 4, 4, num_classes=10), adamw(1e-3)
     source, key = sources.open_dataset("digits", "", 28), jax.random.key(seed)
     step = partial(train_step, objective=make_objective(ObjectiveConfig()), optimizer=optimizer, ema_decay=0.9999)
-    fast = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # 3,000 steps
-    apply_block = KernelConfig().apply_block()
-    step = jax.jit(partial(step, apply_block=apply_block, unroll=4), donate_argnums=0, compiler_options=fast)
+    step = jax.jit(partial(step, apply_block=KernelConfig().apply_block(), unroll=4), donate_argnums=0)
     state = TrainState.create(config, optimizer, key=jax.random.key(100 + seed))
     losses = []
     batches = loader.batches(source, batch_size=BATCH, seed=seed, flip=False, start=0)
@@ -37,9 +35,9 @@ def curve(seed):
 
 
 @pytest.mark.slow
-def test_training_equals_the_authors_program():
+def test_training_equals_the_authors_program(optimized):
     seeds = json.loads((GOLDEN / "official_training_curve.json").read_text())["seeds"]
-    authors = np.mean([seeds["0"], seeds["1"]], axis=0)
+    authors = np.mean([seeds["0"], seeds["1"]], axis=0)[: STEPS // WINDOW]
     ours = np.mean([curve(0), curve(1)], axis=0)
     # Two seeds of the authors' program differ by up to 11 % in a window; means of two seeds differ by less.
     np.testing.assert_allclose(ours[:, 0], authors[:, 0], rtol=0.10)
