@@ -1,8 +1,8 @@
 """Kill a run of two processes at random moments, again and again, and see that nothing is lost.
 
-`uv run python tests/helpers/soak.py --kills 50` takes about forty minutes on two cores. Every restart must go on from the
-newest complete checkpoint, every line of metrics must be readable, and the final weights, moments and averages must be,
-bit for bit, those of a run that nobody disturbed.
+`uv run python tests/helpers/soak.py --kills 50` takes about forty minutes on two cores. Every restart must go on from
+the newest complete checkpoint, every line of metrics must be readable, and the final weights, moments and averages must
+be, bit for bit, those of a run that nobody disturbed.
 """
 
 import argparse
