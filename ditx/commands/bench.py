@@ -4,13 +4,14 @@ import gc
 import json
 import math
 import sys
-import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from itertools import product
+from operator import itemgetter
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
@@ -117,17 +118,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(what: str, *flags: str) -> Any:
+def parse(name: str, *flags: str) -> Any:
     """The configuration of a benchmark. Raises ValueError for an unknown network; exits with 2 on a bad flag."""
-    kind, prog, networks = KINDS[what], f"ditx bench {what}", DIT_CONFIGS | {"tiny": TINY}
-    source = tyro.cli(kind, args=flags, prog=prog).source
-    if source not in networks:
-        raise cli.unknown("network", source, networks)
-    # Parsed twice: the network sets the defaults of the other flags.
-    default: Any = kind(model=networks[source])
-    if kind is Train and source == "tiny":
-        default = replace(default, batch_size=64)
-    return tyro.cli(kind, args=flags, prog=prog, default=default)
+    kind, networks = KINDS[name], DIT_CONFIGS | {"tiny": TINY}
+
+    def defaults(first: Any) -> tuple[Any, None]:
+        if first.source not in networks:
+            raise cli.unknown("network", first.source, networks)
+        smaller = {"batch_size": 64} if (kind, first.source) == (Train, "tiny") else {}
+        return kind(model=networks[first.source], **smaller), None
+
+    return cli.parse_with_defaults(partial(tyro.cli, kind, args=flags, prog=f"ditx bench {name}"), defaults)[0]
 
 
 def check(config: Any) -> None:
@@ -179,16 +180,9 @@ def train(config: Train, mesh: Mesh) -> dict[str, Any]:
         accumulate=config.accumulate,
         mesh=mesh,
     )
-    step = AbstractStep(
-        function,
-        model,
-        optimizer,
-        mesh,
-        config.batch_size,
-        latent=model.in_channels == 4,
-        fp8=config.matmul_dtype == "fp8",
-        remedy="--remat full, a higher --accumulate, --mesh.fsdp, or a smaller --batch-size",
-    )
+    remedy = "--remat full, a higher --accumulate, --mesh.fsdp, or a smaller --batch-size"
+    options: Any = {"latent": model.in_channels == 4, "fp8": config.matmul_dtype == "fp8", "remedy": remedy}
+    step = AbstractStep(function, model, optimizer, mesh, config.batch_size, **options)
 
     def create(key):
         state = step.create(key)
@@ -210,8 +204,7 @@ def train(config: Train, mesh: Mesh) -> dict[str, Any]:
         state, terms = program(state, batch, key)
         return terms
 
-    flops = costs.training_step(model, config.batch_size)
-    return _timed(intervals(call, jax.block_until_ready, config.repeats), config.batch_size, flops, seconds, size)
+    return timed(call, config, costs.training_step(model, config.batch_size), seconds, size)
 
 
 def sample(config: Sample, mesh: Mesh) -> dict[str, Any]:
@@ -236,23 +229,19 @@ def sample(config: Sample, mesh: Mesh) -> dict[str, Any]:
         return jax.block_until_ready(program(network, None, labels, seed, first, sampler.params))
 
     flops = 2 * config.batch_size * network_evaluations(config.sampling, objective) * costs.macs(model)
-    return _timed(intervals(call, jax.block_until_ready, config.repeats), config.batch_size, flops, seconds, size)
+    return timed(call, config, flops, seconds, size)
 
 
 def _shardings(shapes: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
-def _timed(times: list[float], images: int, flops: int, compile_seconds: float, program_bytes: int) -> dict[str, Any]:
+def timed(call: Callable[[], Any], config: Any, flops: int, compile_seconds: float, size: int) -> dict[str, Any]:
+    """Times of repeated calls of a program, with its FLOPs, compile time and memory."""
+    times = intervals(call, jax.block_until_ready, config.repeats)
     memory = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
-    return {
-        "times": times,
-        "batch_size": images,
-        "flops": flops,
-        "compile_seconds": compile_seconds,
-        "program_bytes": program_bytes,
-        "peak_bytes": max(filter(None, memory), default=None),
-    }
+    figures = {"times": times, "batch_size": config.batch_size, "flops": flops, "compile_seconds": compile_seconds}
+    return figures | {"program_bytes": size, "peak_bytes": max(filter(None, memory), default=None)}
 
 
 def network_evaluations(sampling: SamplingConfig, objective: ObjectiveConfig) -> int:
@@ -262,7 +251,7 @@ def network_evaluations(sampling: SamplingConfig, objective: ObjectiveConfig) ->
 
 
 def random_weights(model: Any) -> Any:
-    """The model with uniform noise added to its weights: zeros, as in a new network, would be faster to multiply."""
+    """The model with uniform noise added to its weights, because a new network's zeros are faster to multiply."""
     leaves, structure = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), len(leaves))  # this generator compiles fast
     noise = (jax.random.uniform(k, leaf.shape, minval=-0.04, maxval=0.04) for k, leaf in zip(keys, leaves, strict=True))
@@ -270,9 +259,9 @@ def random_weights(model: Any) -> Any:
 
 
 def peak(dtype: str, mesh: Mesh) -> tuple[float, int]:
-    """FLOP/s of all devices in products of large random square matrices, and the side of these.
+    """FLOP/s of all devices in products of large random square matrices, and the side of the matrices.
 
-    The side grows until a call takes 5 ms a product, or to 8,192: the practical ceiling on GPUs, and fast on CPUs.
+    The side grows until a product takes 5 ms, or to 8,192: the practical ceiling on GPUs, and fast on CPUs.
     """
     rows, chain = NamedSharding(mesh, P(tuple(mesh.axis_names))), 4
     multiply = jax.jit(lambda x, w: jax.lax.fori_loop(0, chain, lambda _, x: x @ w, x), out_shardings=rows)
@@ -285,13 +274,9 @@ def peak(dtype: str, mesh: Mesh) -> tuple[float, int]:
 
     for n in (512, 1024, 2048, 4096, 8192):
         call = partial(multiply, *random(n))
-        jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds = time.perf_counter() - start
-        if seconds > 0.02 or n == 8192:
+        if min(intervals(call, jax.block_until_ready, 2)) > 0.005 * chain:
             break
-    times = intervals(call, jax.block_until_ready, min(50, max(5, int(0.4 / seconds))))
+    times = intervals(call, jax.block_until_ready, 10)
     return 2 * chain * mesh.size * n**3 / float(np.median(times)), n
 
 
@@ -364,16 +349,16 @@ def sweep(config: Train) -> dict[str, Any]:
 
     for setting in product(sizes, sorted({1, config.model.depth}), get_args(Remat)):
         attempt(*setting, config.kernels, config.attention)
-    for row in fastest(rows).values():
-        for kernels, attention in product(("xla", "fused"), ("auto", "fused")):
-            other = replace(config, kernels=kernels, attention=attention)
-            if (kernels, attention) != (config.kernels, config.attention) and is_supported(other, mesh):
-                attempt(*(row[name] for name in SETTINGS[:3]), kernels, attention)
-    best = {size: flags_of(row) for size, row in fastest(rows).items()}
+    for row, kernels, attention in product(fastest(rows).values(), ("xla", "fused"), ("auto", "fused")):
+        other = replace(config, kernels=kernels, attention=attention)
+        if other != config and is_supported(other, mesh):
+            attempt(*(row[name] for name in SETTINGS[:3]), kernels, attention)
+    best = fastest(rows)
     if not best:
         raise ValueError("no setting fits; try smaller --batch-sizes, a higher --accumulate, or --mesh.fsdp")
-    overall = max(fastest(rows).values(), key=lambda row: row["images_per_second"])
-    return machine | {"rows": rows, "by_batch_size": best, "recommended": flags_of(overall)}
+    overall = max(best.values(), key=lambda row: row["images_per_second"])
+    by_batch_size = {size: flags_of(row) for size, row in best.items()}
+    return machine | {"rows": rows, "by_batch_size": by_batch_size, "recommended": flags_of(overall)}
 
 
 def is_supported(config: Train, mesh: Mesh) -> bool:
@@ -386,8 +371,8 @@ def is_supported(config: Train, mesh: Mesh) -> bool:
 
 def fastest(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """The fastest row of each batch size that fits."""
-    fitting = sorted((row for row in rows if "skipped" not in row), key=lambda row: row["images_per_second"])
-    return {row["batch_size"]: row for row in sorted(fitting, key=lambda row: row["batch_size"])}
+    fitting = (row for row in rows if "skipped" not in row)
+    return {row["batch_size"]: row for row in sorted(fitting, key=itemgetter("batch_size", "images_per_second"))}
 
 
 def flags_of(row: dict[str, Any]) -> str:

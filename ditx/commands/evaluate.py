@@ -18,8 +18,16 @@ from ditx.cli import Progress, at_least, parse_with_defaults
 from ditx.data.loader import images_in_order
 from ditx.data.sources import open_images
 from ditx.evaluation.classifier import train_classifier
-from ditx.evaluation.evaluate import METRICS, GenerationConfig, Metric, Samples, compute_metrics, generate_samples
-from ditx.evaluation.features import FeatureName, FeatureNetwork, FeatureStore, make_feature_extractor, with_channels
+from ditx.evaluation.evaluate import (
+    METRICS,
+    GenerationConfig,
+    Metric,
+    Samples,
+    compute_metrics,
+    generate_samples,
+    load_features,
+)
+from ditx.evaluation.features import FeatureName, FeatureNetwork, FeatureStore, make_feature_extractor
 from ditx.evaluation.reference import POOL_ROWS, Reference, read_reference
 from ditx.files import checksum, checksum_arrays, lock, read_npz
 from ditx.nn.inception import Resize
@@ -52,8 +60,8 @@ class Config:
     """with --make-stats: inception, the standard, or a small classifier trained on that data, for digits"""
     inception: str = ""
     """file of the Inception weights; default: pytorch-fid's, downloaded once"""
-    resize: Resize = "adm"
-    """how Inception resizes images: as the ADM suite, or as pytorch-fid (needs statistics made the same way)"""
+    resize: Resize | None = None
+    """how Inception resizes images: as the ADM suite (adm) or as pytorch-fid; default: as the reference records"""
     size: int = 0
     """crop the images of a folder to this side; 0 requires that all have one size"""
     metrics: tuple[Metric, ...] = METRICS
@@ -75,6 +83,10 @@ class Config:
         at_least(self, 0, "size")
         if not self.metrics:
             raise ValueError(f"metrics is empty; choose from {', '.join(METRICS)}")
+
+    def report(self, sentence: str) -> None:
+        """Print progress, apart from JSON."""
+        print(sentence, file=sys.stderr if self.json else sys.stdout, flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -132,10 +144,13 @@ def make_statistics(config: Config) -> None:
         images = np.stack([source[int(n)]["image"] for n in chosen])
         seed, num_classes = config.generation.seed, len(source.class_names)
         network, accuracy = train_classifier(images, source.labels[chosen], num_classes, seed)
-        features = FeatureNetwork(network)
-        print(f"features a classifier trained on these images, accuracy {accuracy:.1%} on a held-out tenth", flush=True)
+        features, note = FeatureNetwork(network), "a classifier trained on these images"
+        note = f"{note}, accuracy {accuracy:.1%} on a held-out tenth"
     else:
-        features = read_inception(config)
+        network, note = load_inception(config.inception)
+        features = FeatureNetwork(network, config.resize or "adm")
+        note = f"Inception, {note}, resize {features.resize}"
+    print(f"features {note}", flush=True)
     kept = np.zeros(len(source), bool)
     kept[_spread(len(source), POOL_ROWS)] = True
     store = FeatureStore(kept=kept)
@@ -145,13 +160,6 @@ def make_statistics(config: Config) -> None:
         if is_main_process():
             reference.write(out)
             print(f"wrote    {out}")
-
-
-def read_inception(config: Config) -> FeatureNetwork:
-    """The Inception network, from the file given or downloaded."""
-    network, note = load_inception(config.inception)
-    _report(config, f"features Inception, {note}, resize {config.resize}")
-    return FeatureNetwork(network, config.resize)
 
 
 def extract_features(
@@ -167,7 +175,6 @@ def extract_features(
             if not is_grey and features.channels == 3 and (images == images[..., :1]).all():
                 is_grey = True
                 print("note: grey images are repeated to 3 channels", file=sys.stderr)
-            images = with_channels(images, features.channels)
         batch = extract(images)
         with sync_errors():
             if is_main_process():
@@ -185,9 +192,10 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
         raise ValueError(
             "there is no reference; make statistics with: ditx evaluate --make-stats OUT DATA, and give OUT"
         )
-    mesh = make_mesh(config.mesh)
-    reference = read_reference(Path(config.reference))
-    features = FeatureNetwork(reference.classifier) if reference.classifier else read_inception(config)
+    mesh, reference = make_mesh(config.mesh), read_reference(Path(config.reference))
+    features, note = load_features(reference, config.inception, config.resize)
+    if note:
+        config.report(f"features Inception, {note}, resize {features.resize}")
     source, folder = Path(config.source), Path(config.out) if config.out else None
     if described:
         samples = generate_samples(source, described, config.generation, mesh)
@@ -208,6 +216,19 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
     stored = _stored(folder, result) if is_main_process() else None
     if broadcast_from_main(stored is not None):
         return stored or {}
+    return _compute(result, config, samples, features, reference, folder, mesh)
+
+
+def _compute(
+    result: dict[str, Any],
+    config: Config,
+    samples: Samples,
+    features: FeatureNetwork,
+    reference: Reference,
+    folder: Path | None,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """`result` with the metrics, also appended to the results in the folder; resumes a stopped evaluation."""
     with ExitStack() as stack:
         unfinished = None
         if folder and is_main_process():
@@ -219,12 +240,12 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
         store = FeatureStore(unfinished, samples.count)
         start = broadcast_from_main(store.count)
         resumed = f", resuming at {start:,}" if start else ""
-        _report(config, f"samples  {samples.count:,} of {_shape(samples.image_shape)}{resumed}")
+        config.report(f"samples  {samples.count:,} of {_shape(samples.image_shape)}{resumed}")
         extract_features(samples.batches(start), store, features, config, mesh, samples.count)
         if not is_main_process():
             return {}
         result["metrics"], result["absent"] = compute_metrics(store, features, reference, config.metrics)
-        result["reference"] |= {"name": reference.name, "count": reference.count}
+        result["reference"] |= {name: getattr(reference, name) for name in ("name", "count", "resize")}
         if folder and unfinished:
             with (folder / RESULTS).open("a") as file:
                 file.write(json.dumps(result) + "\n")
@@ -237,7 +258,7 @@ def _with_features(reference: Reference, features: FeatureNetwork, config: Confi
     images, batch = reference.images, config.generation.batch
     if images is None or (reference.pool is not None and "precision-recall" not in config.metrics):
         return reference
-    _report(config, f"reads    {len(images):,} images of the reference")
+    config.report(f"reads    {len(images):,} images of the reference")
     store = FeatureStore()
     parts = (images[first : first + batch] for first in range(0, len(images), batch))
     extract_features(parts, store, features, config, mesh, len(images))
@@ -281,6 +302,8 @@ def table(result: dict[str, Any]) -> str:
     count = f"{reference['count']:,} images" if reference["count"] else "an unknown number of images"
     lines.append(("reference", f"{reference['file']}: {count}, from {reference['name']}"))
     name = f"Inception (CRC-32 {features['checksum']}), resize {features['resize']}"
+    if not reference.get("resize", True):
+        name += " as given, which the reference does not record"
     if features["name"] == "classifier":
         name = f"the reference's own classifier: not comparable with Inception's FID (CRC-32 {features['checksum']})"
     lines.append(("features", name))
@@ -289,10 +312,6 @@ def table(result: dict[str, Any]) -> str:
     if result["count"] < _FEW:
         lines.append(("warning", f"FID and sFID of {result['count']:,} samples, fewer than {_FEW:,}, are too high"))
     return "\n".join(f"{title:<16} {text}" for title, text in lines)
-
-
-def _report(config: Config, sentence: str) -> None:
-    print(sentence, file=sys.stderr if config.json else sys.stdout, flush=True)
 
 
 def _spread(count: int, limit: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,20 +63,23 @@ class Config:
 
 def main(argv: list[str]) -> int:
     """Print the costs; returns the exit code."""
-    prog, description = "ditx info", "Costs of a network and its training step, from the configuration only."
-    source = tyro.cli(Config, args=argv, prog=prog, description=description).source
-    model = DIT_CONFIGS[source] if source in DIT_CONFIGS else _read_config(source)
-    # Parsed twice: the network sets the defaults of the other flags.
-    config = tyro.cli(Config, args=argv, prog=prog, default=Config(model=model), description=description)
+    description = "Costs of a network and its training step, from the configuration only."
+    parse = partial(tyro.cli, Config, args=argv, prog="ditx info", description=description)
+    config, _ = cli.parse_with_defaults(parse, lambda first: (Config(model=network(first.source)), None))
     cli.at_least(config, 1, "batch_size", "accumulate")
     cli.at_least(config, 0, "power_emas")
-    if config.paper:
-        rows = paper()
-        print(json.dumps(rows, indent=2) if config.json else _paper_table(rows))
-    else:
-        figures = info(config)
-        print(json.dumps(figures, indent=2) if config.json else _table(source, config, figures))
+    figures, text = (paper(), paper_table) if config.paper else (info(config), partial(table, config))
+    print(json.dumps(figures, indent=2) if config.json else text(figures))
     return 0
+
+
+def network(source: str) -> DiTConfig:
+    """The configuration of a published network, a run or a file of weights. Raises ValueError for anything else."""
+    if source in DIT_CONFIGS:
+        return DIT_CONFIGS[source]
+    if not Path(source).exists():
+        raise ValueError(f"unknown network {source!r}; give {', '.join(DIT_CONFIGS)}, a run, or a file of weights")
+    return pretrained.describe(Path(source)).model
 
 
 def info(config: Config) -> dict[str, Any]:
@@ -107,41 +111,27 @@ def paper() -> list[dict[str, Any]]:
     for name, block, side, gflops, millions in TABLE_4:
         model = replace(DIT_CONFIGS[name], block=block, input_size=side)
         gmacs, count = costs.macs(model) / 1e9, costs.parameters(model)
-        rows.append(
-            {
-                "model": name,
-                "block": block,
-                "image_size": 8 * side,
-                "paper_gflops": gflops,
-                "gigamacs": gmacs,
-                "deviation": gmacs / gflops - 1,
-                "paper_millions": millions,
-                "parameters": count,
-                "parameters_agree": round(count / 1e6) == millions,
-            }
-        )
+        row = {"model": name, "block": block, "image_size": 8 * side, "paper_gflops": gflops, "gigamacs": gmacs}
+        row |= {"deviation": gmacs / gflops - 1, "paper_millions": millions, "parameters": count}
+        rows.append(row | {"parameters_agree": round(count / 1e6) == millions})
     return rows
 
 
-def _read_config(source: str) -> DiTConfig:
-    if not Path(source).exists():
-        raise ValueError(f"unknown network {source!r}; give {', '.join(DIT_CONFIGS)}, a run, or a file of weights")
-    return pretrained.describe(Path(source)).model
-
-
-def _table(source: str, config: Config, figures: dict[str, Any]) -> str:
-    model = config.model
+def table(config: Config, figures: dict[str, Any]) -> str:
+    """The costs, for people."""
+    model, source = config.model, config.source
     mesh = " x ".join(f"{name} {size}" for name, size in figures["mesh"].items())
-    macs, flops = _scaled(figures["multiply_adds"]), _scaled(figures["training_step_flops"])
     changed = ", changed by flags" if DIT_CONFIGS.get(source, model) != model else ""
+    bytes_of = {name: _binary(size) for name, size in figures["bytes"].items() if name != "gradients"}
     lines = [
         f"{source}{changed}: {model.block}, {model.depth} blocks of width {model.hidden_size}, {model.num_heads} heads,"
         f" {model.num_tokens} tokens of {model.input_size}x{model.input_size}x{model.in_channels}",
         f"parameters                   {figures['parameters']:>14,}",
-        f"multiply-adds of an image    {macs:>14}  (the paper's Gflops)",
-        f"training step, batch {config.batch_size:<8,}{flops:>14}FLOP  (6 for each multiply-add)",
+        f"multiply-adds of an image    {_scaled(figures['multiply_adds']):>14}  (the paper's Gflops)",
+        f"training step, batch {config.batch_size:<8,}{_scaled(figures['training_step_flops']):>14}FLOP"
+        "  (6 for each multiply-add)",
         "memory of all devices, float32, one copy",
-        *(f"  {name:<27}{_binary(figures['bytes'][name]):>14}" for name in ("weights", "ema", "moments")),
+        *(f"  {name:<27}{size:>14}" for name, size in bytes_of.items()),
         f"memory of one device in a training step, an estimate: {mesh}, {config.dtype}, remat {config.remat},"
         f" accumulate {config.accumulate}",
         *(f"  {name.replace('_', ' '):<27}{_binary(size):>14}" for name, size in figures["device_bytes"].items()),
@@ -150,16 +140,16 @@ def _table(source: str, config: Config, figures: dict[str, Any]) -> str:
 
 
 def _scaled(count: int) -> str:
-    units = {"T": 1e12, "G": 1e9, "M": 1e6}
-    unit = next((unit for unit, size in units.items() if count >= size), "M")
-    return f"{count / units[unit]:,.2f} {unit}"
+    unit, size = next(((unit, size) for unit, size in (("T", 1e12), ("G", 1e9)) if count >= size), ("M", 1e6))
+    return f"{count / size:,.2f} {unit}"
 
 
 def _binary(count: int) -> str:
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"
 
 
-def _paper_table(rows: list[dict[str, Any]]) -> str:
+def paper_table(rows: list[dict[str, Any]]) -> str:
+    """The paper's Table 4 beside our counts, for people."""
     lines = [f"{'model':<26}{'px':>4}{'Gflops':>10}{'ours':>10}{'deviation':>11}{'M params':>10}{'ours':>13}"]
     for row in rows:
         name = row["model"] + ("" if row["block"] == "adaln-zero" else f" {row['block']}")
@@ -169,7 +159,5 @@ def _paper_table(rows: list[dict[str, Any]]) -> str:
             f"{'' if row['parameters_agree'] else '  differs'}"
         )
     agree = sum(row["parameters_agree"] for row in rows)
-    lines.append(
-        f"The paper's Gflops are multiply-adds of one forward pass; parameters agree in {agree} of {len(rows)}."
-    )
-    return "\n".join(lines)
+    note = f"The paper's Gflops are multiply-adds of one forward pass; parameters agree in {agree} of {len(rows)}."
+    return "\n".join([*lines, note])

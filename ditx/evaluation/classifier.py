@@ -1,6 +1,4 @@
-"""A small convolutional classifier: its features stand in for Inception's where those say little (digits)."""
-
-from typing import NamedTuple
+"""A small convolutional classifier, whose features replace Inception's where those say little, as on digits."""
 
 import equinox as eqx
 import jax
@@ -9,18 +7,11 @@ import numpy as np
 from einops import reduce
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray, UInt8
 
+from ditx.nn.inception import Features
+
 WIDTHS = (32, 64, 128)
 MAX_SIDE = 64
 _BATCH, _RATE, _WARMUP, _MOMENTUM = 64, 0.1, 50, 0.9
-
-
-class ClassifierFeatures(NamedTuple):
-    """Inputs of the metrics; there are no spatial features for sFID."""
-
-    pool: Float[Array, "*n 128"]
-    """means over positions of the last convolution's output"""
-    spatial: None
-    logits: Float[Array, "*n classes"]
 
 
 class Classifier(eqx.Module):
@@ -37,8 +28,8 @@ class Classifier(eqx.Module):
         self.biases = tuple(jnp.zeros(width) for width in WIDTHS)
         self.logits = jax.random.normal(last, (WIDTHS[-1], num_classes)) / WIDTHS[-1] ** 0.5
 
-    def __call__(self, image: Float[Array, "h w c"] | UInt8[Array, "h w c"]) -> ClassifierFeatures:
-        """Features of an image in 0..255."""
+    def __call__(self, image: Float[Array, "h w c"] | UInt8[Array, "h w c"]) -> Features:
+        """Features of an image in 0..255; none are spatial."""
         highest = jax.lax.Precision.HIGHEST  # so that all devices give the same features
         x = (image.astype(jnp.float32) - 127.5)[None] / 127.5
         for kernel, bias in zip(self.kernels, self.biases, strict=True):
@@ -46,7 +37,7 @@ class Classifier(eqx.Module):
             x = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=layout, precision=highest)
             x = jax.nn.relu(x + bias)
         pool = reduce(x[0], "h w c -> c", "mean")
-        return ClassifierFeatures(pool, None, jnp.matmul(pool, self.logits, precision=highest))
+        return Features(pool, None, jnp.matmul(pool, self.logits, precision=highest))
 
 
 def train_classifier(

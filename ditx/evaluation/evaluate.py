@@ -12,17 +12,17 @@ from jaxtyping import Int32
 
 from ditx.cli import at_least, check_seed
 from ditx.evaluation import metrics
-from ditx.evaluation.features import FeatureNetwork, FeatureStore, make_feature_extractor, with_channels
-from ditx.evaluation.reference import FeatureStats, Reference
+from ditx.evaluation.features import FeatureNetwork, FeatureStore
+from ditx.evaluation.reference import Reference
 from ditx.files import checksum_arrays
-from ditx.nn.dit import DiT
+from ditx.nn.inception import Resize
 from ditx.parallel.compile import Dtype, resolve_dtype
 from ditx.parallel.distributed import broadcast_from_main
 from ditx.parallel.mesh import check_mesh
-from ditx.sampling import Sampler, SamplingConfig, make_decode, make_sampler
+from ditx.sampling import SamplingConfig, make_decode, make_sampler
 from ditx.training import checkpoint
 from ditx.weights import pretrained
-from ditx.weights.frozen import load_decoder
+from ditx.weights.frozen import load_decoder, load_inception
 from ditx.weights.pretrained import Description
 
 Metric = Literal["fid", "sfid", "inception-score", "precision-recall"]
@@ -65,10 +65,10 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples to evaluate, before any is read or drawn."""
+    """The samples to evaluate, none of them read or drawn yet."""
 
     fingerprint: dict[str, Any]
-    """identifies these samples, except for their number and place"""
+    """identifies the samples, except for their number and place"""
     count: int
     image_shape: tuple[int, ...]
     batches: Callable[[int], Iterator[np.ndarray]]
@@ -76,7 +76,7 @@ class Samples:
 
 
 def draw_labels(num_classes: int, num: int, seed: int, *, balanced: bool = False) -> Int32[np.ndarray, " num"]:
-    """Labels uniform at random, the paper's protocol, or each class in turn; the first are the same for any `num`.
+    """Labels uniform at random, the paper's protocol, or each class in turn. The first labels are equal for any `num`.
 
     A network without labels gets its null label, 0.
     """
@@ -86,7 +86,7 @@ def draw_labels(num_classes: int, num: int, seed: int, *, balanced: bool = False
 
 
 def generate_samples(source: Path, described: Description, config: GenerationConfig, mesh: Mesh) -> Samples:
-    """Samples of a run or of weights. Raises ValueError if they cannot be drawn like this."""
+    """Samples of a run or of weights. Raises ValueError for impossible settings."""
     model, objective, dtype = described.model, described.objective, resolve_dtype(config.dtype)
     config.sampling.check(model, objective)
     check_mesh(mesh, num_heads=model.num_heads, mlp_size=model.mlp_size)
@@ -115,24 +115,22 @@ def generate_samples(source: Path, described: Description, config: GenerationCon
     return Samples(fingerprint, config.num_samples, (side, side, 3 if vae else model.in_channels), batches)
 
 
-def make_fid(
-    sampler: Sampler,
-    labels: Int32[np.ndarray, " num"],
-    seed: int,
-    features: FeatureNetwork,
-    reference: Reference,
-    mesh: Mesh,
-) -> Callable[[DiT], float]:
-    """Make `fid(network)`, the FID of a network on the mesh from one sample per label."""
-    extract = make_feature_extractor(features, mesh)
+def load_features(
+    reference: Reference, inception: str = "", resize: Resize | None = None
+) -> tuple[FeatureNetwork, str]:
+    """The feature network of a reference, and where it is from; `inception` is a file, or empty to download it.
 
-    def fid(network):
-        store = FeatureStore()
-        for images in sampler.batches(network, labels, seed=seed):
-            store.add(extract(with_channels(images, features.channels)))
-        return compute_metrics(store, features, reference, ("fid",))[0]["fid"]
-
-    return fid
+    Raises ValueError if neither the reference nor `resize` tells how images are resized for Inception.
+    """
+    if reference.classifier:
+        return FeatureNetwork(reference.classifier), ""
+    if reference.pool is not None and not (resize or reference.resize):
+        raise ValueError(
+            f"{reference.name} does not record how images were resized; give --resize pytorch-fid for statistics of"
+            " that program (mu and sigma only), or --resize adm"
+        )
+    network, note = load_inception(inception)
+    return FeatureNetwork(network, resize or reference.resize or "adm"), note
 
 
 def compute_metrics(
@@ -140,34 +138,35 @@ def compute_metrics(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics of the samples in a store, and the reasons why others are missing.
 
-    Raises ValueError for fewer than 2 samples or features that are not finite.
+    The Inception Score is of the samples in a fixed random order, because its splits need all classes. Raises
+    ValueError for fewer than 2 samples or features that are not finite.
     """
     values: dict[str, float] = {}
     missing: dict[str, str] = {}
     pool, spatial = store.moments()
     if "fid" in names and reference.pool is not None:
-        values["fid"] = metrics.frechet_distance(*FeatureStats.of(pool), *reference.pool)
+        values["fid"] = metrics.frechet_distance(*pool.stats, *reference.pool)
     if "sfid" in names:
         if spatial is None:
             missing["sfid"] = "the network has no spatial features"
         elif reference.spatial is None:
             missing["sfid"] = "the reference has no mu_s and sigma_s"
         else:
-            values["sfid"] = metrics.frechet_distance(*FeatureStats.of(spatial), *reference.spatial)
+            values["sfid"] = metrics.frechet_distance(*spatial.stats, *reference.spatial)
     if "inception-score" in names:
         logits = features.logits(store.pool)
         if logits is None:
             missing["inception_score"] = "the file of Inception's weights has no logits layer"
         else:
-            values["inception_score"] = metrics.inception_score(logits)
+            values["inception_score"] = metrics.inception_score(np.random.default_rng(0).permutation(logits))
     if "precision-recall" in names:
         smaller = min(store.count, 0 if reference.rows is None else len(reference.rows))
-        if reference.rows is None:
-            missing |= dict.fromkeys(("precision", "recall"), "the reference has no images (arr_0)")
-        elif smaller <= NEIGHBOUR:
-            missing |= dict.fromkeys(("precision", "recall"), f"{smaller} images have no {NEIGHBOUR} neighbours each")
-        else:
+        if smaller > NEIGHBOUR and reference.rows is not None:
             values |= metrics.precision_recall(reference.rows, store.pool, NEIGHBOUR)._asdict()
+        else:
+            reason = f"{smaller} images have no {NEIGHBOUR} neighbours each"
+            reason = "the reference has no images (arr_0)" if reference.rows is None else reason
+            missing |= dict.fromkeys(("precision", "recall"), reason)
     return values, missing
 
 
@@ -177,7 +176,7 @@ def _identify(source: Path, step: int) -> tuple[int, str]:
         folder = source / "checkpoints"
         steps = checkpoint.steps(folder)
         if not steps:
-            raise ValueError(f"{source} has no checkpoint yet; let train.py reach its first")
+            raise ValueError(f"{source} has no checkpoint yet; train it until its first")
         if step not in (0, *steps):
             raise ValueError(f"{source} has no checkpoint of step {step:,}; choose from {', '.join(map(str, steps))}")
         step = broadcast_from_main(step or steps[-1])

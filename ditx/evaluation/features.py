@@ -32,7 +32,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FeatureNetwork:
-    """A network of features, with the facts that tell it from other ones."""
+    """A network of features, with the facts that identify it."""
 
     network: Inception | Classifier
     resize: Resize = "adm"
@@ -53,7 +53,7 @@ class FeatureNetwork:
         return checksum_arrays(jax.tree.leaves(self.network))
 
     def logits(self, pool: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n classes"] | None:
-        """Logits of images with these pool features, or None for a network without that layer."""
+        """Logits of images with these pool features, or None for a network without a logits layer."""
         return None if self.network.logits is None else pool @ np.asarray(self.network.logits)
 
 
@@ -63,7 +63,8 @@ Extract: TypeAlias = Callable[[UInt8[np.ndarray, "n h w c"]], Features]
 def make_feature_extractor(features: FeatureNetwork, mesh: Mesh, batch_size: int = 32) -> Extract:
     """Compile `extract(images) -> features` for any number of images, `batch_size` on each device at a time.
 
-    Every process passes all images and gets the features of all.
+    Every process passes all images and gets the features of all. Grey images are repeated to the network's channels;
+    `extract` raises ValueError for colour images if the network is for grey ones.
     """
     count, rows = batch_size * data_parallel_size(mesh), batch_sharding(mesh)
     weights = jax.tree.map(lambda leaf: shard_host_array(leaf, replicated(mesh)), features.network)
@@ -76,7 +77,7 @@ def make_feature_extractor(features: FeatureNetwork, mesh: Mesh, batch_size: int
     program = jax.jit(run, out_shardings=replicated(mesh))
 
     def extract(images):
-        parts = []
+        images, parts = with_channels(images, features.channels), []
         for first in range(0, len(images), count):
             part = images[first : first + count]
             padded = np.resize(part, (count, *part.shape[1:]))  # so that one program serves the last batch, too
@@ -88,7 +89,7 @@ def make_feature_extractor(features: FeatureNetwork, mesh: Mesh, batch_size: int
 
 
 class FeatureStore:
-    """Moments of the features that arrive in batches, and the pool features of all images or of those in `kept`.
+    """Moments of features that arrive in batches, and the pool features of all images or of the images in `kept`.
 
     With a folder, each batch is also written to a file. A new store first reads the files that are there, up to
     `limit` images, so a killed evaluation resumes.
@@ -96,12 +97,11 @@ class FeatureStore:
 
     def __init__(self, folder: Path | None = None, limit: int = 0, *, kept: Bool[np.ndarray, " n"] | None = None):
         self.count, self._kept, self._folder = 0, kept, folder
-        self._pool, self._moments, self._pending = [], (None, None), []
+        self._pool, self._moments, self._pending = [], (), []
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
             while self.count < limit and (batch := _read(folder / f"{self.count:09d}.npz")) is not None:
-                left = limit - self.count
-                self._add(Features(batch.pool[:left], None if batch.spatial is None else batch.spatial[:left]))
+                self._add(jax.tree.map(lambda x: x[: limit - self.count], batch))
 
     def add(self, batch: Features) -> None:
         """Add the features of the next images."""
@@ -119,10 +119,10 @@ class FeatureStore:
             self._fold()
 
     def _fold(self) -> None:
-        kinds = [[x for x in kind if x is not None] for kind in zip(*self._pending, strict=True)]
-        new = [Moments.of(np.concatenate(kind)) if kind else None for kind in kinds]
-        old, self._pending = self._moments, []
-        self._moments = tuple(b if a is None else a if b is None else a + b for a, b in zip(old, new, strict=True))
+        whole = jax.tree.map(lambda *parts: np.concatenate(parts), *self._pending)
+        new = [Moments.of(kind) for kind in whole if kind is not None]
+        self._moments = [a + b for a, b in zip(self._moments, new, strict=True)] if self._moments else new
+        self._pending = []
 
     @property
     def pool(self) -> Float32[np.ndarray, "n d"]:
@@ -133,14 +133,14 @@ class FeatureStore:
         """Moments of all pool features and of all spatial features, if there are any."""
         if self._pending:
             self._fold()
-        pool, spatial = self._moments
-        if pool is None:
+        if not self._moments:
             raise ValueError("there are no images; give at least 2")
-        return pool, spatial
+        pool, *spatial = self._moments
+        return pool, spatial[0] if spatial else None
 
 
 def _read(file: Path) -> Features | None:
-    """A batch that a store wrote, or None if it is absent or damaged, which recomputes it."""
+    """A batch that a store wrote, or None if it is absent or damaged and must be computed again."""
     try:
         arrays = read_npz(file)
         return Features(arrays["pool"], arrays.get("spatial"))
@@ -149,7 +149,7 @@ def _read(file: Path) -> Features | None:
 
 
 def with_channels(images: UInt8[np.ndarray, "n h w c"], channels: int) -> UInt8[np.ndarray, "n h w d"]:
-    """Grey images repeated or reduced to `channels`; colour images as they are. ValueError for colour in 1 channel."""
+    """Grey images with `channels` channels; colour images unchanged. Raises ValueError for colour in 1 channel."""
     if images.shape[-1] == 1 or images.shape[-1] == channels:
         return np.repeat(images, channels // images.shape[-1], axis=-1)
     if (images != images[..., :1]).any():

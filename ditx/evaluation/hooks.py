@@ -1,4 +1,4 @@
-"""Work of a training run at every so many steps: pictures, FID, stored averages of the weights."""
+"""Periodic work of a training run: pictures, FID, stored averages of the weights."""
 
 import sys
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from ditx import pictures
 from ditx.data.sources import Source
-from ditx.evaluation.evaluate import draw_labels, make_fid
-from ditx.evaluation.features import FeatureNetwork
+from ditx.evaluation.evaluate import compute_metrics, draw_labels, load_features
+from ditx.evaluation.features import FeatureStore, make_feature_extractor
 from ditx.evaluation.reference import read_reference
 from ditx.parallel.distributed import is_main_process
 from ditx.parallel.mesh import replicated
@@ -69,21 +69,30 @@ def make_eval(
 ) -> Callable[[Run, TrainState, int], float]:
     """FID of samples of the averaged weights, without guidance. Raises ValueError where the reference does not fit."""
     reference = read_reference(Path(config.eval_stats))
-    if reference.pool is None:
-        raise ValueError(f"{config.eval_stats} has only images; make statistics with ditx evaluate --make-stats")
-    network = reference.classifier or frozen.load_inception(config.eval_inception)[0]
-    features = FeatureNetwork(network, reference.resize)
+    if reference.pool is None or reference.resize is None:
+        raise ValueError(
+            f"{config.eval_stats} has only images, or does not record how images were resized; make statistics with"
+            " ditx evaluate --make-stats"
+        )
+    features, _ = load_features(reference, config.eval_inception)
     side = dataset.latents["image_size"] if dataset.latents else 0
     reference.check(features, (side, side, 3) if side else dataset.image_shape)
     unguided, count = replace(config.sampling, guidance_scale=1.0), config.eval_samples
     sampler = make_sampler(unguided, config.model, config, mesh, batch_size=min(128, count), decode=decode)
     labels = draw_labels(config.model.num_classes, count, config.seed)
-    fid = make_fid(sampler, labels, config.seed, features, reference, mesh)
-    return lambda run, state, step: fid(state.ema)
+    extract = make_feature_extractor(features, mesh)
+
+    def fid(run: Run, state: TrainState, step: int) -> float:
+        store = FeatureStore()
+        for images in sampler.batches(state.ema, labels, seed=config.seed):
+            store.add(extract(images))
+        return compute_metrics(store, features, reference, ("fid",))[0]["fid"]
+
+    return fid
 
 
 def make_averages(config: Config, mesh: Mesh) -> Callable[[Run, TrainState, int], None]:
-    """Stores the power-function EMAs in half precision, unless a killed run has stored those of the step."""
+    """Stores the power-function EMAs in half precision, unless a killed run has stored them already."""
     halve = jax.jit(partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float16)), out_shardings=replicated(mesh))
 
     def store(run: Run, state: TrainState, step: int) -> None:

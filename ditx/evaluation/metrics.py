@@ -1,8 +1,8 @@
-"""Metrics of generated images as functions of their features, as the ADM suite has them (Dhariwal and Nichol 2021).
+"""Metrics of generated images as functions of their features, equal to the ADM suite's (Dhariwal and Nichol 2021).
 
-Features are rows of numbers, as `ditx.nn.inception` gives them, of NumPy or JAX. What is summed over all images is in
-float64 and NumPy; the distances between all pairs are in float32 and JAX, on its first device. Every function raises
-ValueError for features that are not finite, or of a wrong shape.
+Features are arrays of NumPy or JAX with one row an image, as `ditx.nn.inception` returns them. Sums over images are
+float64 in NumPy; distances between pairs are float32 in JAX, on its first device. Every function raises ValueError for
+features that are not finite or have a wrong shape.
 """
 
 from dataclasses import dataclass
@@ -14,32 +14,39 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-# Shapes are checked by `_matrix` and others, whose errors are sentences.
+# The functions check shapes themselves, so that their errors are sentences.
 Numbers = Float[np.ndarray, "..."] | Float[Array, "..."]
 
-_ROWS = 1024  # whose distances to all other rows are in memory at once: 200 MB for 50,000 in float32
+_ROWS = 1024  # rows whose distances to all others are in memory at once: 200 MB for 50,000 in float32
+
+
+class FeatureStats(NamedTuple):
+    """Mean and covariance of features."""
+
+    mean: Float[np.ndarray, " d"]
+    covariance: Float[np.ndarray, "d d"]
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean and scatter of features; those of parts of a data set, added, are those of the whole.
+    """Count, mean and scatter matrix of features; the moments of parts of a data set add up to those of the whole.
 
-    Parts may come in any order, from batches or from processes (Chan et al. 1983, whose update is stable).
+    The parts may come in any order. The update is stable (Chan et al. 1983).
     """
 
     count: int
     mean: Float[np.ndarray, " d"]
     scatter: Float[np.ndarray, "d d"]
-    """sum over rows of the outer products of what is left of them without the mean"""
+    """sum over rows of the outer products of their deviations from the mean"""
 
     @classmethod
     def of(cls, features: Numbers) -> "Moments":
-        """Those of features (n, d); n may be 0."""
+        """Moments of features (n, d); n may be 0."""
         x = _matrix("features", features)
         count, size = x.shape
         mean = x.mean(0, dtype=np.float64) if count else np.zeros(size)
         scatter = np.zeros((size, size))
-        for start in range(0, count, _ROWS):  # so that there is never a copy of all in float64
+        for start in range(0, count, _ROWS):  # never copies all rows to float64
             centred = x[start : start + _ROWS] - mean
             scatter += centred.T @ centred
         return cls(count, mean, scatter)
@@ -60,20 +67,25 @@ class Moments:
             raise ValueError(f"a covariance needs at least 2 samples, and there are {self.count}")
         return self.scatter / (self.count - 1)
 
+    @property
+    def stats(self) -> FeatureStats:
+        """Mean and covariance. Raises ValueError for fewer than 2 samples."""
+        return FeatureStats(self.mean, self.covariance)
+
 
 def frechet_distance(mean_a: Numbers, cov_a: Numbers, mean_b: Numbers, cov_b: Numbers) -> float:
     """Squared Fréchet distance of two Gaussians (Dowson and Landau 1982), means (d,) and covariances (d, d).
 
-    Of pool features it is the FID (Heusel et al. 2017), of spatial ones sFID (Nash et al. 2021). Covariances may be
+    For pool features it is FID (Heusel et al. 2017), for spatial features sFID (Nash et al. 2021). Covariances may be
     singular: the trace of their product's root is the sum of the singular values of the product of their factors.
     """
     mean_a, factor_a = _gaussian("first", mean_a, cov_a)
     mean_b, factor_b = _gaussian("second", mean_b, cov_b)
     if mean_a.shape != mean_b.shape:
         raise ValueError(
-            f"the first distribution is of {mean_a.size} features, the second of {mean_b.size}; give two of one kind"
+            f"the first distribution is of {mean_a.size} features, the second of {mean_b.size}; both must have the same"
         )
-    # The squares of these are the eigenvalues of sqrt(A) B sqrt(A), but small ones do not drown in rounding.
+    # Their squares are the eigenvalues of sqrt(A) B sqrt(A), but small ones are not lost to rounding.
     root = np.linalg.svd(factor_a.T @ factor_b, compute_uv=False).sum() if factor_a.size and factor_b.size else 0.0
     spread = np.square(factor_a).sum() + np.square(factor_b).sum()
     return max(0.0, float(np.square(mean_a - mean_b).sum() + spread - 2 * root))
@@ -82,7 +94,8 @@ def frechet_distance(mean_a: Numbers, cov_a: Numbers, mean_b: Numbers, cov_b: Nu
 def inception_score(logits: Numbers, split_size: int = 5000) -> float:
     """Inception Score (Salimans et al. 2016) of logits (n, classes): the mean over splits of exp of the mean KL.
 
-    Splits are of successive rows; the last has the rest and counts as much as any, as in the ADM suite.
+    Splits are consecutive rows, so shuffle rows that are sorted. The last split, which may be shorter, has the same
+    weight as the others, as in the ADM suite.
     """
     x = _matrix("logits", logits)
     if split_size < 1 or not x.size:
@@ -90,14 +103,17 @@ def inception_score(logits: Numbers, split_size: int = 5000) -> float:
     scores = []
     for start in range(0, len(x), split_size):
         part = x[start : start + split_size].astype(np.float64)
-        log_p = part - _log_sum_exp(part, axis=1)
-        log_marginal = _log_sum_exp(log_p, axis=0) - np.log(len(part))
-        scores.append(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_marginal), axis=1))))
+        part -= part.max(1, keepdims=True)
+        log_p = part - np.log(np.exp(part).sum(1, keepdims=True))
+        p = np.exp(log_p)
+        marginal = p.mean(0)
+        log_marginal = np.log(np.maximum(marginal, np.finfo(np.float64).tiny))  # 0 log 0 is 0
+        scores.append(np.exp((p * log_p).sum(1).mean() - marginal @ log_marginal))
     return float(np.mean(scores))
 
 
 class PrecisionRecall(NamedTuple):
-    """Fractions of the samples that are near the reference, and of the reference that is near the samples."""
+    """Fraction of the samples near the reference, and of the reference near the samples."""
 
     precision: float
     recall: float
@@ -106,26 +122,19 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(reference: Numbers, samples: Numbers, k: int = 3, *, half: bool = True) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al. 2019) of features (n, d) and (m, d), of any n and m.
 
-    A row is near a set if it is within the distance from any of the set's rows to that row's k-th nearest neighbour.
-    The ADM suite rounds features and distances to half precision, unless they are too large for it, and so does this;
-    `half=False` leaves them in float32.
+    A row is near a set if it is closer to some row of the set than this row's k-th nearest neighbour in the set. Like
+    the ADM suite, this rounds features and distances to half precision unless they are too large; `half=False` keeps
+    float32.
     """
-    x, y = _matrix("reference", reference), _matrix("samples", samples)
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"the reference has {x.shape[1]} features, the samples {y.shape[1]}; both must have the same")
-    _check_neighbours("reference", x, k)
-    _check_neighbours("samples", y, k)
-    (x, y), half = _points(x, y, half=half)
+    (x, y), half = _points({"reference": reference, "samples": samples}, k, half)
     precision = np.asarray(_is_near(y, x, _squared_radii(x, k, half), half)).mean()
     recall = np.asarray(_is_near(x, y, _squared_radii(y, k, half), half)).mean()
     return PrecisionRecall(float(precision), float(recall))
 
 
 def squared_radii(features: Numbers, k: int = 3, *, half: bool = True) -> Float[np.ndarray, " n"]:
-    """Squared distance of each row of features (n, d) to its `k`-th nearest other, as for `precision_recall`."""
-    x = _matrix("features", features)
-    _check_neighbours("features", x, k)
-    (x,), half = _points(x, half=half)
+    """Squared distance of each row of features (n, d) to its k-th nearest other row, as in `precision_recall`."""
+    (x,), half = _points({"features": features}, k, half)
     return np.asarray(_squared_radii(x, k, half))
 
 
@@ -136,8 +145,8 @@ def _matrix(name: str, array: Numbers) -> np.ndarray:
     finite = np.isfinite(x).all(1)
     if not finite.all():
         raise ValueError(
-            f"{name} are not finite in {(~finite).sum()} of {len(x)} rows, first in row {finite.argmin()}; leave those"
-            " out, or mend what made them"
+            f"{name} are not finite in {(~finite).sum()} of {len(x)} rows, first in row {finite.argmin()}; leave these"
+            " rows out"
         )
     return x
 
@@ -150,50 +159,48 @@ def _gaussian(name: str, mean: Numbers, cov: Numbers) -> tuple[np.ndarray, np.nd
             f"the {name} mean and covariance have shapes {mean.shape} and {cov.shape}, not (d,) and (d, d)"
         )
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise ValueError(f"the {name} mean or covariance is not finite; compute it anew, without samples that are not")
+        raise ValueError(f"the {name} mean or covariance is not finite; compute it from finite features")
     values, vectors = np.linalg.eigh((cov + cov.T) / 2)
-    # Both are 0 but for rounding, which files in float32 have more of.
+    # Both are 0 up to rounding, which is larger in files of float32.
     skewness, negative = np.abs(cov - cov.T).max(), -values[0]
     if max(skewness, negative) > 1e-3 * max(values[-1], 0):
         raise ValueError(
-            f"the {name} covariance is none: its smallest eigenvalue is {values[0]:.3g}, its largest {values[-1]:.3g},"
-            f" and it differs by up to {skewness:.3g} from its transpose"
+            f"the {name} covariance is not a covariance: its smallest eigenvalue is {values[0]:.3g}, its largest"
+            f" {values[-1]:.3g}, and it differs by up to {skewness:.3g} from its transpose"
         )
-    kept = values > values[-1] * mean.size * np.finfo(np.float64).eps  # all others are 0 but for rounding
+    kept = values > values[-1] * mean.size * np.finfo(np.float64).eps  # the others are rounding errors
     return mean, vectors[:, kept] * np.sqrt(values[kept])
 
 
-def _log_sum_exp(x: np.ndarray, axis: int) -> np.ndarray:
-    largest = x.max(axis, keepdims=True)
-    return largest + np.log(np.exp(x - largest).sum(axis, keepdims=True))
-
-
-def _check_neighbours(name: str, x: np.ndarray, k: int) -> None:
-    if not 1 <= k < len(x):
+def _points(sets: dict[str, Numbers], k: int, half: bool) -> tuple[list[Float[Array, "n d"]], bool]:
+    """Checked sets in float32, ready for distances, and whether to round distances to half precision."""
+    arrays = [_matrix(name, array) for name, array in sets.items()]
+    if len({x.shape[1] for x in arrays}) > 1:
         raise ValueError(
-            f"{name} have {len(x)} rows; a neighbour of rank {k} needs at least {max(k, 1) + 1}, and rank 1"
+            f"the {' and the '.join(sets)} have {[x.shape[1] for x in arrays]} features; give equally many"
         )
-
-
-def _points(*sets: np.ndarray, half: bool) -> tuple[list[Float[Array, "n d"]], bool]:
-    """Sets in float32, ready for distances, and whether these are to be rounded to half precision."""
+    for name, x in zip(sets, arrays, strict=True):
+        if not 1 <= k < len(x):
+            raise ValueError(
+                f"{name} have {len(x)} rows; neighbour {k} needs at least {max(k, 1) + 1}, and counts from 1"
+            )
     with np.errstate(over="ignore"):
-        largest = max(float(np.square(x, dtype=np.float32).sum(1).max()) for x in sets)
+        largest = max(float(np.square(x, dtype=np.float32).sum(1).max()) for x in arrays)
     if half and 4 * largest < float(np.finfo(np.float16).max):  # a bound of all distances
-        return [jnp.asarray(x.astype(np.float16), jnp.float32) for x in sets], True
-    # Moved so that squares are small, since distances are their differences.
-    centre = sets[0].mean(0, dtype=np.float64)
-    return [jnp.asarray(x - centre, jnp.float32) for x in sets], False
+        return [jnp.asarray(x.astype(np.float16), jnp.float32) for x in arrays], True
+    # Centred, so that squares are small: distances are their differences.
+    centre = arrays[0].mean(0, dtype=np.float64)
+    return [jnp.asarray(x - centre, jnp.float32) for x in arrays], False
 
 
 def _rounded(x: Float[Array, "..."], half: bool) -> Float[Array, "..."]:
-    return jax.lax.reduce_precision(x, 5, 10) if half else x  # A cast there and back may be optimised away.
+    return jax.lax.reduce_precision(x, 5, 10) if half else x  # XLA may remove casts to half and back.
 
 
 def _squared_distances(
     point: Float[Array, " d"], x: Float[Array, "n d"], squares: Float[Array, " n"], half: bool
 ) -> Float[Array, " n"]:
-    """From a point to all rows, whose sums of squares are given, so that most of it is a matrix product."""
+    """Squared distances from a point to rows with known sums of squares: mostly a matrix product."""
     products = _rounded(jnp.matmul(x, point, precision=jax.lax.Precision.HIGHEST), half)
     square = _rounded(jnp.square(point).sum(), half)
     return jnp.maximum(_rounded(_rounded(square - 2 * products, half) + squares, half), 0)

@@ -1,93 +1,77 @@
-"""Reference statistics: the features of a data set, in files of our own or of the ADM suite."""
+"""Reference statistics: the features of a data set, in files of our own, of the ADM suite or of pytorch-fid."""
 
 import json
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float32, UInt8
 
 from ditx.evaluation.classifier import Classifier
 from ditx.evaluation.features import FeatureName, FeatureNetwork, FeatureStore
-from ditx.evaluation.metrics import Moments
+from ditx.evaluation.metrics import FeatureStats
 from ditx.files import first_line, read_npz, write_atomically
 from ditx.nn.inception import Resize
 
 FORMAT = 1
 POOL_ROWS = 10_000  # images for precision and recall, as in the ADM suite
-
-
-class FeatureStats(NamedTuple):
-    """Mean and covariance of features."""
-
-    mean: Float[np.ndarray, " d"]
-    covariance: Float[np.ndarray, "d d"]
-
-    @classmethod
-    def of(cls, moments: Moments) -> "FeatureStats":
-        """From moments. Raises ValueError for fewer than 2 samples."""
-        return cls(moments.mean, moments.covariance)
+_CLASSIFIER = [f"classifier_{number}" for number in range(7)]
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics of a data set."""
+    """Statistics of a data set. A field is None if the file does not have it."""
 
     pool: FeatureStats | None
-    """for FID; None if a file has images only, until their features are computed"""
+    """for FID"""
     spatial: FeatureStats | None
     """for sFID"""
     rows: Float32[np.ndarray, "n d"] | None
     """pool features of some images, for precision and recall"""
     images: UInt8[np.ndarray, "n h w c"] | None
-    """images of an ADM file, whose `rows` are yet to be computed"""
+    """images of an ADM file, until `with_images` adds their features"""
     name: str
     """source of the images"""
     count: int | None
     """number of images"""
     image_shape: tuple[int, ...] | None
-    features: FeatureName
     checksum: str | None
-    """CRC-32 of the feature network's weights, if known"""
-    resize: Resize
+    """CRC-32 of the feature network's weights"""
+    resize: Resize | None
+    """how images were resized for Inception"""
     classifier: Classifier | None = None
+    """the feature network, if it is not Inception"""
+
+    @property
+    def features(self) -> FeatureName:
+        return "classifier" if self.classifier else "inception"
 
     @classmethod
     def of(cls, store: FeatureStore, features: FeatureNetwork, name: str, image_shape: tuple[int, ...]) -> "Reference":
-        """From the features of a data set. Raises ValueError for fewer than 2 images."""
+        """Statistics of the features of a data set. Raises ValueError for fewer than 2 images."""
         pool, spatial = store.moments()
-        return cls(
-            pool=FeatureStats.of(pool),
-            spatial=spatial and FeatureStats.of(spatial),
-            rows=store.pool,
-            images=None,
-            name=name,
-            count=store.count,
-            image_shape=image_shape,
-            features=features.name,
-            checksum=features.checksum,
-            resize=features.resize,
-            classifier=features.network if isinstance(features.network, Classifier) else None,
-        )
+        classifier = features.network if isinstance(features.network, Classifier) else None
+        facts: Any = {"checksum": features.checksum, "resize": features.resize, "classifier": classifier}
+        return cls(pool.stats, spatial and spatial.stats, store.pool, None, name, store.count, image_shape, **facts)
 
     def with_images(self, store: FeatureStore) -> "Reference":
-        """Add the features of its `images`; statistics that the file has are kept."""
+        """Add the features of its `images`; statistics from the file are kept."""
         pool, spatial = self.pool, self.spatial
         if pool is None:
-            pool, spatial = (moments and FeatureStats.of(moments) for moments in store.moments())
+            pool, spatial = (moments and moments.stats for moments in store.moments())
         return replace(self, pool=pool, spatial=spatial, rows=store.pool, images=None)
 
     def check(self, features: FeatureNetwork, image_shape: tuple[int, ...]) -> None:
         """Raise ValueError if features of such images by this network cannot be compared with the reference."""
-        if self.checksum is not None and self.checksum != features.checksum:
+        if self.checksum not in (None, features.checksum):
             raise ValueError(
-                f"the reference was made with other weights of {self.features} (CRC-32 {self.checksum}) than these"
+                f"the reference was made with other weights of {features.name} (CRC-32 {self.checksum}) than these"
                 f" ({features.checksum}); give the same weights, or make it again"
             )
-        if self.resize != features.resize:
+        if self.resize not in (None, features.resize):
             raise ValueError(
                 f"the reference was made with --resize {self.resize}, not {features.resize}; give the same, or make it"
                 " again"
@@ -108,42 +92,41 @@ class Reference:
         for suffix, part in (("", self.pool), ("_s", self.spatial)):
             if part is not None:
                 arrays |= {f"mu{suffix}": part.mean, f"sigma{suffix}": part.covariance}
-        for number, leaf in enumerate(jax.tree.leaves(self.classifier)):
-            arrays[f"classifier_{number}"] = np.asarray(leaf)
+        arrays |= dict(zip(_CLASSIFIER, map(np.asarray, jax.tree.leaves(self.classifier)), strict=False))
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as file:
             np.savez(file, **arrays)
 
 
 def read_reference(path: Path) -> Reference:
-    """Read statistics of `--make-stats`, or an ADM reference: some of `arr_0`, `mu`, `sigma`, `mu_s`, `sigma_s`.
+    """Read statistics of `--make-stats` or pytorch-fid, or an ADM reference: `arr_0`, `mu`, `sigma`, `mu_s`, `sigma_s`.
 
-    Raises ValueError with the path for a file that is neither or is damaged, and for values that are not finite or
-    shapes that do not fit.
+    Raises ValueError with the path for other or damaged files, for values that are not finite, and for shapes that do
+    not fit.
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; make it with: ditx evaluate --make-stats {path} DATA")
-    statistics = ("mu", "sigma", "mu_s", "sigma_s", "rows")
-    arrays = read_npz(path, ("about", "arr_0", *statistics, *(f"classifier_{n}" for n in range(7))))
-    for name in statistics:
+    arrays = read_npz(path, ("about", "arr_0", "mu", "sigma", "mu_s", "sigma_s", "rows", *_CLASSIFIER))
+    for name in ("mu", "sigma", "mu_s", "sigma_s", "rows"):
         if name in arrays and not (arrays[name].dtype.kind == "f" and np.isfinite(arrays[name]).all()):
             raise ValueError(f"{path} has values in {name} that are not finite; make or fetch it again")
-    pool, spatial = (
-        FeatureStats(arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"])
-        if f"mu{suffix}" in arrays and f"sigma{suffix}" in arrays
-        else None
-        for suffix in ("", "_s")
-    )
-    for part in filter(None, (pool, spatial)):
-        if part.covariance.shape != 2 * part.mean.shape:
-            raise ValueError(
-                f"{path} has a mean of shape {part.mean.shape} but a covariance of shape {part.covariance.shape}; make"
-                " or fetch it again"
-            )
-    return _read_ours(path, arrays, pool, spatial) if "about" in arrays else _read_adm(path, arrays, pool, spatial)
+    pool, spatial = (_statistics(path, arrays, suffix) for suffix in ("", "_s"))
+    return _read_ours(path, arrays, pool, spatial) if "about" in arrays else _read_other(path, arrays, pool, spatial)
 
 
-def _read_adm(
+def _statistics(path: Path, arrays: dict[str, np.ndarray], suffix: str) -> FeatureStats | None:
+    mean, covariance = arrays.get(f"mu{suffix}"), arrays.get(f"sigma{suffix}")
+    if mean is None or covariance is None:
+        return None
+    if covariance.shape != 2 * mean.shape:
+        raise ValueError(
+            f"{path} has a mean of shape {mean.shape} but a covariance of shape {covariance.shape}; make or fetch it"
+            " again"
+        )
+    return FeatureStats(mean, covariance)
+
+
+def _read_other(
     path: Path, arrays: dict[str, np.ndarray], pool: FeatureStats | None, spatial: FeatureStats | None
 ) -> Reference:
     images = arrays.get("arr_0")
@@ -156,11 +139,13 @@ def _read_adm(
             f"{path} has neither images (arr_0) nor statistics (mu, sigma); give a file of --make-stats, or an ADM"
             " reference"
         )
-    if pool is not None and (pool.mean.shape != (2048,) or pool.covariance.shape != (2048, 2048)):
+    if pool is not None and pool.mean.shape != (2048,):
         raise ValueError(f"{path} has a mu of shape {pool.mean.shape}; Inception's pool features have shape (2048,)")
     shape = None if images is None else images.shape[1:]
     count = None if images is None or pool is not None else len(images)
-    return Reference(pool, spatial, None, images, str(path), count, shape, "inception", None, "adm")
+    # Spatial features are the ADM suite's. Without them, statistics do not tell which program made them.
+    resize: Resize | None = "adm" if spatial is not None else None
+    return Reference(pool, spatial, None, images, str(path), count, shape, None, resize)
 
 
 def _read_ours(
@@ -168,19 +153,19 @@ def _read_ours(
 ) -> Reference:
     try:
         described = json.loads(str(arrays["about"]))
-        if described.pop("format") != FORMAT or pool is None:
+        if described["format"] != FORMAT or pool is None:
             raise ValueError("its format is not supported")
-        del described["versions"]
-        described["image_shape"] = tuple(described["image_shape"])
         classifier = None
         if described["features"] == "classifier":
-            leaves = [arrays[f"classifier_{number}"] for number in range(7)]
+            leaves = [arrays[name] for name in _CLASSIFIER]
             channels, classes = leaves[0].shape[2], leaves[-1].shape[1]
             skeleton = jax.eval_shape(lambda key: Classifier(channels, classes, key=key), jax.random.key(0))
             classifier = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
             if FeatureNetwork(classifier).checksum != described["checksum"]:
                 raise ValueError("its classifier was altered")
-        return Reference(pool, spatial, arrays["rows"], None, **described, classifier=classifier)
+        facts = {name: described[name] for name in ("name", "count", "checksum", "resize")}
+        shape = tuple(described["image_shape"])
+        return Reference(pool, spatial, arrays["rows"], None, image_shape=shape, classifier=classifier, **facts)
     except Exception as error:  # beartype's errors included
         cause = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(

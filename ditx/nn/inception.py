@@ -149,12 +149,12 @@ class Branch(eqx.Module):
 class Features(NamedTuple):
     """The features from which the metrics are computed."""
 
-    pool: Float[Array, "*n 2048"]
-    """for FID, precision and recall: mean of the last block's output over positions"""
-    spatial: Float[Array, "*n 2023"]
-    """for sFID: the first 7 channels of Mixed_6d's 1 x 1 branch at 17 x 17 positions, channels last"""
-    logits: Float[Array, "*n 1008"] | None
-    """for the Inception Score: without bias, as in the ADM suite"""
+    pool: Float[Array, "*n d"]
+    """for FID, precision and recall: mean of the last block's output over positions; Inception's 2048"""
+    spatial: Float[Array, "*n s"] | None
+    """for sFID: the first 7 channels of Mixed_6d's 1 x 1 branch at 17 x 17 positions, channels last: 2023"""
+    logits: Float[Array, "*n classes"] | None
+    """for the Inception Score: without bias, as in the ADM suite; 1008"""
 
 
 class Inception(eqx.Module):

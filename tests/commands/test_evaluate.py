@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -163,7 +164,7 @@ def test_inception_and_a_reference_of_the_adm_suite(run, tmp_path, monkeypatch):
     add, rows, mesh = FeatureStore.add, [], make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(FeatureStore, "add", lambda self, each: (rows.append(each), add(self, each)))
     monkeypatch.setattr("ditx.commands.evaluate.make_mesh", lambda config: mesh)  # compiled for one device, and soon
-    monkeypatch.setattr("ditx.commands.evaluate.load_inception", lambda path: (network, f"{path} (CRC-32 00000000)"))
+    monkeypatch.setattr("ditx.evaluation.evaluate.load_inception", lambda path: (network, f"{path} (CRC-32 0)"))
     code, said = run.ditx("evaluate", tmp_path / "grey.npz", tmp_path / "adm.npz", "--json", "--feature-batch", 5)
     assert code == 0 and "note: grey images are repeated to 3 channels" in said, said
     (reference, _), (pool, spatial) = rows
@@ -177,6 +178,25 @@ def test_inception_and_a_reference_of_the_adm_suite(run, tmp_path, monkeypatch):
     }
     values = json.loads(said[said.index("{") : said.rindex("}") + 1])["metrics"]
     assert values == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_images_have_fid_0_against_their_own_statistics_of_pytorch_fid(run, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: Inception(key=key, logits=False), jax.random.key(0))
+    network = jax.tree.map(lambda x: 0.05 * rng.random(x.shape, np.float32) ** 2, shapes)
+    images = rng.integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+    pool = np.asarray(jax.jit(jax.vmap(partial(network, resize="pytorch-fid")))(images).pool, np.float64)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    np.savez(tmp_path / "statistics.npz", mu=pool.mean(0), sigma=np.cov(pool.T))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr("ditx.commands.evaluate.make_mesh", lambda config: mesh)
+    monkeypatch.setattr("ditx.evaluation.evaluate.load_inception", lambda path: (network, "weights"))
+    arguments = [tmp_path / "images.npz", tmp_path / "statistics.npz", "--metrics", "fid", "--feature-batch", 5]
+    assert "does not record how images were resized; give --resize pytorch-fid" in refused(run, *arguments)
+    code, said = run.ditx("evaluate", *arguments, "--resize", "pytorch-fid")
+    assert code == 0 and "resize pytorch-fid as given, which the reference does not record" in said, said
+    assert float(said.split("FID ")[1].split()[0]) < 1e-3 * np.trace(np.cov(pool.T))
 
 
 def refused(run, *arguments):

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scripts
@@ -10,9 +12,11 @@ import scripts
 from ditx.data.sources import digits
 from ditx.evaluation import metrics
 from ditx.evaluation.classifier import Classifier, train_classifier
-from ditx.evaluation.evaluate import compute_metrics, draw_labels, make_fid
+from ditx.evaluation.evaluate import compute_metrics, draw_labels, load_features
 from ditx.evaluation.features import FeatureNetwork, Features, FeatureStore, make_feature_extractor
-from ditx.evaluation.reference import FeatureStats, Reference, read_reference
+from ditx.evaluation.metrics import FeatureStats
+from ditx.evaluation.reference import Reference, read_reference
+from ditx.nn.inception import Inception
 from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.training import checkpoint
 from ditx.training import run as runs
@@ -42,7 +46,7 @@ def test_labels_are_uniform_or_balanced_and_the_first_are_the_same_for_any_numbe
 
 
 @pytest.mark.slow
-def test_the_classifier_learns_and_depends_on_the_seed_alone(optimized):
+def test_the_classifier_learns_and_depends_on_the_seed_only(optimized):
     model, accuracy = train_classifier(IMAGES, LABELS, 10)
     assert accuracy > 0.6 and model.logits.shape == (128, 10)  # 0.1 by chance
     one, two, other = (train_classifier(IMAGES, LABELS, 10, seed, steps=3)[0].logits for seed in (1, 1, 2))
@@ -191,6 +195,38 @@ def test_metrics_are_those_of_the_features_and_what_is_missing_is_said(reference
         compute_metrics(one, features, reference)
 
 
+def test_the_inception_score_of_samples_sorted_by_class_is_that_of_shuffled_samples(reference, features):
+    sure = eqx.tree_at(lambda network: network.logits, features.network, 50 * jnp.eye(128, 10))
+    store = FeatureStore()
+    store.add(Features(np.repeat(np.eye(10, 128, dtype=np.float32), 1000, axis=0), None))
+    values, _ = compute_metrics(store, FeatureNetwork(sure), reference, ("inception-score",))
+    assert values["inception_score"] == pytest.approx(10, rel=0.01)  # in order, each split of 5,000 has 5 classes
+
+
+def test_the_resize_of_statistics_is_that_on_record_or_has_to_be_given(tmp_path, monkeypatch):
+    network = jax.eval_shape(lambda key: Inception(key=key), jax.random.key(0))
+    monkeypatch.setattr("ditx.evaluation.evaluate.load_inception", lambda path: (network, path))
+    pool = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    spatial = {"mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    np.savez(tmp_path / "pytorch-fid.npz", **pool)
+    np.savez(tmp_path / "adm.npz", **pool, **spatial)
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    by_pytorch, by_adm, images = (read_reference(tmp_path / f"{name}.npz") for name in ("pytorch-fid", "adm", "images"))
+    with pytest.raises(ValueError, match="does not record how images were resized; give --resize pytorch-fid"):
+        load_features(by_pytorch)
+    for reference, given, expected in [
+        (by_pytorch, "pytorch-fid", "pytorch-fid"),
+        (by_pytorch, "adm", "adm"),
+        (by_adm, None, "adm"),
+        (images, None, "adm"),
+        (images, "pytorch-fid", "pytorch-fid"),
+    ]:
+        features, _ = load_features(reference, "", given)
+        assert features.resize == expected
+    with pytest.raises(ValueError, match="the reference was made with --resize adm, not pytorch-fid"):
+        by_adm.check(FeatureNetwork(Classifier(1, 2, key=jax.random.key(0)), "pytorch-fid"), (8, 8, 3))
+
+
 @pytest.mark.slow
 def test_training_logs_the_fid_that_evaluate_finds_and_keeps_the_best(run, tmp_path, monkeypatch):
     path, folder = scripts.write_reference(tmp_path / "reference.npz", digits().images[::125]), tmp_path / "run"
@@ -200,10 +236,12 @@ def test_training_logs_the_fid_that_evaluate_finds_and_keeps_the_best(run, tmp_p
     ).split()
     # The FIDs are made to rise, so that the first is the best.
     found = iter([1.0, 2.0])
+
+    def fid(*args):
+        return {"fid": next(found, None) or compute_metrics(*args)[0]["fid"]}, {}
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "ditx.evaluation.hooks.make_fid", lambda *args: lambda ema: next(found, None) or make_fid(*args)(ema)
-        )
+        patch.setattr("ditx.evaluation.hooks.compute_metrics", fid)
         code, said = run.train(*flags, "--eval-stats", path, "--run", folder)
     assert code == 0 and "step 5 FID" in said, said
     assert checkpoint.steps(folder / "checkpoints") == [2, 5] and (folder / "loss.png").exists()

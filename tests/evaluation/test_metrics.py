@@ -16,12 +16,12 @@ SEEDS = st.integers(0, 999)
 
 @functools.cache
 def golden():
-    """`metrics.npz`, in which every hundredth row tells that these are its arrays, made anew from their seed."""
+    """`metrics.npz` and the arrays behind it, made again from their seed and checked at every hundredth row."""
     file, random = load("metrics.npz"), np.random.RandomState(0)
     mixing = random.standard_normal((64, 64))
     reference = (random.standard_normal((700, 64)) @ mixing / 8).astype(np.float32)
     samples = (1.05 * (random.standard_normal((900, 64)) @ mixing / 8) + 0.15).astype(np.float32)
-    random.randint(0, 256, (2, 40, 56, 3))  # images, of which the test of the network's resizing knows
+    random.randint(0, 256, (2, 40, 56, 3))  # the images of the test of resizing
     logits = (2 * random.standard_normal((1200, 100))).astype(np.float32).astype(np.float16)
     made = {"reference": reference, "samples": samples, "logits": logits}
     for name, array in made.items():
@@ -193,20 +193,23 @@ EYE, ZERO, NAN = np.eye(2), np.zeros(2), np.full((2, 2), np.nan)
         (lambda: frechet_distance(EYE, EYE, ZERO, EYE), r"first .* shapes \(2, 2\) and \(2, 2\)"),
         (lambda: frechet_distance(ZERO, EYE, np.zeros(3), np.eye(3)), "first distribution is of 2 .* second of 3"),
         (lambda: frechet_distance(ZERO, NAN, ZERO, EYE), "the first mean or covariance is not finite"),
-        (lambda: frechet_distance(ZERO, EYE, ZERO, -EYE), "second covariance is none: its smallest eigenvalue is -1"),
+        (
+            lambda: frechet_distance(ZERO, EYE, ZERO, -EYE),
+            "second covariance is not a covariance: its smallest eigenvalue is -1",
+        ),
         (lambda: frechet_distance(ZERO, EYE, ZERO, np.array([[1.0, 0.5], [0, 1]])), "up to 0.5 from its transpose"),
         (lambda: inception_score(EYE, 0), "2 samples of 2 classes in splits of 0 give no Inception Score"),
         (lambda: inception_score(np.zeros((0, 5))), "0 samples of 5 classes"),
         (lambda: inception_score(NAN), "logits are not finite in 2 of 2"),
-        (lambda: precision_recall(np.zeros((5, 2)), np.zeros((5, 3))), "reference has 2 features, the samples 3"),
         (
-            lambda: precision_recall(np.zeros((5, 2)), EYE),
-            "samples have 2 rows; a neighbour of rank 3 needs at least 4",
+            lambda: precision_recall(np.zeros((5, 2)), np.zeros((5, 3))),
+            r"the reference and the samples have \[2, 3\] features",
         ),
-        (lambda: precision_recall(EYE, EYE, 0), "reference have 2 rows; a neighbour of rank 0 needs at least 2"),
+        (lambda: precision_recall(np.zeros((5, 2)), EYE), "samples have 2 rows; neighbour 3 needs at least 4"),
+        (lambda: precision_recall(EYE, EYE, 0), "reference have 2 rows; neighbour 0 needs at least 2"),
         (lambda: precision_recall(np.zeros((5, 2)), np.float32([[np.inf, 0]] * 5)), "samples are not finite in 5 of 5"),
     ],
 )
-def test_what_cannot_be_computed_is_said(compute, message):
+def test_impossible_inputs_are_value_errors(compute, message):
     with pytest.raises(ValueError, match=message):
         compute()
