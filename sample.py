@@ -1,6 +1,5 @@
 """Draw samples from a trained network: `sample.py [RUN | WEIGHTS] [--labels 3 7 ...] [--num-samples N] ...`."""
 
-import math
 import re
 import signal
 import sys
@@ -174,15 +173,15 @@ def draw(
     return np.concatenate(list(tqdm(batches, total=total, unit="batch", disable=hidden)))
 
 
-def write(paths: dict[str, Path], images: np.ndarray, labels: np.ndarray, columns: int, names: tuple[str, ...]) -> None:
+def write(paths: dict[str, Path], images: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> None:
     """Write the images in every form asked for; `names` are those of the classes."""
     moments = images.swapaxes(0, 1) if images.ndim == 5 else images[None]
     images = moments[-1]
-    pictures.grid(images, columns).save(paths["grid"])
+    pictures.grid(images, labels, names).save(paths["grid"])
     if "npz" in paths:
         np.savez_compressed(paths["npz"], arr_0=images, labels=labels)
     if "animate" in paths:
-        first, *others = [pictures.grid(moment, columns) for moment in [*moments, *[images] * 15]]
+        first, *others = [pictures.grid(moment, labels, names) for moment in [*moments, *[images] * 15]]
         first.save(paths["animate"], save_all=True, append_images=others, duration=60, loop=0)
     if "separate" in paths:
         paths["separate"].mkdir()
@@ -231,8 +230,7 @@ def sample(argv: list[str]) -> int:
             paths["grid"].unlink()  # still empty
         raise
     if is_main_process():
-        columns = len(classes) if len(classes) <= 20 else math.isqrt(len(labels) - 1) + 1
-        write(paths, images, labels, min(len(labels), columns), names)
+        write(paths, images, labels, names)
     return 0
 
 

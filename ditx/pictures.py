@@ -1,13 +1,19 @@
 """Pictures for people: grids of samples, and the loss curve of a run."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, UInt8
 
-_PALE_TO_DARK = ("#dbe7f2", "#b8cfe5", "#7fa6cc", "#4878a6", "#1f4e79")
+_PALE_TO_DARK = ("#b8cfe5", "#8fb4d6", "#6698c4", "#3f76a6", "#1f4e79")
+_MAX_CLASSES = 20  # with names beside their images
 
 
 def to_picture(image: UInt8[np.ndarray, "h w c"]) -> PIL.Image.Image:
@@ -15,13 +21,41 @@ def to_picture(image: UInt8[np.ndarray, "h w c"]) -> PIL.Image.Image:
     return PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> PIL.Image.Image:
-    """Images row by row with white lines between them, small ones enlarged by a whole factor to about 64 pixels."""
+def grid(
+    images: UInt8[np.ndarray, "n h w c"], labels: Integer[np.ndarray, " n"], names: Sequence[str]
+) -> PIL.Image.Image:
+    """Images with white lines between them, near square; small ones enlarged by a whole factor to about 64 pixels.
+
+    Each of 2 to 20 classes is a row, or a block of several rows, with its name on the left. Images of one class, or of
+    more classes, follow each other row by row.
+    """
+    factor, classes = max(1, 64 // images.shape[1]), list(dict.fromkeys(labels.tolist()))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    if not 1 < len(classes) <= _MAX_CLASSES:
+        return to_picture(_tile(images, math.ceil(math.sqrt(len(images)))))
+    longest = max(labels.tolist().count(label) for label in classes)
+    columns = longest if longest <= 10 else math.ceil(math.sqrt(longest))
+    blocks = [to_picture(_tile(images[labels == label], columns)) for label in classes]
+    titles, font = [names[label].split(",")[0][:20] for label in classes], PIL.ImageFont.load_default(14)
+    margin = 12 + math.ceil(max(map(font.getlength, titles)))
+    width, height = margin + blocks[0].width, 2 + max(block.height for block in blocks)
+    across = min(range(1, len(classes) + 1), key=lambda n: max(n * width, -(-len(classes) // n) * height))
+    size = across * width, -(-len(classes) // across) * height - 2
+    picture = PIL.Image.new(blocks[0].mode, size, "white")
+    for number, (title, block) in enumerate(zip(titles, blocks, strict=True)):
+        x, y = number % across * width + margin, number // across * height
+        picture.paste(block, (x, y))
+        middle = (x - 5, y + block.height // 2)
+        PIL.ImageDraw.Draw(picture).text(middle, title, fill="black", font=font, anchor="rm")
+    return picture
+
+
+def _tile(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "h2 w2 c"]:
+    """Images row by row, with white lines between them and white for missing ones."""
     missing = -len(images) % columns
     padded = np.pad(images, ((0, missing), (0, 2), (0, 2), (0, 0)), constant_values=255)
-    tiled = rearrange(padded, "(rows columns) h w c -> (rows h) (columns w) c", columns=columns)[:-2, :-2]
-    picture, factor = to_picture(tiled), max(1, 64 // images.shape[1])
-    return picture.resize((picture.width * factor, picture.height * factor), PIL.Image.Resampling.NEAREST)
+    padded[len(images) :] = 255
+    return rearrange(padded, "(rows columns) h w c -> (rows h) (columns w) c", columns=columns)[:-2, :-2]
 
 
 def write_loss_curve(
@@ -31,7 +65,7 @@ def write_loss_curve(
     losses_by_time: Float[np.ndarray, "n bins"],
     counts_by_time: Float[np.ndarray, "n bins"],
 ) -> None:
-    """Plot the loss over training and, in five parts of the run from early (pale) to late (dark), by time.
+    """Plot the loss over training, raw and smoothed, and the loss by time in five parts of the run.
 
     Times without examples have a loss of NaN and a count of 0. Raises ModuleNotFoundError without matplotlib.
     """
@@ -40,15 +74,35 @@ def write_loss_curve(
     figure = Figure((10, 4), layout="constrained")
     over_training, by_time = figure.subplots(1, 2)
     window = max(1, len(losses) // 50)
-    over_training.plot(steps, losses, color="#b8cfe5", linewidth=1)
+    over_training.plot(steps, losses, color="#b8cfe5", linewidth=1, label="raw")
     if len(losses) >= window:
         means = np.convolve(losses, np.ones(window) / window, "valid")
-        over_training.plot(steps[window - 1 :], means, color="#1f4e79")
-    times = 1000 * (np.arange(losses_by_time.shape[1]) + 0.5) / losses_by_time.shape[1]
+        over_training.plot(steps[window - 1 :], means, color="#1f4e79", label=f"mean of {window}")
+    times, curves = 1000 * (np.arange(losses_by_time.shape[1]) + 0.5) / losses_by_time.shape[1], []
     for part, color in zip(np.array_split(np.arange(len(losses)), 5), _PALE_TO_DARK, strict=True):
         counts = counts_by_time[part].sum(0)
         sums = np.nansum(losses_by_time[part] * counts_by_time[part], 0)
-        by_time.plot(times, np.divide(sums, counts, out=np.full(len(times), np.nan), where=counts > 0), color=color)
-    over_training.set(yscale="log", xlabel="training step", ylabel="training loss")
-    by_time.set(yscale="log", xlabel="time, from data to noise", title="early (pale) to late (dark)")
+        curves.append(np.divide(sums, counts, out=np.full(len(times), np.nan), where=counts > 0))
+        label = f"to step {steps[part[-1]]:,.0f}" if len(part) else None
+        by_time.plot(times, curves[-1], color=color, label=label)
+    over_training.set(xlabel="training step", ylabel="training loss")
+    by_time.set(xlabel="time, from data (0) to noise (1000)")
+    over_training.xaxis.set_major_formatter("{x:,.0f}")
+    for axes, values in ((over_training, losses), (by_time, np.array(curves))):
+        _log_axis(axes, values)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8)
     figure.savefig(file)
+
+
+def _log_axis(axes: Any, values: Float[np.ndarray, "..."]) -> None:
+    """A logarithmic vertical axis with ticks at round values."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    positive = values[values > 0]
+    wide = positive.size and positive.max() > 10 * positive.min()
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())

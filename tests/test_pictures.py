@@ -7,10 +7,26 @@ import pytest
 from ditx import pictures
 
 
-def test_a_grid_has_rows_of_columns_and_white_lines():
-    picture = np.asarray(pictures.grid(np.zeros((5, 40, 40, 3), np.uint8), 3))
+def test_images_of_one_class_are_near_square_with_white_lines_and_small_ones_are_enlarged():
+    images, labels = np.zeros((5, 40, 40, 3), np.uint8), np.zeros(5, np.int32)
+    picture = np.asarray(pictures.grid(images, labels, ["any"]))
     assert picture.shape == (82, 124, 3) and (picture[40:42] == 255).all() and (picture[42:, 84:] == 255).all()
-    assert np.asarray(pictures.grid(np.zeros((1, 8, 8, 1), np.uint8), 1)).shape == (64, 64)  # enlarged
+    assert np.asarray(pictures.grid(images[:1, :8, :8, :1], labels[:1], ["any"])).shape == (64, 64)
+
+
+def test_each_class_is_a_row_with_its_name_on_the_left():
+    labels = np.tile(np.arange(5), 4)
+    images = np.broadcast_to(40 * labels.astype(np.uint8)[:, None, None, None], (20, 64, 64, 1))
+    picture = np.asarray(pictures.grid(images, labels, ["0", "1", "2", "3", "four, or vier"]))
+    height, width = picture.shape
+    margin = width - (4 * 66 - 2)
+    assert height == 5 * 66 - 2 and margin > 12
+    for row in range(5):
+        images_of_row, title = picture[66 * row : 66 * row + 64, margin:], picture[66 * row : 66 * row + 64, :margin]
+        assert set(np.unique(images_of_row)) <= {40 * row, 255} and (images_of_row[:, :64] == 40 * row).all()
+        assert title.min() < 100  # the name in black
+    many = np.arange(40) % 2
+    assert pictures.grid(images[many], many, ["a", "b"]).width < 2 * 7 * 66  # blocks of 5 columns, not one long row
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 200])

@@ -120,7 +120,8 @@ def main(argv: list[str]) -> int:
 
 def parse(name: str, *flags: str) -> Any:
     """The configuration of a benchmark. Raises ValueError for an unknown network; exits with 2 on a bad flag."""
-    kind, networks = KINDS[name], DIT_CONFIGS | {"tiny": TINY}
+    networks = DIT_CONFIGS | {"tiny": TINY}
+    kind: Any = KINDS[name]
 
     def defaults(first: Any) -> tuple[Any, None]:
         if first.source not in networks:

@@ -68,8 +68,11 @@ def main(argv: list[str]) -> int:
     config, _ = cli.parse_with_defaults(parse, lambda first: (Config(model=network(first.source)), None))
     cli.at_least(config, 1, "batch_size", "accumulate")
     cli.at_least(config, 0, "power_emas")
-    figures, text = (paper(), paper_table) if config.paper else (info(config), partial(table, config))
-    print(json.dumps(figures, indent=2) if config.json else text(figures))
+    figures = paper() if config.paper else info(config)
+    if config.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        print(table(config, figures) if isinstance(figures, dict) else paper_table(figures))
     return 0
 
 

@@ -53,7 +53,7 @@ class Grid:
     features: Literal["inception", "classifier"] = "inception"
 
 
-# Width, depth and heads: tiny, medium, that of the digits preset, and the paper's S and B.
+# Width, depth and heads: tiny, medium, the digits preset's, and the paper's S and B.
 _SIZES = {"T": (32, 2, 2), "M": (64, 3, 4), "D": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12)}
 _BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 
@@ -62,11 +62,11 @@ def _networks(sizes: str, patches: tuple[int, ...], blocks: tuple[str, ...] = ()
     """Flags by name of network: `B/2` or, where blocks are given, `B/2 adaln`."""
     networks = {}
     for patch, size, block in product(patches, sizes, blocks or _BLOCKS[:1]):
-        width, depth, heads = _SIZES[size]
-        networks[f"{size}/{patch} {block}" if blocks else f"{size}/{patch}"] = (
-            f"--model.hidden-size {width} --model.depth {depth} --model.num-heads {heads} --model.patch-size {patch}"
-            f" --model.block {block}"
+        shape = zip(
+            ("hidden-size", "depth", "num-heads", "patch-size", "block"), (*_SIZES[size], patch, block), strict=True
         )
+        flags = " ".join(f"--model.{name} {value}" for name, value in shape)
+        networks[f"{size}/{patch} {block}" if blocks else f"{size}/{patch}"] = flags
     return networks
 
 
@@ -158,14 +158,10 @@ class Study:
 
     def check(self) -> None:
         """Raise ValueError for impossible values."""
-        for name in ("steps", "every", "num_samples"):
-            if getattr(self.plan, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        cli.at_least(self.plan, 1, "steps", "every", "num_samples")
         for name in self.only:
             if name not in self.plan.networks:
-                raise ValueError(
-                    f"unknown network {name!r} of {self.grid}; choose from {', '.join(self.plan.networks)}"
-                )
+                raise cli.unknown(f"network of {self.grid}", name, self.plan.networks)
         if self.plan.preset != "digits" and not (self.data_path or self.list):
             raise ValueError(f"{self.grid} trains on CIFAR-10; give its path with --data-path")
 
@@ -331,10 +327,10 @@ def write_plots(folder: Path, table: dict[str, Any]) -> list[Path]:
     """Plot FID as the paper's Figures 2, 5, 6, 8, 9 and 10 do. Raises ModuleNotFoundError without matplotlib."""
     rows, r = table["rows"], table["correlation_of_fid_with_log_gflops"]
     along = [row for row in rows if row["sampling_steps"] == table["sampling_steps"]]
-    last = [row | {"cost": row["gflops"] * row["sampling_steps"]} for row in rows if row["step"] == table["steps"]]
     final = [row for row in along if row["step"] == table["steps"]]
+    last = [row | {"cost": row["gflops"] * row["sampling_steps"]} for row in rows if row["step"] == table["steps"]]
     sizes = [row for row in along if row["block"] == "adaln-zero"]
-    others = {_size(row) for row in rows if row["block"] != "adaln-zero"}
+    others = {_size(row) for row in rows if row["block"] != "adaln-zero"}  # networks that differ in their block only
     blocks = [row for row in along if _size(row) in others]
     title = "" if r is None else f"correlation with log Gflops, adaLN-Zero: {r:.3f}"
     plots = {
@@ -343,7 +339,7 @@ def write_plots(folder: Path, table: dict[str, Any]) -> list[Path]:
         "compute": (sizes, "training_flops", "training compute, FLOPs", "network"),
         "training": (sizes, "step", "training step", "network"),
         "sampling": (last, "cost", "Gflops of one sample, by the number of steps", "network", _steps),
-        "blocks": (blocks, "step", "training step", "network"),  # networks that differ in their block only
+        "blocks": (blocks, "step", "training step", "network"),
     }
     return [_plot(folder / f"{name}.png", *plot) for name, plot in plots.items() if plot[0] or name != "blocks"]
 
@@ -360,10 +356,12 @@ def _markdown(final: list[Row], table: dict[str, Any]) -> str:
     metrics = [name for name in ("fid", "sfid", "inception_score", "precision", "recall") if final and name in final[0]]
     lines = [("network", "block", "parameters", "Gflops", *metrics), ("---",) * (4 + len(metrics))]
     for row in final:
-        values = (f"{row[name]:.4g}" for name in metrics)
-        lines.append((row["network"], row["block"], f"{row['parameters']:,}", f"{row['gflops']:.4g}", *values))
-    note = f"After {table['steps']:,} training steps; {table['samples']:,} samples in {table['sampling_steps']} steps;"
-    note += f" features: {table['features']}."
+        values = (f"{row[name]:.4g}" for name in ("gflops", *metrics))
+        lines.append((row["network"], row["block"], f"{row['parameters']:,}", *values))
+    note = (
+        f"After {table['steps']:,} training steps; {table['samples']:,} samples in {table['sampling_steps']} steps;"
+        f" features: {table['features']}."
+    )
     if table["correlation_of_fid_with_log_gflops"] is not None:
         note += f" Correlation of FID with log Gflops: {table['correlation_of_fid_with_log_gflops']:.3f}."
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", note, ""])

@@ -96,4 +96,4 @@ def _update(
 
 @jax.jit
 def _classify(model: Classifier, images: UInt8[Array, "b h w c"]) -> Int[Array, " b"]:
-    return jax.vmap(model)(images).logits.argmax(1)
+    return jnp.argmax(jax.vmap(model)(images).logits, 1)

@@ -37,7 +37,7 @@ def make_hooks(config: Config, mesh: Mesh, dataset: Source) -> Hooks:
         vae, _ = frozen.load_decoder(config.vae, config.model.in_channels, dataset.latents["scale"])
         decode = make_decode(vae, mesh)
     if config.sample_every and (decode or not dataset.latents):
-        hooks["samples"] = config.sample_every, make_grid(config, mesh, decode)
+        hooks["samples"] = config.sample_every, make_grid(config, mesh, dataset, decode)
     if config.eval_every:
         hooks["fid"] = config.eval_every, make_eval(config, mesh, dataset, decode)
     if config.ema_every:
@@ -45,20 +45,22 @@ def make_hooks(config: Config, mesh: Mesh, dataset: Source) -> Hooks:
     return hooks
 
 
-def make_grid(config: Config, mesh: Mesh, decode: Decode | None) -> Callable[[Run, TrainState, int], Path | None]:
+def make_grid(
+    config: Config, mesh: Mesh, dataset: Source, decode: Decode | None
+) -> Callable[[Run, TrainState, int], Path | None]:
     """A picture of samples of the averaged weights: up to ten classes, four of each, the same noise every time."""
-    columns = min(config.model.num_classes, 10) or 10
-    classes = np.linspace(0, max(config.model.num_classes - 1, 0), columns).astype(np.int32)
-    sampler = make_sampler(config.sampling, config.model, config, mesh, batch_size=4 * columns, decode=decode)
+    count = min(config.model.num_classes, 10) or 10
+    labels = np.tile(np.linspace(0, max(config.model.num_classes - 1, 0), count).astype(np.int32), 4)
+    sampler = make_sampler(config.sampling, config.model, config, mesh, batch_size=len(labels), decode=decode)
 
     def draw(run: Run, state: TrainState, step: int) -> Path | None:
         try:
-            images = sampler(state.ema, np.tile(classes, 4), seed=config.seed)
+            images = sampler(state.ema, labels, seed=config.seed)
         except ValueError as error:  # training may still recover
             return print(f"warning: no picture of step {step:,}: {error}", file=sys.stderr)
         if is_main_process():
             run.picture(step).parent.mkdir(exist_ok=True)
-            pictures.grid(images, columns).save(run.picture(step))
+            pictures.grid(images, labels, dataset.class_names).save(run.picture(step))
         return run.picture(step)
 
     return draw

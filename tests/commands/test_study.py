@@ -1,4 +1,4 @@
-"""`ditx study` on two tiny networks: begun, gone on with, told, and mistaken."""
+"""`ditx study` on two tiny networks: started, resumed, listed, and given wrong flags."""
 
 import csv
 import dataclasses
@@ -121,7 +121,7 @@ def test_grids_are_what_their_names_say(run):
 def test_mistakes_end_in_a_sentence(run, tmp_path):
     for arguments, sentence in [
         (["sizes"], "sizes trains on CIFAR-10; give its path with --data-path"),
-        (["digits", "--only", "XL/2"], "unknown network 'XL/2' of digits; choose from T/14, "),
+        (["digits", "--only", "XL/2"], "unknown network of digits 'XL/2'; choose from T/14, "),
         (["digits", "--every", "-1"], "every is -1; it must be at least 1"),
     ]:
         code, output = run.ditx("study", *arguments, "--out", tmp_path / "out")
