@@ -1,7 +1,6 @@
 """Pictures for people: grids of samples, and the loss curve of a run."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def to_picture(image: UInt8[np.ndarray, "h w c"]) -> PIL.Image.Image:
 
 
 def grid(
-    images: UInt8[np.ndarray, "n h w c"], labels: Integer[np.ndarray, " n"], names: Sequence[str]
+    images: UInt8[np.ndarray, "n h w c"], labels: Integer[np.ndarray, " n"], names: list[str] | tuple[str, ...]
 ) -> PIL.Image.Image:
     """Images with white lines between them, near square; small ones enlarged by a whole factor to about 64 pixels.
 
@@ -36,7 +35,8 @@ def grid(
     longest = max(labels.tolist().count(label) for label in classes)
     columns = longest if longest <= 10 else math.ceil(math.sqrt(longest))
     blocks = [to_picture(_tile(images[labels == label], columns)) for label in classes]
-    titles, font = [names[label].split(",")[0][:20] for label in classes], PIL.ImageFont.load_default(14)
+    titles: list[str] = [names[label].split(",")[0][:20] for label in classes]
+    font = PIL.ImageFont.load_default(14)
     margin = 12 + math.ceil(max(map(font.getlength, titles)))
     width, height = margin + blocks[0].width, 2 + max(block.height for block in blocks)
     across = min(range(1, len(classes) + 1), key=lambda n: max(n * width, -(-len(classes) // n) * height))

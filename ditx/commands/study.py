@@ -328,8 +328,9 @@ def write_plots(folder: Path, table: dict[str, Any]) -> list[Path]:
     rows, r = table["rows"], table["correlation_of_fid_with_log_gflops"]
     along = [row for row in rows if row["sampling_steps"] == table["sampling_steps"]]
     final = [row for row in along if row["step"] == table["steps"]]
-    last = [row | {"cost": row["gflops"] * row["sampling_steps"]} for row in rows if row["step"] == table["steps"]]
     sizes = [row for row in along if row["block"] == "adaln-zero"]
+    last = [row for row in rows if row["block"] == "adaln-zero" and row["step"] == table["steps"]]
+    last = [row | {"cost": row["gflops"] * row["sampling_steps"]} for row in last]
     others = {_size(row) for row in rows if row["block"] != "adaln-zero"}  # networks that differ in their block only
     blocks = [row for row in along if _size(row) in others]
     title = "" if r is None else f"correlation with log Gflops, adaLN-Zero: {r:.3f}"

@@ -1,5 +1,7 @@
 """A small convolutional classifier, whose features replace Inception's where those say little, as on digits."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -96,4 +98,5 @@ def _update(
 
 @jax.jit
 def _classify(model: Classifier, images: UInt8[Array, "b h w c"]) -> Int[Array, " b"]:
-    return jnp.argmax(jax.vmap(model)(images).logits, 1)
+    logits: Any = jax.vmap(model)(images).logits
+    return logits.argmax(1)
