@@ -195,15 +195,7 @@ class Study:
             )
         if plan.steps in done and not self.train_flags:  # train.py compares flags with those of the run
             return
-        command = [
-            sys.executable,
-            "-m",
-            "ditx",
-            "train",
-            plan.preset,
-            *plan.flags.split(),
-            *plan.networks[name].split(),
-        ]
+        command = [sys.executable, *f"-m ditx train {plan.preset} {plan.flags} {plan.networks[name]}".split()]
         command += ["--run", str(run), "--steps", str(plan.steps), "--sample-every", "0"]
         command += ["--checkpoint-every", str(plan.every), "--keep-every", str(plan.every)]
         command += ["--data-path", self.data_path] if self.data_path else []
@@ -222,7 +214,7 @@ class Study:
     def evaluate(self, name: str) -> None:
         """Run the missing evaluations of a network and write the tables."""
         for step, sampling_steps in self.points():
-            flags = ["--num-samples", str(self.plan.num_samples), "--step", str(step), "--steps", str(sampling_steps)]
+            flags = f"--num-samples {self.plan.num_samples} --step {step} --steps {sampling_steps}".split()
             flags += [*self.plan.evaluation.split(), *self._inception(), "--out", str(self.results(name))]
             config, described = evaluate.parse([str(self.run(name)), str(self.statistics), *flags])
             config.check()
