@@ -429,8 +429,9 @@ def report(figures: dict[str, Any]) -> str:
         f"date     {figures['date']}, {versions}",
     ]
     if "rows" in figures:
-        lines += [f"batch {size:<8,} train.py ... {flags}" for size, flags in figures["by_batch_size"].items()]
-        return "\n".join([*lines, f"fastest        train.py ... {figures['recommended']}"])
+        train = cli.script("train")
+        lines += [f"batch {size:<8,} {train} ... {flags}" for size, flags in figures["by_batch_size"].items()]
+        return "\n".join([*lines, f"fastest        {train} ... {figures['recommended']}"])
     peers = figures.get("compare", {})
     lines += [table_line(name, row) for name, row in ({"ditx": figures} | peers).items()]
     lines += [f"median and quartiles of {len(figures['times'])} for {figures['batch_size']:,} images"]

@@ -209,7 +209,9 @@ class Study:
             process.wait()
             raise
         if code:
-            raise ValueError(f"train.py failed for {name} with exit code {code}; see above, then run the study again")
+            raise ValueError(
+                f"the training of {name} failed with exit code {code}; see above, then run the study again"
+            )
 
     def evaluate(self, name: str) -> None:
         """Run the missing evaluations of a network and write the tables."""

@@ -176,7 +176,7 @@ def _identify(source: Path, step: int) -> tuple[int, str]:
         folder = source / "checkpoints"
         steps = checkpoint.steps(folder)
         if not steps:
-            raise ValueError(f"{source} has no checkpoint yet; train it until its first")
+            raise ValueError(f"{source} has no checkpoint yet; wait until training writes the first")
         if step not in (0, *steps):
             raise ValueError(f"{source} has no checkpoint of step {step:,}; choose from {', '.join(map(str, steps))}")
         step = broadcast_from_main(step or steps[-1])

@@ -1,4 +1,4 @@
-"""`ditx evaluate` as a user runs it: on runs' weights, folders and npz files, stopped half-way, on mistaken files."""
+"""`ditx evaluate` as a user runs it: on weights, folders and .npz files, stopped half-way, and with wrong files."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(place):
-    """Statistics of the data set, by a classifier that was hardly trained."""
+    """Statistics of the data set, by a classifier trained for 20 steps."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr("ditx.commands.evaluate.train_classifier", lambda *args: train_classifier(*args, steps=20))
     with monkeypatch.context():
@@ -72,7 +72,7 @@ def found(run, *arguments):
     return json.loads(said[said.index("{") : said.rindex("}") + 1])
 
 
-def test_folders_and_arrays_are_judged_alike_and_as_by_the_library(reference, place, run, tmp_path):
+def test_folders_and_arrays_are_evaluated_alike_and_as_by_the_library(reference, place, run, tmp_path):
     images = IMAGES[::7]
     np.savez(tmp_path / "samples.npz", arr_0=images)
     write_folder(tmp_path / "folder", images)
@@ -97,7 +97,7 @@ def test_folders_and_arrays_are_judged_alike_and_as_by_the_library(reference, pl
     assert "not comparable with Inception's FID" in said and "500 images, from" in said
 
 
-def test_stopped_and_started_again_it_finds_what_it_would_have(reference, place, run, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_resumes_with_the_same_result(reference, place, run, tmp_path, monkeypatch):
     flags = [place / "weights.safetensors", reference, "--num-samples", 40, "--batch", 8]
     expected = found(run, *flags, "--out", tmp_path / "whole")
     assert expected["samples"]["guidance_scale"] == 1.0 and expected["samples"]["steps"] == 2
@@ -114,7 +114,7 @@ def test_stopped_and_started_again_it_finds_what_it_would_have(reference, place,
         patch.setattr(FeatureStore, "add", stop)
         assert run.ditx("evaluate", *flags, "--out", tmp_path / "parts")[0] == 130
     (partial,) = (tmp_path / "parts").iterdir()
-    # Other seeds and samplers begin anew, beside it.
+    # Other seeds and samplers start their own evaluation beside it.
     other = found(run, *flags, "--out", tmp_path / "parts", "--seed", 1)
     assert partial.exists() and other["metrics"] != expected["metrics"]
     with monkeypatch.context() as patch:
@@ -124,7 +124,7 @@ def test_stopped_and_started_again_it_finds_what_it_would_have(reference, place,
         "evaluations.jsonl"
     ]
 
-    # What was found is not computed again.
+    # Stored results are not computed again.
     monkeypatch.setattr(FeatureStore, "add", None)
     assert found(run, *flags, "--out", tmp_path / "parts") == expected
     lines = [json.loads(line) for line in (tmp_path / "parts" / "evaluations.jsonl").read_text().splitlines()]
@@ -235,7 +235,7 @@ def test_mistakes_end_in_a_sentence(reference, place, run, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_images_that_cannot_be_judged_are_refused(reference, run, tmp_path):
+def test_images_that_cannot_be_evaluated_are_refused(reference, run, tmp_path):
     colour = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
     for name, arrays, sentence in [
         ("float", {"arr_0": colour / 255}, "cannot be used: images are float64 of shape (6, 8, 8, 3); give uint8"),

@@ -40,7 +40,7 @@ def reference(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_path, monkeypatch, reference):
+def test_networks_are_trained_and_evaluated_one_by_one_and_nothing_twice(run, tmp_path, monkeypatch, reference):
     monkeypatch.setitem(study.GRIDS, "digits", TINY)
     flags = ["digits", "--out", tmp_path, "--reference", reference]
     code, output = run.ditx("study", *flags, "--only", "A/14")
@@ -76,13 +76,13 @@ def test_networks_are_trained_and_judged_one_by_one_and_nothing_twice(run, tmp_p
     assert run.ditx("study", *flags)[0] == 0 and table == json.loads((tmp_path / "table.json").read_text())
 
     code, output = run.ditx("study", *flags, "--", "--batch-size", 0)
-    assert code == 2 and "train.py failed for A/14 with exit code 2; see above" in output, output
+    assert code == 2 and "the training of A/14 failed with exit code 2; see above" in output, output
     code, output = run.ditx("study", *flags, "--steps", 2)
     assert code == 2 and "is a run of 4 steps with a decaying learning rate, not of 2 steps" in output, output
 
 
 @pytest.mark.slow
-def test_told_to_stop_it_ends_with_a_checkpoint_of_the_network_in_training_and_goes_on_from_there(reference, tmp_path):
+def test_a_stopped_study_saves_the_network_in_training_and_resumes(reference, tmp_path):
     flags = ["digits", "--only", "T/14", "--out", tmp_path, "--reference", reference, "--steps", 3000]
     flags += ["--num-samples", 8, "--every", 3000, "--", "--log-every", 1]
     command = [scripts.ROOT / "ditx" / "__main__.py", "study", *flags]
@@ -112,7 +112,7 @@ def test_the_correlation_is_that_with_the_logarithm():
     assert study.correlation(gflops[:2], [1.0, 2.0]) is None
 
 
-def test_grids_are_what_their_names_say(run):
+def test_grids_have_the_networks_of_their_names(run):
     _, output = run.ditx("study", "sizes", "--list")
     assert output.count("step 0 of") == 6 and output.startswith("S/8") and "B/2" in output
     assert len(study.GRIDS["blocks"].networks) == 4

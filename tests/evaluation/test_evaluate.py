@@ -1,4 +1,4 @@
-"""The library behind `ditx evaluate`: classifier, features on devices, what is gathered, references, samples."""
+"""The library behind `ditx evaluate`: classifier, features on devices, stores of features, references, samples."""
 
 import dataclasses
 
@@ -71,7 +71,7 @@ def test_features_are_the_network_s_on_one_device_and_on_eight(features):
     np.testing.assert_allclose(logits, jax.vmap(features.network)(IMAGES[:21]).logits, atol=1e-6)
 
 
-def test_what_is_gathered_is_that_of_all_at_once_and_goes_on_from_what_is_there(tmp_path):
+def test_a_store_has_the_moments_of_all_features_and_resumes_from_its_files(tmp_path):
     parts, whole = [rows(n, n) for n in (5, 1, 3000, 2000)], FeatureStore()
     pool, spatial = (np.concatenate(kind) for kind in zip(*parts, strict=True))
     for part in parts:
@@ -121,7 +121,7 @@ def test_a_reference_is_read_as_it_was_written(reference, features, tmp_path):
     assert [getattr(read, name) for name in fields] == [None, "some digits", 200, (7, 7, 1), "classifier", "adm"]
 
 
-def test_what_cannot_be_compared_is_refused(reference, features):
+def test_other_weights_sizes_and_resizes_are_refused(reference, features):
     reference.check(features, (7, 7, 3))
     for shape, changes, sentence in [
         ((8, 8, 1), {}, "the images are 8x8, but those of the reference 7x7; make one of the same size"),
@@ -169,7 +169,7 @@ def test_files_that_are_no_reference_are_refused(reference, tmp_path):
         read_reference(tmp_path / "nowhere.npz")
 
 
-def test_metrics_are_those_of_the_features_and_what_is_missing_is_said(reference, features):
+def test_metrics_are_those_of_the_features_and_missing_ones_have_reasons(reference, features):
     gathered, part = FeatureStore(), make_feature_extractor(features, MESH)(IMAGES[200:])
     gathered.add(part)
     found, absent = compute_metrics(gathered, features, reference)
