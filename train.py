@@ -4,6 +4,7 @@ Reads from top to bottom: configuration, data, step, state, loop. A run is a fol
 resumes from its newest checkpoint as if it had never stopped.
 """
 
+import argparse
 import signal
 import sys
 from contextlib import closing
@@ -28,6 +29,7 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.parallel.distributed import is_main_process, sync_errors
     from ditx.parallel.mesh import local_batch_indices, make_mesh, put_batch, replicated
     from ditx.training import checkpoint
+    from ditx.training import run as runs
     from ditx.training.compile import AbstractStep
     from ditx.training.config import PRESETS, Config
     from ditx.training.logger import MetricsLogger, Profiler
@@ -40,14 +42,23 @@ REMEDY = "--remat full, a higher --accumulate, --mesh.fsdp, or a smaller --batch
 
 def parse(argv: list[str]) -> tuple[str, Config]:
     """The preset named first, and the configuration: the preset's, changed by the flags."""
+    parser = argparse.ArgumentParser(cli.script("train"), add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", default="")
+    resume, argv = parser.parse_known_args(argv)
     preset, flags = cli.split_preset(argv, PRESETS, default="digits")
+    default = replace(PRESETS[preset], run=f"runs/{preset}")
+    if resume.resume:
+        if flags != argv:
+            raise ValueError(f"--resume takes the preset of {resume.resume}; leave out {preset}")
+        described = runs.read_config(Path(resume.resume))
+        preset, default = described["preset"], replace(Config.of(described), run=resume.resume)
     own = [name for name in PRESETS if not name.startswith("imagenet")]
     paper = [name.removeprefix("imagenet256-") for name in PRESETS if name not in own]
     usage = (
         f"Presets: {', '.join(own)}; the paper's, on 256-pixel ImageNet as imagenet256-NAME: {', '.join(paper)}. Below"
-        f" are the flags and defaults of {preset}; --help-verbose explains them."
+        f" are the flags and defaults of {preset}; --help-verbose explains them. --resume RUN takes those"
+        " of a run, and goes on with it."
     )
-    default = replace(PRESETS[preset], run=f"runs/{preset}")
     options: Any = {"prog": f"{cli.script('train')} {preset}", "description": usage, "compact_help": True}
     return preset, tyro.cli(Config, default=default, args=flags, **options)
 

@@ -325,6 +325,19 @@ def test_another_configuration_is_refused_by_field(finished, monkeypatch, capsys
     assert code == 2 and "model.depth was 1 and is 2" in said and "seed was 0 and is 1" in said
 
 
+def test_a_run_resumes_without_flags_and_its_refusal_names_the_command_for_more_steps(copy, monkeypatch, capsys):
+    code, said = call(train, monkeypatch, capsys, "digits", "--resume", copy)
+    assert code == 2 and f"--resume takes the preset of {copy}; leave out digits" in said, said
+    code, said = call(train, monkeypatch, capsys, "--resume", copy, "--steps", 41)
+    assert code == 2 and "steps was 40 and is 41; at its end the learning rate is 0" in said, said
+    command = said.split("in a new run with: ")[1].split()
+    assert command[0] == "train.py" and (command[-4:] == ["--run", f"{copy}-longer", "--steps", "1"]), command
+    code, said = call(train, monkeypatch, capsys, *command[1:])
+    assert code == 0 and f"init {copy} at step 35" in said and losses(copy.with_name("copy-longer"))[-1][0] == 1, said
+    code, said = call(train, monkeypatch, capsys, "--resume", copy)
+    assert code == 0 and "resume from step 35" in said and losses(copy)[-1][0] == 40, said
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "thesis.txt").write_text("precious")
     code, said = call(train, monkeypatch, capsys, "--run", tmp_path)

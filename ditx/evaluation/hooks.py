@@ -61,6 +61,8 @@ def make_grid(
         if is_main_process():
             run.picture(step).parent.mkdir(exist_ok=True)
             pictures.grid(images, labels, dataset.class_names).save(run.picture(step))
+            if (left := config.start_left(step)) > 0.01:
+                print(f"picture   step {step:,}: {left:.0%} of the averaged weights is still the start", flush=True)
         return run.picture(step)
 
     return draw

@@ -1,13 +1,15 @@
 """The configuration of a training run, and the presets, among them all of the paper's networks."""
 
 import importlib.util
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
+import jax
 from jax.sharding import Mesh
 
 from ditx import cli
 from ditx.diffusion.objective import ObjectiveConfig
+from ditx.files import first_line
 from ditx.kernels.block import KernelConfig
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 from ditx.parallel.distributed import DistributedConfig
@@ -106,6 +108,29 @@ class Config(KernelConfig, ObjectiveConfig, Common):
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """several processes; srun, mpirun and TPU pods need no flags"""
 
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> "Config":
+        """The configuration in a run's `config.json`, without the processes. Raises ValueError if it cannot be read."""
+
+        def read(default: Any, values: dict[str, Any]) -> Any:
+            changes = {}
+            for name in {part.name for part in fields(default)} & values.keys():
+                before: Any = getattr(default, name)
+                value: Any = values[name]
+                value = tuple(value) if isinstance(value, list) else value  # JSON has only lists.
+                changes[name] = read(before, value) if is_dataclass(before) else value
+            return replace(default, **changes)
+
+        try:
+            return read(cls(), {name: value for name, value in described.items() if name != "distributed"})
+        except Exception as error:  # Type checks raise types of their own.
+            cause = f"{described.get('run')}: its config.json is damaged, or of another version of ditx"
+            raise ValueError(f"{cause} ({first_line(error)}); give its flags instead of --resume") from error
+
+    def start_left(self, step: int) -> float:
+        """The share of the weights before the first step in the average after `step` steps."""
+        return 0.0 if self.ema_warmup else self.ema_decay**step
+
     @property
     def ema_gammas(self) -> tuple[float, ...]:
         """The powers of the stored EMAs. Raises ValueError for an impossible length."""
@@ -133,6 +158,8 @@ class Config(KernelConfig, ObjectiveConfig, Common):
         """The contents of a run's `config.json`."""
         names = dataset.class_names[: self.model.num_classes]
         described = {"preset": preset, **asdict(self), "class_names": names, "data_checksum": dataset.checksum}
+        settings: Any = jax.config  # With other settings the same flags give other numbers.
+        described["jax"] = {"enable_x64": settings.jax_enable_x64, "prng_impl": settings.jax_default_prng_impl}
         return described | ({"latents": dataset.latents} if dataset.latents else {})
 
     def check_fields(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Collection
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 
 from ditx import pictures
+from ditx.cli import script
 from ditx.files import lock, write_atomically
 from ditx.parallel.distributed import assert_same_everywhere, broadcast_from_main, is_main_process, sync_errors
 from ditx.training import checkpoint
@@ -38,12 +40,14 @@ class Run:
         """Whether the run `config.run` is finished. Raises ValueError as `open` does for other runs; writes nothing."""
         own = ("data_path", "distributed")  # may differ between processes
         assert_same_everywhere({name: value for name, value in described.items() if name not in own})
-        folder, finished = Path(config.run), False
+        folder, reached = Path(config.run), 0
         with sync_errors():
             if is_main_process():
                 check_run(folder, described, changeable=config.changeable_on_resume)
-                finished = config.steps <= max(checkpoint.steps(folder / "checkpoints"), default=0)
-        return bool(broadcast_from_main(finished))
+                reached = max(checkpoint.steps(folder / "checkpoints"), default=0)
+                if reached > config.steps:
+                    raise ValueError(f"{folder} has come to step {reached:,}; give at least --steps {reached}")
+        return broadcast_from_main(reached) == config.steps
 
     @classmethod
     def open(cls, config: Config, described: dict[str, Any]) -> "Run":
@@ -154,12 +158,24 @@ def check_run(run: Path, described: dict[str, Any], *, changeable: Collection[st
 
     Fields in `changeable` may differ.
     """
-    file = run / CONFIG
-    if file.exists():
-        changed = diff(read_config(run), json.loads(json.dumps(described)), ignore=changeable)
-        if changed:
-            raise ValueError(f"{run} holds another run: {changed}; give its flags to resume it, or another --run")
-    elif run.exists() and not (run.is_dir() and all(_left_by_a_kill(entry.name) for entry in run.iterdir())):
+    if (run / CONFIG).exists():
+        before, now = read_config(run), json.loads(json.dumps(described))
+        changed = diff(before, now, ignore=changeable)
+        data = diff(before, now, ignore=now.keys() - {"data_checksum", "class_names", "latents"})
+        if not changed:
+            return
+        remedy = "give its flags to resume it, or another --run"
+        more = described["steps"] - before["steps"]
+        if changed == data:
+            remedy = f"bring the data back, or train in another --run, which --init-from {run} can start from"
+        elif diff(before, now, ignore=now.keys() - {"jax"}):
+            remedy = "set JAX_ENABLE_X64 and JAX_DEFAULT_PRNG_IMPL as they were, or give another --run"
+        elif more > 0 and not diff(before, now, ignore={*changeable, "steps"}):
+            command = shlex.join([*script("train").split(), "--resume", str(run), "--init-from", str(run)])
+            remedy = "at its end the learning rate is 0; train on from its weights in a new run with: "
+            remedy += f"{command} --run {shlex.quote(f'{run}-longer')} --steps {more}"
+        raise ValueError(f"{run} holds another run: {changed}; {remedy}")
+    if run.exists() and not (run.is_dir() and all(_left_by_a_kill(entry.name) for entry in run.iterdir())):
         raise ValueError(f"{run} exists and is not a run; choose another --run")
 
 
@@ -186,14 +202,16 @@ def read_config(run: Path) -> dict[str, Any]:
     try:
         return json.loads((run / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{run} is not a readable run ({error}); give the folder that train.py wrote") from error
+        raise ValueError(
+            f"{run} is not a readable run ({error}); give the folder that {script('train')} wrote"
+        ) from error
 
 
 def newest_run(root: Path) -> Path:
     """The run under `root` that was trained last. Raises ValueError if there is none."""
     runs = [file.parent for file in root.glob(f"*/{CONFIG}")]
     if not runs:
-        raise ValueError(f"there is no run under {root}/; train one with train.py, or give the folder of one")
+        raise ValueError(f"there is no run under {root}/; train one with {script('train')}, or give the folder of one")
     # Not by the folder's own time, which changes when samples are drawn into an older run.
     return max(runs, key=lambda run: max(file.stat().st_mtime for name in (CONFIG, METRICS) for file in run.glob(name)))
 
