@@ -18,15 +18,7 @@ from ditx.cli import Progress, at_least, parse_with_defaults
 from ditx.data.loader import images_in_order
 from ditx.data.sources import open_images
 from ditx.evaluation.classifier import train_classifier
-from ditx.evaluation.evaluate import (
-    METRICS,
-    GenerationConfig,
-    Metric,
-    Samples,
-    compute_metrics,
-    generate_samples,
-    load_features,
-)
+from ditx.evaluation.evaluate import METRICS, GenerationConfig, Metric, Samples, compute_metrics, generate_samples
 from ditx.evaluation.features import FeatureName, FeatureNetwork, FeatureStore, make_feature_extractor
 from ditx.evaluation.reference import POOL_ROWS, Reference, read_reference
 from ditx.files import checksum, checksum_arrays, lock, read_npz
@@ -193,7 +185,7 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
             "there is no reference; make statistics with: ditx evaluate --make-stats OUT DATA, and give OUT"
         )
     mesh, reference = make_mesh(config.mesh), read_reference(Path(config.reference))
-    features, note = load_features(reference, config.inception, config.resize)
+    features, note = reference.load_features(config.inception, config.resize)
     if note:
         config.report(f"features Inception, {note}, resize {features.resize}")
     source, folder = Path(config.source), Path(config.out) if config.out else None
@@ -216,19 +208,6 @@ def evaluate(config: Config, described: Description | None) -> dict[str, Any]:
     stored = _stored(folder, result) if is_main_process() else None
     if broadcast_from_main(stored is not None):
         return stored or {}
-    return _compute(result, config, samples, features, reference, folder, mesh)
-
-
-def _compute(
-    result: dict[str, Any],
-    config: Config,
-    samples: Samples,
-    features: FeatureNetwork,
-    reference: Reference,
-    folder: Path | None,
-    mesh: Mesh,
-) -> dict[str, Any]:
-    """`result` with the metrics, also appended to the results in the folder; resumes a stopped evaluation."""
     with ExitStack() as stack:
         unfinished = None
         if folder and is_main_process():

@@ -15,14 +15,13 @@ from ditx.evaluation import metrics
 from ditx.evaluation.features import FeatureNetwork, FeatureStore
 from ditx.evaluation.reference import Reference
 from ditx.files import checksum_arrays
-from ditx.nn.inception import Resize
 from ditx.parallel.compile import Dtype, resolve_dtype
 from ditx.parallel.distributed import broadcast_from_main
 from ditx.parallel.mesh import check_mesh
 from ditx.sampling import SamplingConfig, make_decode, make_sampler
 from ditx.training import checkpoint
 from ditx.weights import pretrained
-from ditx.weights.frozen import load_decoder, load_inception
+from ditx.weights.frozen import load_decoder
 from ditx.weights.pretrained import Description
 
 Metric = Literal["fid", "sfid", "inception-score", "precision-recall"]
@@ -113,24 +112,6 @@ def generate_samples(source: Path, described: Description, config: GenerationCon
         return sampler.batches(network, labels[start:], seed=config.seed, first=start)
 
     return Samples(fingerprint, config.num_samples, (side, side, 3 if vae else model.in_channels), batches)
-
-
-def load_features(
-    reference: Reference, inception: str = "", resize: Resize | None = None
-) -> tuple[FeatureNetwork, str]:
-    """The feature network of a reference, and where it is from; `inception` is a file, or empty to download it.
-
-    Raises ValueError if neither the reference nor `resize` tells how images are resized for Inception.
-    """
-    if reference.classifier:
-        return FeatureNetwork(reference.classifier), ""
-    if reference.pool is not None and not (resize or reference.resize):
-        raise ValueError(
-            f"{reference.name} does not record how images were resized; give --resize pytorch-fid for statistics of"
-            " that program (mu and sigma only), or --resize adm"
-        )
-    network, note = load_inception(inception)
-    return FeatureNetwork(network, resize or reference.resize or "adm"), note
 
 
 def compute_metrics(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ditx import pictures
 from ditx.data.sources import Source
-from ditx.evaluation.evaluate import compute_metrics, draw_labels, load_features
+from ditx.evaluation.evaluate import compute_metrics, draw_labels
 from ditx.evaluation.features import FeatureStore, make_feature_extractor
 from ditx.evaluation.reference import read_reference
 from ditx.parallel.distributed import is_main_process
@@ -78,7 +78,7 @@ def make_eval(
             f"{config.eval_stats} has only images, or does not record how images were resized; make statistics with"
             " ditx evaluate --make-stats"
         )
-    features, _ = load_features(reference, config.eval_inception)
+    features, _ = reference.load_features(config.eval_inception)
     side = dataset.latents["image_size"] if dataset.latents else 0
     reference.check(features, (side, side, 3) if side else dataset.image_shape)
     unguided, count = replace(config.sampling, guidance_scale=1.0), config.eval_samples

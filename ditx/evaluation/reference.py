@@ -15,6 +15,7 @@ from ditx.evaluation.features import FeatureName, FeatureNetwork, FeatureStore
 from ditx.evaluation.metrics import FeatureStats
 from ditx.files import first_line, read_npz, write_atomically
 from ditx.nn.inception import Resize
+from ditx.weights.frozen import load_inception
 
 FORMAT = 1
 POOL_ROWS = 10_000  # images for precision and recall, as in the ADM suite
@@ -63,6 +64,21 @@ class Reference:
         if pool is None:
             pool, spatial = (moments and moments.stats for moments in store.moments())
         return replace(self, pool=pool, spatial=spatial, rows=store.pool, images=None)
+
+    def load_features(self, inception: str = "", resize: Resize | None = None) -> tuple[FeatureNetwork, str]:
+        """The feature network, and where it is from; `inception` is a file, or empty to download it.
+
+        Raises ValueError if neither the statistics nor `resize` tells how images are resized for Inception.
+        """
+        if self.classifier:
+            return FeatureNetwork(self.classifier), ""
+        if self.pool is not None and not (resize or self.resize):
+            raise ValueError(
+                f"{self.name} does not record how images were resized; give --resize pytorch-fid for statistics of"
+                " that program (mu and sigma only), or --resize adm"
+            )
+        network, note = load_inception(inception)
+        return FeatureNetwork(network, resize or self.resize or "adm"), note
 
     def check(self, features: FeatureNetwork, image_shape: tuple[int, ...]) -> None:
         """Raise ValueError if features of such images by this network cannot be compared with the reference."""

@@ -164,7 +164,7 @@ def test_inception_and_a_reference_of_the_adm_suite(run, tmp_path, monkeypatch):
     add, rows, mesh = FeatureStore.add, [], make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(FeatureStore, "add", lambda self, each: (rows.append(each), add(self, each)))
     monkeypatch.setattr("ditx.commands.evaluate.make_mesh", lambda config: mesh)  # compiled for one device, and soon
-    monkeypatch.setattr("ditx.evaluation.evaluate.load_inception", lambda path: (network, f"{path} (CRC-32 0)"))
+    monkeypatch.setattr("ditx.evaluation.reference.load_inception", lambda path: (network, f"{path} (CRC-32 0)"))
     code, said = run.ditx("evaluate", tmp_path / "grey.npz", tmp_path / "adm.npz", "--json", "--feature-batch", 5)
     assert code == 0 and "note: grey images are repeated to 3 channels" in said, said
     (reference, _), (pool, spatial) = rows
@@ -191,7 +191,7 @@ def test_images_have_fid_0_against_their_own_statistics_of_pytorch_fid(run, tmp_
     np.savez(tmp_path / "statistics.npz", mu=pool.mean(0), sigma=np.cov(pool.T))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr("ditx.commands.evaluate.make_mesh", lambda config: mesh)
-    monkeypatch.setattr("ditx.evaluation.evaluate.load_inception", lambda path: (network, "weights"))
+    monkeypatch.setattr("ditx.evaluation.reference.load_inception", lambda path: (network, "weights"))
     arguments = [tmp_path / "images.npz", tmp_path / "statistics.npz", "--metrics", "fid", "--feature-batch", 5]
     assert "does not record how images were resized; give --resize pytorch-fid" in refused(run, *arguments)
     code, said = run.ditx("evaluate", *arguments, "--resize", "pytorch-fid")

@@ -12,7 +12,7 @@ import scripts
 from ditx.data.sources import digits
 from ditx.evaluation import metrics
 from ditx.evaluation.classifier import Classifier, train_classifier
-from ditx.evaluation.evaluate import compute_metrics, draw_labels, load_features
+from ditx.evaluation.evaluate import compute_metrics, draw_labels
 from ditx.evaluation.features import FeatureNetwork, Features, FeatureStore, make_feature_extractor
 from ditx.evaluation.metrics import FeatureStats
 from ditx.evaluation.reference import Reference, read_reference
@@ -205,7 +205,7 @@ def test_the_inception_score_of_samples_sorted_by_class_is_that_of_shuffled_samp
 
 def test_the_resize_of_statistics_is_that_on_record_or_has_to_be_given(tmp_path, monkeypatch):
     network = jax.eval_shape(lambda key: Inception(key=key), jax.random.key(0))
-    monkeypatch.setattr("ditx.evaluation.evaluate.load_inception", lambda path: (network, path))
+    monkeypatch.setattr("ditx.evaluation.reference.load_inception", lambda path: (network, path))
     pool = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
     spatial = {"mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
     np.savez(tmp_path / "pytorch-fid.npz", **pool)
@@ -213,7 +213,7 @@ def test_the_resize_of_statistics_is_that_on_record_or_has_to_be_given(tmp_path,
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((5, 8, 8, 3), np.uint8))
     by_pytorch, by_adm, images = (read_reference(tmp_path / f"{name}.npz") for name in ("pytorch-fid", "adm", "images"))
     with pytest.raises(ValueError, match="does not record how images were resized; give --resize pytorch-fid"):
-        load_features(by_pytorch)
+        by_pytorch.load_features()
     for reference, given, expected in [
         (by_pytorch, "pytorch-fid", "pytorch-fid"),
         (by_pytorch, "adm", "adm"),
@@ -221,7 +221,7 @@ def test_the_resize_of_statistics_is_that_on_record_or_has_to_be_given(tmp_path,
         (images, None, "adm"),
         (images, "pytorch-fid", "pytorch-fid"),
     ]:
-        features, _ = load_features(reference, "", given)
+        features, _ = reference.load_features("", given)
         assert features.resize == expected
     with pytest.raises(ValueError, match="the reference was made with --resize adm, not pytorch-fid"):
         by_adm.check(FeatureNetwork(Classifier(1, 2, key=jax.random.key(0)), "pytorch-fid"), (8, 8, 3))
