@@ -20,6 +20,11 @@ class Names(dict):
         if isinstance(key, str | bytes):  # Hashing a deeply nested tuple crashes the interpreter.
             super().__setitem__(key, value)
 
+    def append(self, value: object) -> None:
+        """Drop an item of a set or a queue."""
+
+    add = extend = append
+
 
 class Stored:
     """A pickled NumPy array or dtype, unchecked: the first argument it was constructed with and its state."""
@@ -38,12 +43,16 @@ class Stored:
         raise ValueError("it has an array of other values than numbers")
 
 
-_CONTAINERS = """collections.OrderedDict argparse.Namespace pathlib.PosixPath pathlib._local.PosixPath _codecs.encode
-    torch.Size torch.device numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar"""
+_CONTAINERS = """collections.OrderedDict collections.Counter collections.defaultdict collections.deque
+    argparse.Namespace types.SimpleNamespace pathlib.PosixPath pathlib._local.PosixPath pathlib.PurePosixPath
+    builtins.set builtins.frozenset builtins.bytearray builtins.complex builtins.dict builtins.list builtins.tuple
+    builtins.int builtins.float builtins.str builtins.bool
+    _codecs.encode torch.Size torch.device numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar"""
 _ARRAYS = "numpy.dtype numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct"
 _OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING BINBYTES
     SHORT_BINSTRING SHORT_BINBYTES BINUNICODE SHORT_BINUNICODE EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2
-    TUPLE3 SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BINPERSID"""
+    TUPLE3 SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BINPERSID
+    ADDITEMS"""
 
 
 class Unpickler(pickle._Unpickler):
@@ -61,6 +70,7 @@ class Unpickler(pickle._Unpickler):
         super().__init__(io.BytesIO(data) if isinstance(data, bytes) else data, encoding=encoding)
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module  # in protocols up to 2
         if (name := f"{module}.{name}") not in self.known:
             raise ValueError(f"it names {name[:100]!r}, which is unknown here, and nothing that a pickle names is run")
         return self.known[name]
@@ -75,7 +85,8 @@ class Unpickler(pickle._Unpickler):
 
     dispatch: Any = dict.fromkeys(range(256), _refuse)
     dispatch |= {code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, op)[0] for op in _OPCODES.split())}
-    dispatch |= {pickle.EMPTY_DICT[0]: lambda self: self.append(Names()), pickle.BUILD[0]: _build}
+    dispatch |= dict.fromkeys((pickle.EMPTY_DICT[0], pickle.EMPTY_SET[0]), lambda self: self.append(Names()))
+    dispatch |= {pickle.FROZENSET[0]: lambda self: [self.pop_mark(), self.append(Names())], pickle.BUILD[0]: _build}
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str | bytes, Any]:

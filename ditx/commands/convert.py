@@ -1,7 +1,7 @@
 """`ditx convert SOURCE TARGET`: convert weights between ditx, the authors' programs and diffusers."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ import tyro
 
 from ditx.nn.dit import DIT_CONFIGS, DiTConfig
 from ditx.weights import convert, files, pretrained
+from ditx.weights.pretrained import SourceConfig
 
 SUFFIXES = {"ditx": (".safetensors",), "authors": (".pt", ".safetensors"), "diffusers": ("",)}
 
@@ -18,21 +19,13 @@ class Config:
     """The source, the target, and facts that the source does not tell. Existing files are never overwritten."""
 
     source: tyro.conf.Positional[str]
-    """a run, a file of the authors (.pt), of diffusers or of ditx, or a folder of diffusers"""
+    """a run, a file of the authors (.pt), of diffusers or of ditx, a folder of diffusers, or a name: DiT-XL/2-256 or
+    DiT-XL/2-512, the authors' files, or OWNER/NAME on the Hugging Face hub"""
     target: tyro.conf.Positional[str]
     """a new .safetensors or .pt file or, for diffusers, a new folder"""
     to: Literal["auto", "ditx", "authors", "diffusers"] = "auto"
     """layout of the target; auto: ditx, which sample.py reads like a run, for .safetensors, authors for .pt"""
-    sit: bool = False
-    """the source is a checkpoint of SiT; the file does not tell, since DiT's have the same tensors"""
-    num_heads: int | None = None
-    """for a source of a width that was never published"""
-    num_classes: int | None = None
-    """for a source without a null label; otherwise classes are one fewer than rows of the label table"""
-    input_size: int | None = None
-    """for a file of diffusers without its config.json: side of the latents"""
-    frequency_shift: int | None = None
-    """for a source of diffusers: 0 if its weights were trained in the authors' program and then converted"""
+    origin: tyro.conf.OmitArgPrefixes[SourceConfig] = field(default_factory=SourceConfig)
 
 
 def main(argv: list[str]) -> int:
@@ -46,16 +39,14 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"the target is {target}; a name for the layout of {to} has {suffixes}")
     if target.exists():
         raise ValueError(f"{target} already exists; choose another name")
-    overrides = {name: getattr(config, name) for name in ("num_heads", "num_classes", "input_size", "frequency_shift")}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    described = pretrained.describe(source, **overrides, **({"sit": True} if config.sit else {}))
+    described = pretrained.describe(source, **config.origin.facts())
     objective = described.objective
     if to != "ditx" and (objective.schedule, objective.prediction) != ("linear", "eps"):
         raise ValueError(
             f"{source} was trained with schedule {objective.schedule} and prediction {objective.prediction}, which the"
             f" layout of {to} does not tell; write a .safetensors in the layout of ditx"
         )
-    model, note = pretrained.load(source, described)
+    model, note = pretrained.load(source, described, **config.origin.choice())
     print(f"read     {note}", flush=True)
     for note in _notes(model.config, to):
         print(f"note     {note}")
@@ -82,6 +73,11 @@ def _notes(model: DiTConfig, to: str) -> list[str]:
         notes.append(f"the published network of width {model.hidden_size} has {depth} blocks, this one {model.depth}")
     if to != "ditx" and model.null_label is None:
         notes.append(f"it has no null label, which the layout of {to} does not tell; read it with --num-classes")
+    if to == "authors" and model.mlp_norm_eps != 1e-6:
+        notes.append(
+            f"it was read with mlp_norm_eps {model.mlp_norm_eps}, which the authors' program replaces by 1e-6, so its"
+            " outputs there will differ slightly; the weights are unchanged"
+        )
     if (to, model.frequency_shift) in (("authors", 1), ("diffusers", 0)):
         notes.append(
             f"the time frequencies of {to} differ from those that this network was trained with, so its outputs there"
@@ -98,6 +94,7 @@ def diffusers_config(model: DiTConfig) -> dict[str, Any]:
             " mlp_ratio 4 and a null label"
         )
     return pretrained.DIFFUSERS_DIT | {
+        "norm_eps": model.mlp_norm_eps,
         "attention_head_dim": model.hidden_size // model.num_heads,
         "dropout": 0.0,
         "in_channels": model.in_channels,

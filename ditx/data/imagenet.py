@@ -13,8 +13,9 @@ def classes() -> dict[str, tuple[str, ...]]:
 
 
 def names_of(class_name: str) -> tuple[str, ...]:
-    """All names of a class: the given one and, if it is a WordNet identifier of ImageNet, the names in WordNet."""
-    return (class_name, *classes().get(class_name, ()))
+    """All names of a class: the given one, its parts ("tench, Tinca tinca"), or those of an identifier of WordNet."""
+    parts = tuple(class_name.split(", "))
+    return (class_name, *classes().get(class_name, parts if len(parts) > 1 else ()))
 
 
 def usual_name(class_name: str) -> str:

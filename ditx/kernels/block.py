@@ -80,7 +80,12 @@ def _apply_block(block: Any, x: Float[Array, "n d"], c: Float[Array, "*m d"], co
 def _adaln_zero(block, x, c, ops):
     shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(_modulation(block, c), 6)
     x, y = ops.norm_modulate(x, shift1, scale1)
-    x, y = ops.gate_norm_modulate(x, gate1, *_attention(block.attention, y, ops), shift2, scale2)
+    branch = _attention(block.attention, y, ops)
+    if block.mlp_norm_eps == 1e-6:
+        x, y = ops.gate_norm_modulate(x, gate1, *branch, shift2, scale2)
+    else:  # the fused pass has a constant
+        x = ops.gate_residual(x, gate1, *branch)
+        y = _modulated(x, shift2, scale2, block.mlp_norm_eps)
     return ops.gate_residual(x, gate2, *_mlp(block.mlp, y, ops))
 
 
@@ -148,8 +153,8 @@ def _norm(norm, x):
 
 
 @_saving_inputs
-def _modulated(x, shift, scale):
-    return layers.modulate(layers.layer_norm(x), shift, scale)
+def _modulated(x, shift, scale, eps=1e-6):
+    return layers.modulate(layers.layer_norm(x, eps), shift, scale)
 
 
 def _norm_modulate(x, shift, scale):

@@ -61,19 +61,23 @@ class AdaLNZeroBlock(eqx.Module):
     attention: Attention
     mlp: MLP
     modulation: Linear
+    mlp_norm_eps: float = eqx.field(static=True)
     final: ClassVar = AdaLNFinalLayer
     tensor_split: ClassVar = {"modulation": "whole"}
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, *, key: PRNGKeyArray):
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_size: int, *, mlp_norm_eps: float = 1e-6, key: PRNGKeyArray
+    ):
         attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
         self.attention = Attention(hidden_size, num_heads, key=attention_key)
         self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
         self.modulation = Linear(hidden_size, 6 * hidden_size, std=0.0, key=modulation_key)
+        self.mlp_norm_eps = mlp_norm_eps
 
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6)
         x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1))
-        return x + gate2 * self.mlp(modulate(layer_norm(x), shift2, scale2))
+        return x + gate2 * self.mlp(modulate(layer_norm(x, self.mlp_norm_eps), shift2, scale2))
 
     @staticmethod
     def enter(tokens: Tokens, time: Vector, label: Vector) -> tuple[Tokens, Vector]:

@@ -56,6 +56,8 @@ class DiTConfig:
     """spacing of the time frequencies: 0 as in the authors' code, 1 as in diffusers (from 1 to exactly 1/10000)"""
     sit: bool = False
     """SiT's conventions, for its released weights: layers see 1 - t / 1000 and predict x_0 - noise (Ma et al. 2024)"""
+    mlp_norm_eps: float = 1e-6
+    """added to the variance by the norm before the MLP (adaln-zero): 1e-6 as in the authors' code, 1e-5 in diffusers"""
 
     def __post_init__(self):
         sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
@@ -88,6 +90,8 @@ class DiTConfig:
             raise ValueError(f"frequency_shift is {self.frequency_shift}; give 0 (the authors') or 1 (diffusers')")
         if self.block not in get_args(BlockName):
             raise ValueError(f"unknown block {self.block!r}; choose from {', '.join(get_args(BlockName))}")
+        if not 0 < self.mlp_norm_eps < 1 or (self.mlp_norm_eps != 1e-6 and self.block != "adaln-zero"):
+            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps} in blocks {self.block}; give 1e-6 (the authors')")
 
     @property
     def null_label(self) -> int | None:
@@ -140,7 +144,8 @@ class DiT(eqx.Module):
         self.patch = Linear(config.patch_size**2 * config.in_channels, width, key=patch_key)
         self.time = TimeEmbedding(width, frequency_shift=config.frequency_shift, key=time_key)
         self.label = LabelEmbedding(config.num_classes, width, null_label=config.null_label is not None, key=label_key)
-        create = partial(block or BLOCKS[config.block], width, config.num_heads, config.mlp_size)
+        eps = {} if config.mlp_norm_eps == 1e-6 else {"mlp_norm_eps": config.mlp_norm_eps}
+        create = partial(block or BLOCKS[config.block], width, config.num_heads, config.mlp_size, **eps)
         self.blocks = jax.vmap(lambda key: create(key=key))(jax.random.split(blocks_key, config.depth))
         self.final = self.blocks.final(width, out_size, key=final_key)
         self.config = config

@@ -1,11 +1,11 @@
 """The autoencoder of latent diffusion (Rombach et al. 2022): images to latents of an eighth of their side, and back."""
 
 import dataclasses
-import math
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -28,6 +28,12 @@ class VAEConfig:
     """groups of the group normalisation"""
     scale: float = 0.18215
     """factor on latents that gives them about unit variance"""
+    mean: tuple[float, ...] = ()
+    """mean of each channel of the latents, subtracted before scaling; empty: 0"""
+    std: tuple[float, ...] = ()
+    """standard deviation of each channel of the latents, which divides them before scaling; empty: 1"""
+    quant: bool = True
+    """1 x 1 convolutions next to the latent; Stable Diffusion 3 has none"""
 
     def __post_init__(self):
         for name in ("in_channels", "latent_channels", "layers_per_block", "norm_groups"):
@@ -39,11 +45,20 @@ class VAEConfig:
             )
         if not self.scale > 0:
             raise ValueError(f"scale is {self.scale}; it must be positive (Stable Diffusion's is 0.18215)")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (0, self.latent_channels) or (name == "std" and not all(std > 0 for std in values)):
+                raise ValueError(f"{name} is {values}; give a number for each of {self.latent_channels} channels")
 
     @property
     def downsampling(self) -> int:
         """Side of an image divided by the side of its latent."""
         return 2 ** (len(self.block_channels) - 1)
+
+    def normalisation(self, dtype: jnp.dtype) -> tuple[Float[Array, "1 1 z"], Float[Array, "1 1 z"]]:
+        """Offset and factor of each channel: a DiT sees `(latent - offset) * factor`."""
+        channels = self.latent_channels
+        offset, std = (np.array(own or [default] * channels) for own, default in ((self.mean, 0.0), (self.std, 1.0)))
+        return jnp.asarray(offset[None, None], dtype), jnp.asarray(self.scale / std[None, None], dtype)
 
 
 class Conv(eqx.Module):
@@ -208,13 +223,13 @@ class Decoder(eqx.Module):
 class AutoencoderKL(eqx.Module):
     """Stable Diffusion's autoencoder (Rombach et al. 2022, section 3.1) of one image.
 
-    Latents that enter or leave are multiplied by `config.scale`, as a DiT sees them. Sides of images are multiples of
-    `config.downsampling`.
+    Latents that enter or leave are normalised by `config`'s scale, mean and std, as a DiT sees them. Sides of images
+    are multiples of `config.downsampling`.
     """
 
     encoder: Encoder
-    quant: Linear
-    post_quant: Linear
+    quant: Linear | None
+    post_quant: Linear | None
     decoder: Decoder
     config: VAEConfig = eqx.field(static=True)
 
@@ -222,8 +237,8 @@ class AutoencoderKL(eqx.Module):
         encoder_key, quant_key, post_quant_key, decoder_key = jax.random.split(key, 4)
         channels = config.latent_channels
         self.encoder = Encoder(config, key=encoder_key)
-        self.quant = Linear(2 * channels, 2 * channels, key=quant_key)
-        self.post_quant = Linear(channels, channels, key=post_quant_key)
+        self.quant = Linear(2 * channels, 2 * channels, key=quant_key) if config.quant else None
+        self.post_quant = Linear(channels, channels, key=post_quant_key) if config.quant else None
         self.decoder = Decoder(config, key=decoder_key)
         self.config = config
 
@@ -234,10 +249,11 @@ class AutoencoderKL(eqx.Module):
             raise ValueError(
                 f"the image has shape {image.shape}; its sides must be multiples of {factor}, its channels {channels}"
             )
-        mean, log_variance = jnp.split(self.quant(self.encoder(image)), 2, axis=-1)
+        moments = self.encoder(image)
+        mean, log_variance = jnp.split(self.quant(moments) if self.quant else moments, 2, axis=-1)
+        offset, factor = self.config.normalisation(mean.dtype)
         # The reference's bounds, beyond which the standard deviation is meaningless.
-        scale = self.config.scale
-        return scale * mean, jnp.clip(log_variance, -30, 20) + 2 * math.log(scale)
+        return (mean - offset) * factor, jnp.clip(log_variance, -30, 20) + 2 * jnp.log(factor)
 
     def decode(self, latent: Float[Array, "h8 w8 z"]) -> Float[Array, "h w c"]:
         """Image of a latent, in about [-1, 1]."""
@@ -245,7 +261,9 @@ class AutoencoderKL(eqx.Module):
             raise ValueError(
                 f"the latent has shape {latent.shape}; the autoencoder has {self.config.latent_channels} channels"
             )
-        return self.decoder(self.post_quant(latent / self.config.scale))
+        offset, factor = self.config.normalisation(latent.dtype)
+        latent = latent / factor + offset
+        return self.decoder(self.post_quant(latent) if self.post_quant else latent)
 
 
 def sample_posterior(

@@ -8,6 +8,7 @@ read become float32.
 
 import dataclasses
 import itertools
+import re
 import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -80,7 +81,7 @@ def _res_block(name: str, path: str, shortcut: bool = False) -> Layout:
 
 
 def _vae(config: VAEConfig) -> Layout:
-    layout = _pointwise("quant_conv", "quant") + _pointwise("post_quant_conv", "post_quant")
+    layout = _pointwise("quant_conv", "quant") + _pointwise("post_quant_conv", "post_quant") if config.quant else []
     sides = [
         ("encoder", "down", config.block_channels, config.layers_per_block),
         ("decoder", "up", config.block_channels[::-1], config.layers_per_block + 1),
@@ -101,6 +102,22 @@ def _vae(config: VAEConfig) -> Layout:
                 layout += _res_block(f"{name}.resnets.{j}", f"{path}.blocks.{j}", shortcut)
             if i + 1 < len(widths):
                 layout += _conv(f"{name}.{way}samplers.0.conv", f"{path}.resample")
+    return layout
+
+
+# Parts of names in diffusers and in the authors' latent-diffusion (LDM), whose attention has 1 x 1 convolutions.
+_LDM_PARTS = """mid_block.resnets.0 mid.block_1, mid_block.resnets.1 mid.block_2, _blocks. ., .resnets. .block.,
+    mid_block.attentions.0.group_norm mid.attn_1.norm, mid_block.attentions.0 mid.attn_1, conv_shortcut nin_shortcut,
+    conv_norm_out norm_out, downsamplers.0 downsample, upsamplers.0 upsample"""
+
+
+def _ldm_vae(config: VAEConfig) -> Layout:
+    layout, levels = [], len(config.block_channels)
+    for name, path, pattern in _vae(config):
+        for theirs, ldm in (part.split() for part in _LDM_PARTS.split(",")):
+            name = name.replace(theirs, ldm)
+        name = re.sub(r"\.up\.(\d+)", lambda match: f".up.{levels - 1 - int(match[1])}", name)
+        layout.append((name, path, f"{pattern} 1 1" if "attn_1." in name and pattern.endswith(" i") else pattern))
     return layout
 
 
@@ -148,7 +165,7 @@ def dit_from_diffusers(state_dict: StateDict, config: DiTConfig, *, frequency_sh
     Raises ValueError as `dit_from_torch` does, and if the blocks' copies of the embedders differ.
     """
     config = dataclasses.replace(config, frequency_shift=frequency_shift)
-    return _read(state_dict, _abstract(DiT, config), _DIFFUSERS, _dit_fields(config))
+    return _read(state_dict, _abstract(DiT, config), _DIFFUSERS, _dit_fields(config), ignored={"pos_embed.pos_embed"})
 
 
 def dit_to_diffusers(model: DiT) -> dict[str, np.ndarray]:
@@ -170,8 +187,16 @@ def dit_to_arrays(model: DiT) -> dict[str, np.ndarray]:
 def vae_from_torch(state_dict: StateDict, config: VAEConfig) -> AutoencoderKL:
     """Read an autoencoder from the layout of diffusers' `AutoencoderKL`, with the names since 2023 or older ones.
 
-    Raises ValueError with all missing, surplus and mis-shaped names at once.
+    Also reads the layout of latent-diffusion (LDM), alone or as `first_stage_model` of a whole model. Raises ValueError
+    with all missing, surplus and mis-shaped names at once.
     """
+    prefix = "first_stage_model." if any(name.startswith("first_stage_model.") for name in state_dict) else ""
+    if f"{prefix}encoder.mid.block_1.norm1.weight" in state_dict:
+        layout = [(f"{prefix}{name}", path, pattern) for name, path, pattern in _ldm_vae(config)]
+        parts = tuple(f"{prefix}{part}." for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"))
+        ignored = {name for name in state_dict if not name.startswith(parts)}  # other networks, the discriminator
+        fields = {"qkv": ("q", "k", "v"), "out": ("proj_out",)}
+        return _read(state_dict, _abstract(AutoencoderKL, config), layout, fields, ignored=ignored)
     fields = _OLD_VAE_FIELDS if "encoder.mid_block.attentions.0.query.weight" in state_dict else _VAE_FIELDS
     return _read(state_dict, _abstract(AutoencoderKL, config), _vae(config), fields)
 
@@ -277,7 +302,10 @@ def _read(state: StateDict, template: Model, layout: Layout, fields: Fields, *, 
     faults = {"missing": missing, "surplus": [name for name in state if name not in expected], "wrong shapes": shapes}
     faults |= {"not repeated in every block": differing} if differing else {}
     if any(faults.values()):
-        listed = "; ".join(f"{fault} {names or 'none'}" for fault, names in faults.items())
+        listed = "; ".join(
+            f"{fault} {names[:10] or 'none'}{f' and {len(names) - 10:,} more' if len(names) > 10 else ''}"
+            for fault, names in faults.items()
+        )
         raise ValueError(f"the weights do not fit the configuration: {listed}")
     return eqx.tree_at(lambda model: [_get(model, path) for _, path, _ in layout], template, arrays)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from ditx.files import first_line, write_atomically
+from ditx.files import first_line, read_npz, write_atomically
 from ditx.pickles import MAX_BYTES, Names, Unpickler
 
 PathLike = str | os.PathLike[str]
@@ -43,16 +43,17 @@ class WeightFile(NamedTuple):
 
 
 def read(path: PathLike) -> WeightFile:
-    """Open a file of safetensors or of `torch.save`, recognised by its content. Each look-up reads one tensor.
+    """Open safetensors, a file of `torch.save`, an `.npz`, or the index of shards, recognised by its content.
 
-    Of a training checkpoint, reads the weights under "ema", else "model", else "state_dict". Raises ValueError, as
-    look-ups do, if the file is damaged, has no weights, or has a pickle of more than tensors and plain values.
+    Each look-up reads one tensor. Of a training checkpoint, reads the averaged weights, else the others. Names that
+    torch's wrappers put around a network are removed. Raises ValueError, as look-ups do, if the file is damaged, has no
+    weights, or has a pickle of more than tensors and plain values.
     """
     with _explain_errors(path):
         loaders, metadata, note = _open(path)
-        if loaders and all(name.startswith("module.") for name in loaders):  # the prefix of torch's DataParallel
-            loaders = {name.removeprefix("module."): loader for name, loader in loaders.items()}
-            note = f"{note or 'its weights'}, without the prefix 'module.'"
+        loaders, wrappers = _unwrap(loaders)
+        if wrappers:
+            note = f"{note or 'its weights'}, without {' and '.join(map(repr, wrappers))} in the names"
         return WeightFile(_Tensors(path, loaders), metadata, note)
 
 
@@ -130,11 +131,51 @@ def _open(path: PathLike) -> tuple[dict[str, Load], dict[str, str], str]:
                 if (code := file.get_slice(name).get_dtype()) not in _SAFETENSORS.values():
                     raise ValueError(f"{name!r} has dtype {code}, and only {', '.join(_DTYPES)} can be read")
             return {name: partial(file.get_tensor, name) for name in file.offset_keys()}, file.metadata() or {}, ""
+        if head.startswith(b"{"):
+            return _open_shards(path, json.load(stream)["weight_map"])
         if not head.startswith((b"PK\3\4", pickle.PROTO)):
             raise ValueError(f"it begins with {head!r}, unlike files of safetensors and torch")
+        if head.startswith(b"PK") and any(name.endswith(".npy") for name in zipfile.ZipFile(stream).namelist()):
+            arrays = read_npz(path)
+            return {name: partial(arrays.__getitem__, name) for name in arrays}, {}, ""
         top, locate = _unpickle_zip(stream) if head.startswith(b"PK") else _unpickle_legacy(stream)
         state, note = _pick(top)
         return {name: _loader(path, name, state[name], locate) for name in state}, {}, note
+
+
+def _open_shards(path: PathLike, names: dict[str, str]) -> tuple[dict[str, Load], dict[str, str], str]:
+    """The tensors of an index, which maps their names to files beside it."""
+    shards = {}
+    for shard in sorted(set(names.values())):
+        if os.path.basename(shard) != shard:
+            raise ValueError(f"it names the shard {shard[:100]!r}, which is not beside it")
+        shards[shard] = read(os.path.join(os.path.dirname(path), shard)).tensors
+    if absent := [name for name, shard in names.items() if name not in shards[shard]]:
+        raise ValueError(f"its shard {names[absent[0]]} has no tensor {absent[0]!r}")
+    return {name: partial(shards[shard].__getitem__, name) for name, shard in names.items()}, {}, ""
+
+
+# Names that DataParallel, torch.compile, FSDP, activation checkpointing and Lightning's Fabric put before a module's.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+_OUTER = ("model", "net", "network", "ema_model")  # attributes of a training module, before all names or none
+
+
+def _unwrap(loaders: dict[str, Load]) -> tuple[dict[str, Load], list[str]]:
+    """The tensors by their names in the bare network, and the parts that were removed from the names."""
+    parts = {name: [part for part in name.split(".") if part not in _WRAPPERS] for name in loaders}
+    removed = {f"{part}." for name in loaders for part in name.split(".") if part in _WRAPPERS}
+    if removed and len(loaders) > 1 and ["n_averaged"] in parts.values():  # the counter of torch's AveragedModel
+        parts, removed = (
+            {name: rest for name, rest in parts.items() if rest != ["n_averaged"]},
+            removed | {"n_averaged"},
+        )
+    while len(firsts := {rest[0] for rest in parts.values() if len(rest) > 1}) == 1 and firsts <= {*_OUTER}:
+        if any(len(rest) == 1 for rest in parts.values()):
+            break
+        removed |= {f"{first}." for first in firsts}
+        parts = {name: rest[1:] for name, rest in parts.items()}
+    bare = {".".join(rest): loaders[name] for name, rest in parts.items()}
+    return (bare, sorted(removed)) if len(bare) == len(parts) and "" not in bare else (loaders, [])
 
 
 _Storage = namedtuple("_Storage", "dtype key size")
@@ -142,14 +183,24 @@ _Storage = namedtuple("_Storage", "dtype key size")
 _Tensor = namedtuple("_Tensor", "storage offset shape strides grad hooks metadata dtype", defaults=[None] * 4)
 
 
+# Values of torch that can be beside weights, and tensors that cannot be weights here.
+_NO_WEIGHTS = """torch.Tensor torch.nn.parameter.Parameter torch.serialization._get_layout torch.complex64
+    torch.complex128 torch.float8_e4m3fn torch.float8_e5m2 torch._utils._rebuild_sparse_tensor
+    torch._utils._rebuild_qtensor torch._utils._rebuild_meta_tensor_no_storage"""
+
+
 class _TorchUnpickler(Unpickler):
     """Also rebuilds torch's tensors, as descriptions of where their data is in the file."""
 
     known: ClassVar[dict[str, Any]] = {
         **Unpickler.known,
+        "torch._utils._rebuild_tensor": _Tensor,
         "torch._utils._rebuild_tensor_v2": _Tensor,
         "torch._utils._rebuild_tensor_v3": lambda *args: _Tensor(*args[:6], *args[7:], dtype=args[6]),
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+        "torch._tensor._rebuild_from_type_v2": lambda function, kind, args, state: _Tensor(*args),
+        **dict.fromkeys(_NO_WEIGHTS.split(), Names),
         "torch.storage.UntypedStorage": _DTYPES["uint8"],
         **{f"torch.{storage}": _DTYPES[name] for name, storage in _STORAGES.items()},
         **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
@@ -215,12 +266,16 @@ def _unpickle_legacy(file: BinaryIO) -> tuple[Any, Locate]:
 def _pick(top: Any) -> tuple[dict[str, _Tensor], str]:
     """The weights in a pickle's outermost value, and a note on where they were."""
     names = top if isinstance(top, Names) else {}
-    parts = [(names[key], f"its {key!r} weights") for key in ("ema", "model", "state_dict") if key in names]
+    parts = [(names[key], f"its {key!r} weights") for key in _PARTS.split() if key in names]
     for state, note in [(names, ""), *parts]:
         if isinstance(state, Names) and state and all(isinstance(value, _Tensor) for value in state.values()):
             return state, note
     keys = ", ".join(repr(key[:40]) for key in list(names)[:20]) or "nothing"
     raise ValueError(f"neither it nor its 'ema', 'model' or 'state_dict' maps names to tensors; it has {keys}")
+
+
+# Keys of a training checkpoint that map names to weights, averages first.
+_PARTS = "ema ema_model model_ema ema_state_dict state_dict_ema model model_state_dict state_dict module net"
 
 
 def _loader(path: PathLike, name: str, tensor: _Tensor, locate: Locate) -> Load:

@@ -1,25 +1,22 @@
 """Networks that ditx uses and does not train: the autoencoder of the latents, and Inception for the metrics."""
 
-import hashlib
-import http.client
 import math
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from ditx.files import cache_folder, checksum_arrays, first_line, read_npz, write_atomically
+from ditx.files import checksum_arrays
 from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
-from ditx.weights import convert, files
+from ditx.weights import convert, files, hub
 from ditx.weights.pretrained import check_config, open_weights
 
-# The three decoders of the paper's Table 5: repository and file on the Hugging Face hub.
+# The three decoders of the paper's Table 5, on the Hugging Face hub.
 VAES = {
-    "original": ("CompVis/stable-diffusion-v1-4", "vae/diffusion_pytorch_model.safetensors"),
-    "ft-ema": ("stabilityai/sd-vae-ft-ema", "diffusion_pytorch_model.safetensors"),
-    "ft-mse": ("stabilityai/sd-vae-ft-mse", "diffusion_pytorch_model.safetensors"),
+    "original": "CompVis/stable-diffusion-v1-4",
+    "ft-ema": "stabilityai/sd-vae-ft-ema",
+    "ft-mse": "stabilityai/sd-vae-ft-mse",
 }
 PYTORCH_FID = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -32,23 +29,24 @@ _VAE_FIELDS = {
     "layers_per_block": "layers_per_block",
     "norm_num_groups": "norm_groups",
     "scaling_factor": "scale",
+    "latents_mean": "mean",
+    "latents_std": "std",
+    "use_quant_conv": "quant",
 }
 
 
 def load_vae(source: str) -> tuple[AutoencoderKL, str]:
-    """Read an autoencoder: one of `VAES` by name, or a file or folder in diffusers' layout.
+    """Read an autoencoder: one of `VAES`, a file or folder in diffusers' layout, a name on the hub, or an LDM file.
 
     The configuration is the `config.json` beside the weights, or Stable Diffusion's if there is none. Also returns the
     name or path with the CRC-32 of the weights.
     """
-    name = str(Path(source).absolute())
-    if Path(source).exists():
-        file, config = open_weights(Path(source), part="vae")
-    elif source in VAES:
-        name, file, config = source, files.read(fetch(*VAES[source])), None
-    else:
+    name = str(Path(source).absolute()) if Path(source).exists() else source
+    if name == source and source not in VAES and not hub.is_name(source) and "/" not in source:
         raise ValueError(f"unknown autoencoder {source!r}; choose from {', '.join(VAES)}, or give a file or folder")
-    model = convert.vae_from_torch(file.tensors, VAEConfig() if config is None else _vae_config(source, config))
+    file, config = open_weights(VAES.get(name, source), part="vae")
+    config = VAEConfig() if config is None else _vae_config(source, config)
+    model = convert.vae_from_torch(file.tensors, config)
     return model, f"{name} (CRC-32 {checksum_arrays(jax.tree.leaves(model))})"
 
 
@@ -86,54 +84,11 @@ def load_inception(source: str = "") -> tuple[Inception, str]:
     A file without logits gives a network without them. Also returns the file's path with the CRC-32 of the weights.
     Raises ValueError if the file cannot be downloaded, is damaged, or has another network.
     """
-    path = Path(source) if source else download(PYTORCH_FID)
+    path = Path(source) if source else hub.download(PYTORCH_FID)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; give pytorch-fid's weights, or no file to download them")
-    model = convert.inception_from_torch(read_npz(path) if path.suffix == ".npz" else files.read(path).tensors)
+    model = convert.inception_from_torch(files.read(path).tensors)
     return model, f"{path.absolute()} (CRC-32 {checksum_arrays(jax.tree.leaves(model))})"
-
-
-def download(url: str) -> Path:
-    """Download a file into `~/.cache/ditx` (under `XDG_CACHE_HOME` if that is set), unless it is there already.
-
-    The name ends in the first digits of the file's SHA-256, as in torch's hub, and they are checked. Raises ValueError
-    if the file cannot be downloaded.
-    """
-    cache = cache_folder()
-    path = cache / url.rsplit("/", 1)[-1]
-    if path.is_file():
-        return path
-    remedy = "check the network, or bring the file here by other means and give its path"
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            content = response.read()
-        expected = path.stem.rsplit("-", 1)[-1]
-        digits = hashlib.sha256(content).hexdigest()[: len(expected)]
-        if digits != expected:
-            raise ValueError(f"the file from {url} has a SHA-256 that begins with {digits}, not {expected}; {remedy}")
-        cache.mkdir(parents=True, exist_ok=True)
-        with write_atomically(path) as file:
-            file.write(content)
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(
-            f"cannot download {url} into {cache} ({type(error).__name__}: {first_line(error)}); {remedy}"
-        ) from error
-    return path
-
-
-def fetch(repository: str, file: str) -> Path:
-    """Download one file of a repository of the Hugging Face hub, unless it is in the hub's cache."""
-    failure = f"cannot fetch {file} of {repository} from the Hugging Face hub"
-    try:
-        from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
-
-        return Path(hf_hub_download(repository, file))
-    except ImportError as error:
-        remedy = "install it with `uv run --extra hub ...` or `pip install huggingface-hub`, or give the path of a file"
-        raise ValueError(f"{failure} without the package huggingface_hub; {remedy}") from error
-    except Exception as error:  # The hub, the network and the disk raise many types.
-        cause = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{failure} ({cause}); check both names and the network, or give a path") from error
 
 
 def _vae_config(source: str, config: dict[str, Any]) -> VAEConfig:
@@ -142,17 +97,21 @@ def _vae_config(source: str, config: dict[str, Any]) -> VAEConfig:
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "out_channels": config.get("in_channels", 3),
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
+        "use_post_quant_conv": config.get("use_quant_conv", True),
         "mid_block_add_attention": True,
-        "shift_factor": None,
+        "shift_factor": None if config.get("latents_mean") else config.get("shift_factor"),  # one of the two
     }
     check_config(source, config, supported)
-    fields = {ours: config[theirs] for theirs, ours in _VAE_FIELDS.items() if theirs in config}
+    fields = {ours: config[theirs] for theirs, ours in _VAE_FIELDS.items() if config.get(theirs) is not None}
+    if config.get("shift_factor") is not None:
+        fields["mean"] = [config["shift_factor"]] * config.get("latent_channels", 4)
+    if (config.get("latents_mean") is None) != (config.get("latents_std") is None):
+        raise ValueError(f"the autoencoder {source} has one of latents_mean and latents_std; add the other")
     for name, value in fields.items():
-        values = value if name == "block_channels" and isinstance(value, list) else [value]
-        types = (int, float) if name == "scale" else (int,)
-        if not all(type(number) in types and math.isfinite(number) for number in values):
+        values = value if isinstance(value, list) else [value]
+        types = {"scale": (int, float), "mean": (int, float), "std": (int, float), "quant": (bool,)}.get(name, (int,))
+        listed = name in ("block_channels", "mean", "std")
+        if isinstance(value, list) != listed or not all(type(x) in types and math.isfinite(x) for x in values):
             raise ValueError(f"the autoencoder {source} has {name} {value!r} in its config.json; correct that file")
-        fields[name] = tuple(values) if name == "block_channels" else value
+        fields[name] = tuple(values) if listed else value
     return VAEConfig(**fields)

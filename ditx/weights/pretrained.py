@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -23,7 +23,7 @@ from ditx.parallel.mesh import shard_host_array
 from ditx.sampling import SamplingConfig
 from ditx.training import checkpoint
 from ditx.training import run as runs
-from ditx.weights import convert, files
+from ditx.weights import convert, files, hub
 from ditx.weights.files import WeightFile
 
 # Fields of the `config.json` of diffusers' DiTs that are the same for all of them.
@@ -32,10 +32,41 @@ DIFFUSERS_DIT: dict[str, Any] = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "norm_elementwise_affine": False,
-    "norm_eps": 1e-06,
     "norm_type": "ada_norm_zero",
 }
+# The class of DiTs in diffusers before 2024, and the defaults of its fields that say otherwise.
+_OLD_CLASS = {"_class_name": "Transformer2DModel", "norm_type": "layer_norm", "activation_fn": "geglu"}
+_POSITIONS = {"authors": "pos_embed", "diffusers": "pos_embed.pos_embed"}  # tensors that ditx computes
 _METADATA = "ditx"  # key of the description in the metadata of our files
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Which of a run's weights to take, and facts that files of other programs do not tell."""
+
+    weights: Literal["ema", "live"] = "ema"
+    """of a run: the averaged weights, or the live ones that training updates"""
+    step: int = 0
+    """of a run: the step of a kept checkpoint; 0: the newest"""
+    sit: bool = False
+    """the source is a checkpoint of SiT; the file does not tell, since DiT's have the same tensors"""
+    num_heads: int | None = None
+    """for a source of a width that was never published"""
+    num_classes: int | None = None
+    """for a source without a null label; otherwise classes are one fewer than rows of the label table"""
+    input_size: int | None = None
+    """for a file without positions and without diffusers' config.json: side of the latents"""
+    frequency_shift: int | None = None
+    """for a source of diffusers: 0 if its weights were trained in the authors' program and then converted"""
+
+    def facts(self) -> dict[str, Any]:
+        """The facts given, for `describe`."""
+        facts = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        return {name: value for name, value in facts.items() if value is not None and value is not False}
+
+    def choice(self) -> dict[str, Any]:
+        """The choice of weights, for `load`."""
+        return {"weights": self.weights, "step": self.step}
 
 
 @dataclass(frozen=True)
@@ -84,21 +115,20 @@ class Description:
             raise ValueError(f"{source} was written by another version of ditx, or is damaged ({cause})") from error
 
 
-def describe(source: Path, **overrides: Any) -> Description:
-    """Describe a run's folder or a file of weights, without reading the weights.
+def describe(source: Path | str, **overrides: Any) -> Description:
+    """Describe a run's folder, a file of weights or a name of `hub.find`, without reading the weights.
 
-    `overrides` are fields of `DiTConfig` that files of other programs do not tell: `sit` for SiT's weights, which look
-    like DiT's, `num_heads` for widths that were never published, `num_classes` if the label table has no null row,
-    `input_size`, `frequency_shift`.
+    `overrides` are the fields of `SourceConfig` that files of other programs do not tell.
     """
     config = None
     if is_run(source):
-        config = runs.read_config(source)
+        config = runs.read_config(Path(source))
     else:
         file, diffusers_config = open_weights(source)
         layout = _layout(source, file)
         if layout != "ditx":
-            return _published(_infer(source, layout, file.tensors, diffusers_config or {}, overrides))
+            model = _infer(source, layout, file.tensors, diffusers_config or {}, overrides)
+            return _published(model, _class_names(source, (diffusers_config or {}).get("id2label"), model.num_classes))
         with suppress(ValueError):  # `Description.of` raises for None.
             config = json.loads(file.metadata[_METADATA])
     if overrides:
@@ -106,24 +136,29 @@ def describe(source: Path, **overrides: Any) -> Description:
     return Description.of(config, source)
 
 
-def load(source: Path, description: Description, shapes: Any = None, *, step: int = 0) -> tuple[DiT, str]:
-    """Read the averaged weights of a source that `describe` described, and a sentence on where they come from.
+def load(
+    source: Path | str,
+    description: Description,
+    shapes: Any = None,
+    *,
+    step: int = 0,
+    weights: Literal["ema", "live"] = "ema",
+) -> tuple[DiT, str]:
+    """Read the weights of a source that `describe` described, and a sentence on where they come from.
 
     `shapes` (`jax.ShapeDtypeStruct`s with shardings) places them, by default on the first device. Of a run, reads the
-    newest sound checkpoint, or the one at `step`. Raises ValueError if the source is damaged or does not fit.
+    averaged or the live weights of the newest sound checkpoint, or of the one at `step`. Raises ValueError if the
+    source is damaged or does not fit.
     """
     if shapes is None:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = jax.jit(lambda key: DiT(description.model, key=key), out_shardings=first).eval_shape(jax.random.key(0))
     if is_run(source):
-        if step:
-            return checkpoint.load(source / "checkpoints", step, {"ema": shapes})["ema"], f"{source} at step {step:,}"
-        restored = checkpoint.load_newest(source / "checkpoints", {"ema": shapes})
-        if restored is None:
-            raise ValueError(f"{source} has no checkpoint yet; wait until train.py writes the first")
-        step, trees, damaged = restored
-        skipped = "".join(f"; warning: {sentence}; skipped" for _, sentence in damaged)
-        return trees["ema"], f"{source} at step {step:,}{skipped}"
+        return _load_run(Path(source), shapes, step, weights)
+    if step or weights != "ema":
+        raise ValueError(
+            f"{source} is not a run, so it has no steps and no live weights; leave --step and --weights out"
+        )
     file, _ = open_weights(source)
     layout, config = _layout(source, file), description.model
     if layout == "ditx":
@@ -131,9 +166,10 @@ def load(source: Path, description: Description, shapes: Any = None, *, step: in
     elif layout == "diffusers":
         model = convert.dit_from_diffusers(file.tensors, config, frequency_shift=config.frequency_shift)
     else:
-        model, fixed = convert.dit_from_torch(file.tensors, config), convert.fixed_positions(config)
-        positions = file.tensors.get("pos_embed", fixed)
-        if positions.shape != fixed.shape or not np.allclose(positions, fixed, atol=1e-3):  # room for half precision
+        model = convert.dit_from_torch(file.tensors, config)
+    if layout != "ditx" and _POSITIONS[layout] in file.tensors:
+        positions, fixed = file.tensors[_POSITIONS[layout]].astype(np.float32), convert.fixed_positions(config)
+        if positions.shape != fixed.shape or not np.allclose(positions, fixed, atol=4e-3):  # room for bfloat16
             raise ValueError(
                 f"{source} has a pos_embed of {positions.shape} that is not the sine-cosine one of {fixed.shape};"
                 " networks with other positions are not supported"
@@ -142,14 +178,31 @@ def load(source: Path, description: Description, shapes: Any = None, *, step: in
     return model, f"{source} in the layout of {layout}{', ' + file.note if file.note else ''}"
 
 
-def load_on_mesh(source: Path, description: Description, mesh: Mesh, dtype: str, *, step: int = 0) -> tuple[DiT, str]:
-    """`load` onto a mesh, in `dtype`."""
+def _load_run(run: Path, shapes: Any, step: int, weights: str) -> tuple[DiT, str]:
+    folder, tree, live = run / "checkpoints", "ema" if weights == "ema" else "model", ", live weights"
+    if step:
+        if step not in (steps := checkpoint.steps(folder)):
+            kept = ", ".join(map(str, steps)) or "none"
+            raise ValueError(f"{run} has no checkpoint of step {step:,}; choose a step that it keeps: {kept}")
+        trees, damaged = checkpoint.load(folder, step, {tree: shapes}), []
+    elif restored := checkpoint.load_newest(folder, {tree: shapes}):
+        step, trees, damaged = restored
+    else:
+        raise ValueError(f"{run} has no checkpoint yet; wait until train.py writes the first")
+    skipped = "".join(f"; warning: {sentence}; skipped" for _, sentence in damaged)
+    return trees[tree], f"{run} at step {step:,}{live if tree == 'model' else ''}{skipped}"
+
+
+def load_on_mesh(
+    source: Path | str, description: Description, mesh: Mesh, dtype: str, **choice: Any
+) -> tuple[DiT, str]:
+    """`load` onto a mesh, in `dtype`; `choice` is its `step` and `weights`."""
     shapes = jax.eval_shape(lambda key: DiT(description.model, key=key), jax.random.key(0))
-    model, note = load(source, description, with_shardings(shapes, mesh), step=step)
+    model, note = load(source, description, with_shardings(shapes, mesh), **choice)
     return jax.tree.map(lambda leaf: leaf.astype(dtype), model), note
 
 
-def describe_initial(source: Path, model: DiTConfig) -> Description:
+def describe_initial(source: Path | str, model: DiTConfig) -> Description:
     """Describe the run or file from which a network of configuration `model` starts.
 
     Raises ValueError if they differ in more than the labels.
@@ -162,7 +215,7 @@ def describe_initial(source: Path, model: DiTConfig) -> Description:
     return description
 
 
-def load_initial(source: Path, fresh: DiT, mesh: Mesh) -> tuple[DiT, str]:
+def load_initial(source: Path | str, fresh: DiT, mesh: Mesh) -> tuple[DiT, str]:
     """The averaged weights of a run or file from which a network like `fresh` starts, and a sentence on their origin.
 
     The label table stays that of `fresh` if the numbers of rows differ. Raises ValueError as `describe_initial` and
@@ -186,29 +239,38 @@ def write(path: Path, model: DiT, description: Description, dtype: Any = np.floa
     files.write_safetensors(path, arrays, {"format": "np", _METADATA: json.dumps(config)})
 
 
-def is_run(source: Path) -> bool:
+def is_run(source: Path | str) -> bool:
     """Whether a path is the folder of a run."""
-    return (source / runs.CONFIG).is_file() and (source / "checkpoints").is_dir()
+    return (Path(source) / runs.CONFIG).is_file() and (Path(source) / "checkpoints").is_dir()
 
 
-def open_weights(source: Path, part: str = "transformer") -> tuple[WeightFile, dict[str, Any] | None]:
-    """The weights at a path, and diffusers' `config.json` beside them, if there is one."""
-    file = source
-    if source.is_dir():
-        folder = source / part if (source / part).is_dir() else source
-        names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-        file = next((folder / name for name in names if (folder / name).is_file()), None)
-        if file is None:
-            raise ValueError(f"{source} is neither a run nor a folder with {' or '.join(names)}")
-    elif not source.exists():
-        raise ValueError(f"{source}: there is no such file or folder; give a run or weights")
-    config, path = None, file.with_name("config.json")
-    if path.is_file():
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); fetch it again, or remove it") from error
-    return files.read(file), config if isinstance(config, dict) and "_class_name" in config else None
+def open_weights(source: Path | str, part: str = "transformer") -> tuple[WeightFile, dict[str, Any] | None]:
+    """The weights at a path or with a name of `hub.find`, and diffusers' `config.json` beside them, if there is one.
+
+    A pipeline's `id2label` is added to the configuration of its networks.
+    """
+    path, variant = hub.find(source, part), ""
+    if path.is_dir():
+        found = hub.find_in(path, part)
+        if found is None:
+            raise ValueError(f"{source} is neither a run nor a folder with diffusion_pytorch_model.safetensors or .bin")
+        path, variant = found
+    file, config = files.read(path), _read_json(path.with_name("config.json"))
+    if variant:
+        file = file._replace(note=f"variant {variant!r}{', ' + file.note if file.note else ''}")
+    if "_class_name" not in config:
+        return file, None
+    folder = path.parents[1] if path.parent.name == part else path.parent
+    return file, _read_json(folder / "model_index.json") | config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if there is no file, or something else in it."""
+    try:
+        value = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch it again, or remove it") from error
+    return value if isinstance(value, dict) else {}
 
 
 def check_config(source: object, config: dict[str, Any], supported: dict[str, Any]) -> None:
@@ -218,7 +280,7 @@ def check_config(source: object, config: dict[str, Any], supported: dict[str, An
         raise ValueError(f"the config.json of {source} is of a network that is not supported: {', '.join(differing)}")
 
 
-def _layout(source: Path, file: WeightFile) -> str:
+def _layout(source: object, file: WeightFile) -> str:
     if _METADATA in file.metadata:
         return "ditx"
     for layout in ("authors", "diffusers"):
@@ -241,26 +303,41 @@ def _first_edition(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _published(model: DiTConfig) -> Description:
-    """The objective, sampler and classes of a published network."""
+def _class_names(source: object, id2label: Any, num_classes: int) -> tuple[str, ...]:
+    """The names in diffusers' `id2label`; without it, ImageNet's for 1,000 classes, else numbers."""
+    ours = imagenet.classes()
+    if id2label is None:
+        return tuple(ours) if num_classes == 1000 else tuple(map(str, range(num_classes)))
+    labels: dict[Any, Any] = id2label if isinstance(id2label, dict) else {str(k): x for k, x in enumerate(id2label)}
+    names = [labels.get(str(k)) for k in range(num_classes)]
+    if None in names:
+        raise ValueError(f"id2label of {source} has no name for class {names.index(None)} of {num_classes}; add it")
+    names = tuple(map(str, names))
+    firsts = [name.split(",")[0] for name in names]  # ImageNet's classes keep their identifiers
+    return tuple(ours) if firsts == [own[0] for own in ours.values()] else names
+
+
+def _published(model: DiTConfig, class_names: tuple[str, ...]) -> Description:
+    """The objective and sampler of a published network."""
     # The settings of the authors' sample.py, and of SiT's for the SDE.
     sampler = "euler-maruyama" if model.sit else "ddpm"
     sampling = SamplingConfig(sampler=sampler, steps=250, guidance_scale=4.0, guidance_channels=3)
     if model.null_label is None or not model.learn_sigma or model.in_channels < 3:
         sampling = SamplingConfig()
     objective = ObjectiveConfig("flow", "velocity") if model.sit else ObjectiveConfig()
-    names = imagenet.classes() if model.num_classes == 1000 else map(str, range(model.num_classes))
-    return Description(model, objective, sampling, tuple(names))
+    return Description(model, objective, sampling, class_names)
 
 
 def _infer(
-    source: Path, layout: str, tensors: Mapping[str, np.ndarray], config: dict[str, Any], overrides: dict[str, Any]
+    source: object, layout: str, tensors: Mapping[str, np.ndarray], config: dict[str, Any], overrides: dict[str, Any]
 ) -> DiTConfig:
     """The configuration from the shapes of another program's tensors and, for diffusers, its `config.json`.
 
     A tensor that is missing or mis-shaped is taken to be DiT-XL/2's, so that `load` can name all faults at once.
     """
-    names = {"pos_embed": "pos_embed", **convert.dit_tensor_names(layout)}
+    names = {"positions": _POSITIONS[layout], **convert.dit_tensor_names(layout)}
+    if config.get("_class_name") == "Transformer2DModel":
+        config = _OLD_CLASS | config | {"_class_name": "DiTTransformer2DModel"}
 
     def shape(path: str, default: tuple[int, ...]) -> tuple[int, ...]:
         actual = tensors[names[path]].shape if names[path] in tensors else ()
@@ -271,7 +348,8 @@ def _infer(
     rows, _ = shape("label.table", (1001, width))
     (mlp_size,) = shape("blocks.mlp.up.bias", (4 * width,))
     (out,) = shape("final.linear.bias", (2 * channels * side**2,))
-    _, tokens, _ = shape("pos_embed", (1, (32 // side) ** 2, width))
+    _, tokens, _ = shape("positions", (1, (32 // side) ** 2, width))
+    eps = config.get("norm_eps", 1e-5) if layout == "diffusers" and overrides.get("frequency_shift") != 0 else 1e-6
     blocks = [int(match[1]) for name in tensors if (match := re.match(r"(?:transformer_)?blocks\.(\d{1,4})\.", name))]
     heads = {published.hidden_size: published.num_heads for published in DIT_CONFIGS.values()}.get(width)
     model: dict[str, Any] = {
@@ -283,14 +361,20 @@ def _infer(
         "learn_sigma": out == 2 * channels * side**2,
         "frequency_shift": int(layout == "diffusers"),
         "num_heads": config.get("num_attention_heads", heads),
-        "input_size": config.get("sample_size", math.isqrt(tokens) * side if layout == "authors" else None),
+        "input_size": math.isqrt(tokens) * side if names["positions"] in tensors else config.get("sample_size"),
         "num_classes": config.get("num_embeds_ada_norm", rows - 1),
+        "mlp_norm_eps": eps,
         **overrides,
     }
     if model["num_heads"] is None:
-        raise ValueError(f"{source} has width {width}, whose number of heads is unknown; convert with --num-heads")
+        raise ValueError(f"{source} has width {width}, whose number of heads is unknown; give --num-heads")
     if model["input_size"] is None:
-        raise ValueError(f"{source} does not tell its input size; put its config.json beside it, or give --input-size")
+        advice = "give --input-size, the side of the latents" + (
+            ", or its config.json" if layout == "diffusers" else ""
+        )
+        raise ValueError(f"{source} has no positions, so that its input size is unknown; {advice}")
+    if not isinstance(eps, float):
+        raise ValueError(f"{source} has norm_eps {eps!r}, not a number; correct its config.json")
     for name in ("num_heads", "input_size", "num_classes"):
         if not isinstance(model[name], int):
             raise ValueError(f"{source} has {name} {model[name]!r}, not a whole number; correct its config.json")
