@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -18,20 +19,15 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.data import imagenet
     from ditx.kernels.block import KernelConfig
     from ditx.nn.dit import DiT
+    from ditx.parallel import distributed
     from ditx.parallel.compile import Dtype, resolve_dtype, tune_malloc
-    from ditx.parallel.distributed import (
-        DistributedConfig,
-        assert_same_everywhere,
-        initialize,
-        is_main_process,
-        sync_errors,
-    )
+    from ditx.parallel.distributed import DistributedConfig
     from ditx.parallel.mesh import MeshConfig, check_mesh, data_parallel_size, make_mesh
     from ditx.sampling import Decode, SamplingConfig, choose_batch_size, make_decode, make_sampler
     from ditx.training import run as runs
     from ditx.weights import pretrained
     from ditx.weights.frozen import load_decoder
-    from ditx.weights.pretrained import Description
+    from ditx.weights.pretrained import Description, SourceConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,9 @@ class Config(KernelConfig):
     """
 
     source: tyro.conf.Positional[str] = ""
-    """folder of a run (default: the newest), or weights: the authors' .pt, a .safetensors, a folder of diffusers"""
+    """folder of a run (default: the newest), or weights: a file (.pt, .safetensors), a folder of diffusers, or a name:
+    DiT-XL/2-256 or DiT-XL/2-512, the authors' files, or OWNER/NAME on the Hugging Face hub"""
+    origin: tyro.conf.OmitArgPrefixes[SourceConfig] = field(default_factory=SourceConfig)
     vae: str = ""
     """decoder of latents: ft-ema, ft-mse, original, or the path of a file or folder; default from the run"""
     labels: tuple[str, ...] = ()
@@ -80,14 +78,14 @@ def parse(argv: list[str]) -> tuple[Config, tuple[Path, Description]]:
     """The configuration, and the network with its description. Exits with 2 on a bad flag."""
 
     def defaults(first: Config) -> tuple[Config, tuple[Path, Description]]:
-        initialize(first.distributed)
+        distributed.initialize(first.distributed)
         tune_malloc()
-        with sync_errors():
+        with distributed.sync_errors():
             source = Path(first.source) if first.source else runs.newest_run(Path("runs"))
-            described = pretrained.describe(source)
+            described = pretrained.describe(source, **first.origin.facts())
         return Config(sampling=described.sampling, vae=described.vae), (source, described)
 
-    description = "Draw samples from the averaged weights of a run, or from released weights."
+    description = "Draw samples from a run or from released weights."
     parse = partial(tyro.cli, Config, args=argv, prog=cli.script("sample"), description=description)
     return cli.parse_with_defaults(parse, defaults)
 
@@ -101,21 +99,7 @@ def check(config: Config, described: Description, guide: Description | None, mes
         check_mesh(mesh, num_heads=model.num_heads, mlp_size=model.mlp_size)
         config.check_kernels(mesh, config.dtype, model)
     if guide:
-        check_guide(guide, described)
-
-
-def check_guide(guide: Description, described: Description) -> None:
-    """Raise ValueError if one network cannot guide the other."""
-    pairs = {name: (guide.objective, described.objective) for name in ("schedule", "prediction")}
-    pairs |= {name: (guide.model, described.model) for name in ("input_size", "in_channels")}
-    for name, (theirs, ours) in pairs.items():
-        if getattr(theirs, name) != getattr(ours, name):
-            raise ValueError(
-                f"{name} of --guide is {getattr(theirs, name)}, but of the network {getattr(ours, name)}; give a guide"
-                " of the same kind"
-            )
-    if guide.model.num_classes and guide.class_names != described.class_names:
-        raise ValueError("the classes of --guide are not those of the network; give one with the same, or with none")
+        guide.check_guides(described)
 
 
 def reserve_outputs(source: Path, config: Config) -> dict[str, Path]:
@@ -125,7 +109,8 @@ def reserve_outputs(source: Path, config: Config) -> dict[str, Path]:
     """
     grid = Path(config.out) if config.out else None
     if grid is None:
-        folder = source if pretrained.is_run(source) else Path("samples") / source.stem
+        name = source.stem if source.exists() else "-".join(source.parts)
+        folder = source if pretrained.is_run(source) else Path("samples") / name
         taken = {path.stem for path in folder.glob("samples-*")}
         grid = folder / next(f"samples-{n:03d}.png" for n in range(1_000_000) if f"samples-{n:03d}" not in taken)
     if grid.suffix != ".png":
@@ -146,30 +131,17 @@ def reserve_outputs(source: Path, config: Config) -> dict[str, Path]:
 
 
 def draw(
-    network: DiT,
-    guide: DiT | None,
-    decode: Decode | None,
-    described: Description,
-    config: Config,
-    labels: np.ndarray,
-    mesh: Mesh,
+    networks: tuple[DiT, DiT | None], decode: Decode | None, described: Description, config: Config, labels: np.ndarray
 ) -> np.ndarray:
     """Images (n, h, w, c) or, to animate, about 40 moments of each from noise to sample (n, moments, h, w, c)."""
-    sampler = make_sampler(
-        config.sampling,
-        described.model,
-        described.objective,
-        mesh,
-        batch_size=choose_batch_size(len(labels), config.batch, data_parallel_size(mesh)),
-        stride=max(1, config.sampling.steps // 40) if config.animate else 0,
-        decode=decode,
-        unroll=config.unroll,
-        kernels=config,
-        guided_by_network=guide is not None,
-    )
+    (network, guide), mesh = networks, make_mesh(config.mesh)
+    options: Any = {"unroll": config.unroll, "kernels": config, "guided_by_network": guide is not None}
+    options["batch_size"] = choose_batch_size(len(labels), config.batch, data_parallel_size(mesh))
+    options["stride"] = max(1, config.sampling.steps // 40) if config.animate else 0
+    sampler = make_sampler(config.sampling, described.model, described.objective, mesh, decode=decode, **options)
     batches = sampler.batches(network, labels, seed=config.seed, guide=guide)
     total = -(-len(labels) // sampler.batch_size)
-    hidden = total == 1 or not is_main_process() or None  # None: hidden unless the output is a terminal
+    hidden = total == 1 or not distributed.is_main_process() or None  # None: hidden unless the output is a terminal
     return np.concatenate(list(tqdm(batches, total=total, unit="batch", disable=hidden)))
 
 
@@ -194,7 +166,7 @@ def write(paths: dict[str, Path], images: np.ndarray, labels: np.ndarray, names:
 def sample(argv: list[str]) -> int:
     """Draw and write; returns the exit code."""
     config, (source, described) = parse(argv)
-    with sync_errors():
+    with distributed.sync_errors():
         cli.at_least(config, 0, "num_samples")
         names = described.class_names or ("any",)  # A network without labels gets its null label, 0.
         classes = imagenet.find_labels(config.labels, names)
@@ -205,17 +177,17 @@ def sample(argv: list[str]) -> int:
         mesh = make_mesh(config.mesh)
         weaker = pretrained.describe(Path(config.guide)) if config.guide else None
         check(config, described, weaker, mesh)
-    assert_same_everywhere({name: value for name, value in asdict(config).items() if name != "distributed"})
+    distributed.assert_same_everywhere({**asdict(config), "distributed": None})
     channels, guide = described.model.in_channels, None
-    with sync_errors():
+    with distributed.sync_errors():
         vae, vae_name = load_decoder(config.vae, channels, described.latent_scale)
-        network, note = pretrained.load_on_mesh(source, described, mesh, dtype)
+        network, note = pretrained.load_on_mesh(source, described, mesh, dtype, **config.origin.choice())
         print(f"weights  {note}" + (f"\ndecoder  {vae_name}" if vae else ""))
         if weaker:
             guide, note = pretrained.load_on_mesh(Path(config.guide), weaker, mesh, dtype)
             print(f"guide    {note}")
-    with sync_errors():
-        paths = reserve_outputs(source, config) if is_main_process() else {}
+    with distributed.sync_errors():
+        paths = reserve_outputs(source, config) if distributed.is_main_process() else {}
     print(
         f"sampling {len(labels):,} samples by {sampling.sampler} in {sampling.steps} steps, guidance"
         f" {sampling.guidance_scale} on {sampling.guidance_channels or channels} of {channels} channels, computing in"
@@ -224,12 +196,12 @@ def sample(argv: list[str]) -> int:
     )
     try:
         decode = make_decode(vae, mesh, config.decode_batch)
-        images = draw(network, guide, decode, described, config, labels, mesh)
+        images = draw((network, guide), decode, described, config, labels)
     except BaseException:
         if paths:
             paths["grid"].unlink()  # still empty
         raise
-    if is_main_process():
+    if distributed.is_main_process():
         write(paths, images, labels, names)
     return 0
 

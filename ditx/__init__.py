@@ -4,6 +4,9 @@ The public names. Every module and formula takes one example; `jax.vmap` makes t
 neither the data loader nor the optimizer nor the checkpoint library.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ditx import costs
 from ditx.diffusion import flow, gaussian, guidance, likelihood, loss_weights, parameterization, samplers
 from ditx.diffusion.schedule import Schedule, cosine_schedule, linear_schedule, respace, sampling_grid
@@ -13,6 +16,9 @@ from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 from ditx.training import ema
 from ditx.weights import convert
+
+if TYPE_CHECKING:
+    from ditx.weights.api import load, sample, save
 
 __version__ = "0.2.0"
 
@@ -33,10 +39,20 @@ __all__ = [
     "guidance",
     "likelihood",
     "linear_schedule",
+    "load",
     "loss_weights",
     "metrics",
     "parameterization",
     "respace",
+    "sample",
     "samplers",
     "sampling_grid",
+    "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # These three import what a run needs, the checkpoint library among it.
+    if name in ("load", "sample", "save"):
+        return getattr(importlib.import_module("ditx.weights.api"), name)
+    raise AttributeError(f"module 'ditx' has no attribute {name!r}")

@@ -135,10 +135,10 @@ class Sampler:
                 decoded = self.decode(rearrange(x, "... h w c -> (...) h w c"))
                 x = decoded.reshape(*x.shape[:-3], *decoded.shape[-3:])
             if pending is not None:
-                yield _to_images(*pending)
+                yield _to_images(*pending, network)
             pending = x, len(part)
         if pending is not None:
-            yield _to_images(*pending)
+            yield _to_images(*pending, network)
 
 
 def make_sampler(
@@ -225,10 +225,14 @@ def to_uint8(x: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     return np.clip(127.5 * x.astype(np.float32) + 128, 0, 255).astype(np.uint8)
 
 
-def _to_images(x: Array, count: int) -> UInt8[np.ndarray, "n ..."]:
+def _to_images(x: Array, count: int, network: Any) -> UInt8[np.ndarray, "n ..."]:
     samples = np.asarray(x)[:count]
     if not np.isfinite(samples).all():
-        raise ValueError("samples are not finite; try --dtype float32, a lower --guidance-scale, or more steps")
+        leaves = jax.tree.leaves(network)
+        if not all(np.asarray(jnp.isfinite(leaf).all()) for leaf in leaves):
+            raise ValueError("samples are not finite, since the weights have NaN or infinity; take other weights")
+        wider = "" if leaves[0].dtype == jnp.float32 else "--dtype float32, "
+        raise ValueError(f"samples are not finite; try {wider}a lower --guidance-scale, or more steps")
     return to_uint8(samples)
 
 

@@ -10,8 +10,8 @@ import PIL.Image
 import pytest
 from scripts import TINY
 
-import sample
 from ditx.diffusion.objective import ObjectiveConfig
+from ditx.training import checkpoint
 from ditx.training import run as runs
 from ditx.weights import pretrained
 
@@ -39,7 +39,7 @@ def test_a_network_without_labels_trains_and_guides_another(finished, run, tmp_p
 
 def test_a_guide_must_be_of_the_same_kind(finished):
     described = pretrained.describe(finished[0])
-    sample.check_guide(replace(described, class_names=(), model=replace(described.model, num_classes=0)), described)
+    replace(described, class_names=(), model=replace(described.model, num_classes=0)).check_guides(described)
     for other, sentence in [
         (
             replace(described, objective=ObjectiveConfig("cosine")),
@@ -49,7 +49,24 @@ def test_a_guide_must_be_of_the_same_kind(finished):
         (replace(described, class_names=tuple("abcdefghij")), "the classes of --guide are not those of the network"),
     ]:
         with pytest.raises(ValueError, match=sentence):
-            sample.check_guide(other, described)
+            other.check_guides(described)
+
+
+def test_live_weights_and_older_checkpoints_are_chosen(finished, run, tmp_path):
+    kept, images = checkpoint.steps(finished[0] / "checkpoints"), {}
+    for name, flags in {"ema": [], "live": ["--weights", "live"], "older": ["--step", kept[0]]}.items():
+        code, said = run.sample(finished[0], "--num-samples", 4, "--npz", "--out", tmp_path / f"{name}.png", *flags)
+        assert code == 0 and f"at step {kept[0] if name == 'older' else 40}" in said
+        assert (name == "live") == ("live weights" in said)
+        with np.load(tmp_path / f"{name}.npz") as file:
+            images[name] = file["arr_0"]
+    assert (images["ema"] != images["live"]).any() and (images["ema"] != images["older"]).any()
+    code, said = run.sample(finished[0], "--step", 39)
+    assert code == 2 and f"no checkpoint of step 39; choose a step that it keeps: {kept[0]}, " in said
+    code, said = run.ditx("convert", finished[0], tmp_path / "live.safetensors", "--weights", "live", "--step", kept[0])
+    assert code == 0 and f"at step {kept[0]}, live weights" in said
+    code, said = run.sample(tmp_path / "live.safetensors", "--weights", "live")
+    assert code == 2 and "live.safetensors is not a run, so it has no steps and no live weights; leave" in said
 
 
 def succeed(run, source, *flags):

@@ -26,7 +26,7 @@ from ditx.nn.inception import Resize
 from ditx.parallel.distributed import DistributedConfig, broadcast_from_main, initialize, is_main_process, sync_errors
 from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.training import run as runs
-from ditx.weights import pretrained
+from ditx.weights import hub, pretrained
 from ditx.weights.frozen import load_inception
 from ditx.weights.pretrained import Description
 
@@ -114,7 +114,7 @@ def parse(argv: list[str]) -> tuple[Config, Description | None]:
 def _has_weights(source: Path) -> bool:
     if source.is_dir():
         return pretrained.is_run(source) or any(source.glob("**/diffusion_pytorch_model.*"))
-    return source.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    return source.suffix in (".pt", ".pth", ".bin", ".safetensors") or hub.is_name(source)
 
 
 def make_statistics(config: Config) -> None:

@@ -12,7 +12,7 @@ from ditx import cli, costs
 from ditx.nn.dit import DIT_CONFIGS, BlockName, DiTConfig
 from ditx.parallel.mesh import MeshConfig
 from ditx.training.step import Remat
-from ditx.weights import pretrained
+from ditx.weights import hub, pretrained
 
 # Table 4 of Peebles and Xie 2022 as printed: network, block, side of the latent, Gflops (multiply-adds), millions of
 # parameters.

@@ -114,6 +114,18 @@ class Description:
             cause = f"{type(error).__name__}: {first_line(error)}"
             raise ValueError(f"{source} was written by another version of ditx, or is damaged ({cause})") from error
 
+    def check_guides(self, described: "Description") -> None:
+        """Raise ValueError if this network cannot guide the described one."""
+        for part, names in (("objective", ("schedule", "prediction")), ("model", ("input_size", "in_channels"))):
+            for name in names:
+                theirs, ours = (getattr(getattr(each, part), name) for each in (self, described))
+                if theirs != ours:
+                    raise ValueError(
+                        f"{name} of --guide is {theirs}, but of the network {ours}; give a guide of the same kind"
+                    )
+        if self.model.num_classes and self.class_names != described.class_names:
+            raise ValueError("the classes of --guide are not those of the network; give one with the same, or none")
+
 
 def describe(source: Path | str, **overrides: Any) -> Description:
     """Describe a run's folder, a file of weights or a name of `hub.find`, without reading the weights.
@@ -127,8 +139,11 @@ def describe(source: Path | str, **overrides: Any) -> Description:
         file, diffusers_config = open_weights(source)
         layout = _layout(source, file)
         if layout != "ditx":
-            model = _infer(source, layout, file.tensors, diffusers_config or {}, overrides)
-            return _published(model, _class_names(source, (diffusers_config or {}).get("id2label"), model.num_classes))
+            pipeline = diffusers_config or {}
+            model = _infer(source, layout, file.tensors, pipeline, overrides)
+            described = _published(model, _class_names(source, pipeline.get("id2label"), model.num_classes))
+            own_vae = "vae" in pipeline and (hub.is_name(source) or (Path(source) / "vae").is_dir())
+            return replace(described, vae=str(source) if own_vae else "ft-mse" if str(source) in hub.AUTHORS else "")
         with suppress(ValueError):  # `Description.of` raises for None.
             config = json.loads(file.metadata[_METADATA])
     if overrides:

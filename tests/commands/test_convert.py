@@ -127,7 +127,7 @@ def test_mistakes_are_one_sentence(run, released, tmp_path):
     write_safetensors(tmp_path / "other.safetensors", {"weight": np.zeros(2, np.float32)})
     new = tmp_path / "new.safetensors"
     for arguments, sentence in [
-        ((released, new), "width 48, whose number of heads is unknown; convert with --num-heads"),
+        ((released, new), "width 48, whose number of heads is unknown; give --num-heads"),
         ((released, tmp_path / "taken.safetensors"), "already exists; choose another name"),
         ((released, tmp_path / "new.bin"), "a name for the layout of ditx has .safetensors"),
         ((released, tmp_path / "new.pt", "--to", "diffusers"), "has no suffix, for a folder"),
@@ -190,8 +190,9 @@ def test_positions_of_its_own_are_refused(run, tmp_path, positions):
         {"num_layers": 3},
         {"attention_head_dim": 12},
         {"activation_fn": "gelu"},
-        {"norm_eps": 1e-5},
+        {"norm_eps": "1e-5"},
         {"_class_name": "PixArtTransformer2DModel"},
+        {"norm_type": "layer_norm", "_class_name": "Transformer2DModel"},
         {"sample_size": "8"},
         {"num_attention_heads": "3"},
     ],
@@ -209,7 +210,7 @@ def test_a_diffusers_file_without_config_json_does_not_tell_its_size(run, tmp_pa
     write_safetensors(tmp_path / "alone.safetensors", DIFFUSERS)
     arguments = ("convert", tmp_path / "alone.safetensors", tmp_path / "out.safetensors", "--num-heads", 3)
     code, output = run.ditx(*arguments)
-    assert code == 2 and "does not tell its input size" in output
+    assert code == 2 and "has no positions, so that its input size is unknown; give --input-size" in output
     code, output = run.ditx(*arguments, "--input-size", 8)
     assert code == 0 and pretrained.describe(tmp_path / "out.safetensors").model.input_size == 8
 

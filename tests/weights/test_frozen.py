@@ -1,11 +1,7 @@
 """Frozen networks: autoencoders by name and from files, Inception from files and downloads."""
 
-import hashlib
-import http.server
 import json
-import sys
-import threading
-import types
+import re
 
 import jax
 import numpy as np
@@ -17,7 +13,7 @@ from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.sampling import make_decode
 from ditx.weights import frozen
 from ditx.weights.files import write_safetensors, write_torch
-from ditx.weights.frozen import download, load_inception
+from ditx.weights.frozen import load_inception
 
 TINY_VAE = weights(load("vae_tiny.npz"))
 
@@ -41,26 +37,14 @@ def test_an_autoencoder_is_read_from_files_and_folders(vae, tmp_path):
     assert len(names) == 1  # the same checksum
 
 
-def test_the_three_decoders_are_fetched_by_name(monkeypatch, tmp_path):
-    shapes = load("vae_sd_state_dict_shapes.json")
-    write_safetensors(
-        tmp_path / "full.safetensors", {k: np.full(shape, 0.5, np.float32) for k, shape in shapes.items()}
-    )
-    requests = []
-    monkeypatch.setattr(
-        "ditx.weights.frozen.fetch", lambda *names: requests.append(names) or tmp_path / "full.safetensors"
-    )
-    for name in ("original", "ft-ema", "ft-mse"):
-        model, note = frozen.load_vae(name)
-        assert model.config == ditx.VAEConfig() and note.startswith(f"{name} (CRC-32 ")
-    assert requests == [frozen.VAES[name] for name in ("original", "ft-ema", "ft-mse")]
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"shift_factor": 0.1}, "of a network that is not supported: shift_factor 0.1"),
-        ({"use_quant_conv": False, "act_fn": "relu"}, "act_fn 'relu', use_quant_conv False"),
+        ({"latents_mean": [0.1] * 4}, "has one of latents_mean and latents_std; add the other"),
+        ({"latents_mean": [0.1], "latents_std": [1.0]}, r"mean is \(0.1,\); give a number for each of 4 channels"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1] * 4, "shift_factor": 0.1}, "not supported: shift_factor 0.1"),
+        ({"use_quant_conv": False, "use_post_quant_conv": True}, "use_post_quant_conv True"),
+        ({"act_fn": "relu"}, "act_fn 'relu'"),
         ({"_class_name": "AutoencoderTiny"}, "_class_name 'AutoencoderTiny'"),
         ({"norm_num_groups": 5}, "are not multiples of norm_groups 5"),
         ({"block_out_channels": [16, 64]}, "the weights do not fit the configuration"),
@@ -72,6 +56,68 @@ def test_other_autoencoders_are_refused(vae, tmp_path, changes, sentence):
     write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", TINY_VAE)
     with pytest.raises(ValueError, match=sentence):
         frozen.load_vae(str(tmp_path))
+
+
+MEAN, STD = [0.5, -1.0, 0.25, 2.0], [2.0, 0.5, 1.0, 4.0]
+
+
+@pytest.mark.parametrize("fields", [{"latents_mean": MEAN, "latents_std": STD}, {"shift_factor": 0.3}])
+def test_latents_are_normalised_as_in_diffusers(vae, tmp_path, fields):
+    """diffusers' pipelines decode z * std / scaling_factor + mean, or z / scaling_factor + shift_factor."""
+    config = json.loads((vae / "vae" / "config.json").read_text()) | {"scaling_factor": 0.5} | fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", TINY_VAE)
+    (model, _), (plain, _) = frozen.load_vae(str(tmp_path)), frozen.load_vae(str(vae))
+    scale = plain.config.scale
+    mean, std = np.array(fields.get("latents_mean", 0.3)), np.array(fields.get("latents_std", 1.0))
+    random = np.random.default_rng(0)
+    z, image = random.normal(size=(4, 4, 4)).astype(np.float32), random.normal(size=(8, 8, 3)).astype(np.float32)
+    raw = (z * std / 0.5 + mean).astype(np.float32)
+    assert_close(model.decode(z), plain.decode(raw * scale), 1e-5)
+    ours, (theirs, log_variance) = model.encode(image), plain.encode(image)
+    assert_close(ours[0], (theirs / scale - mean) / std * 0.5, 1e-5)
+    assert_close(ours[1], log_variance - 2 * np.log(scale) + 2 * np.log(0.5 / std), 1e-5)
+
+
+def test_an_autoencoder_without_quant_convolutions_is_read(vae, tmp_path):
+    eye = np.eye(8, dtype=np.float32)[..., None, None]
+    for name, quant in (("with", True), ("without", False)):
+        (tmp_path / name).mkdir()
+        config = json.loads((vae / "vae" / "config.json").read_text())
+        config |= {"use_quant_conv": quant, "use_post_quant_conv": quant}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        state = {key: value for key, value in TINY_VAE.items() if "quant" not in key}
+        if quant:
+            state |= {"quant_conv.weight": eye, "post_quant_conv.weight": eye[:4, :4]}
+            state |= {"quant_conv.bias": np.zeros(8, np.float32), "post_quant_conv.bias": np.zeros(4, np.float32)}
+        write_safetensors(tmp_path / name / "diffusion_pytorch_model.safetensors", state)
+    (model, _), (same, _) = (frozen.load_vae(str(tmp_path / name)) for name in ("without", "with"))
+    z, image = np.ones((4, 4, 4), np.float32), np.linspace(-1, 1, 192, dtype=np.float32).reshape(8, 8, 3)
+    assert_close(model.decode(z), same.decode(z), 1e-6)
+    assert_close(model.encode(image)[0], same.encode(image)[0], 1e-6)
+
+
+def ldm_name(name):
+    """A name of diffusers' autoencoder in the authors' latent-diffusion, whose decoder counts its levels backwards."""
+    name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{1 - int(match[1])}", name).replace("down_blocks", "down")
+    name = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
+    name = name.replace("mid_block.attentions.0.group_norm", "mid.attn_1.norm").replace("to_out.0", "proj_out")
+    name = name.replace("mid_block.attentions.0", "mid.attn_1").replace("resnets", "block").replace(".to_", ".")
+    name = name.replace("samplers.0", "sample").replace("conv_shortcut", "nin_shortcut")
+    return name.replace("conv_norm_out", "norm_out")
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_the_layout_of_latent_diffusion_is_read(prefix):
+    model, _ = tiny_vae()
+    modern = ditx.convert.vae_to_torch(model)
+    state = {prefix + ldm_name(name): value for name, value in modern.items()}
+    state = {
+        name: value[..., None, None] if "attn_1" in name and value.ndim == 2 else value for name, value in state.items()
+    }
+    state |= {"loss.discriminator.weight": np.zeros(3), "model.diffusion_model.out.bias": np.zeros(3)}
+    assert f"{prefix}decoder.up.0.block.0.norm1.weight" in state and f"{prefix}encoder.mid.attn_1.q.weight" in state
+    jax.tree.map(np.testing.assert_array_equal, ditx.convert.vae_from_torch(state, model.config), model)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -95,73 +141,18 @@ def state():
     return {name: np.full(shape, i / 512, np.float16) for i, (name, shape) in enumerate(shapes.items())}
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """The address of a server of `tmp_path / "served"`, the list of its requests, and an empty cache."""
-    requests = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=tmp_path / "served")
-
-        def log_message(self, *args):
-            requests.append(self.path)
-
-    (tmp_path / "served").mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}", requests
-        running.shutdown()
-        thread.join()
-
-
-def digits(content):
-    return hashlib.sha256(content).hexdigest()[:8]
-
-
 def test_every_kind_of_file_gives_the_same_network(state, tmp_path):
     write_torch(tmp_path / "a.pth", state)
     write_safetensors(tmp_path / "b.safetensors", state)
     np.savez(tmp_path / "c.npz", **state)
+    (tmp_path / "c.npz").rename(tmp_path / "c.weights")  # by content, not by its name
     models, notes = zip(
-        *[load_inception(str(tmp_path / name)) for name in ("a.pth", "b.safetensors", "c.npz")], strict=True
+        *[load_inception(str(tmp_path / name)) for name in ("a.pth", "b.safetensors", "c.weights")], strict=True
     )
     for model in models[1:]:
         jax.tree.map(np.testing.assert_array_equal, model, models[0])
     assert notes[0].startswith(f"{tmp_path / 'a.pth'} (CRC-32 ")
     assert len({note.split(" (")[1] for note in notes}) == 1
-
-
-def test_the_released_file_is_downloaded_once(state, server, tmp_path, monkeypatch):
-    address, requests = server
-    write_torch(tmp_path / "weights", state)
-    name = f"pt_inception-{digits((tmp_path / 'weights').read_bytes())}.pth"
-    (tmp_path / "weights").rename(tmp_path / "served" / name)
-    monkeypatch.setattr(frozen, "PYTORCH_FID", f"{address}/{name}")
-    for _ in range(2):
-        model, note = load_inception()
-        assert note.startswith(str(tmp_path / "cache" / "ditx" / name)) and len(requests) == 1
-    np.testing.assert_array_equal(model.logits, state["fc.weight"].T)
-    assert [path.name for path in (tmp_path / "cache" / "ditx").iterdir()] == [name]
-
-
-def test_a_failed_download_leaves_nothing(server, tmp_path):
-    address, _ = server
-    (tmp_path / "served" / "damaged-00000000.pth").write_bytes(b"content")
-    for url, sentence in [
-        (
-            f"{address}/damaged-00000000.pth",
-            f"a SHA-256 that begins with {digits(b'content')}, not 00000000; check the",
-        ),
-        (f"{address}/missing-00000000.pth", r"cannot download .* into .* \(HTTPError: .*404.*\); check the network"),
-        ("http://127.0.0.1:9/closed-00000000.pth", r"\(URLError: .*\); check the network, or bring the file here"),
-    ]:
-        with pytest.raises(ValueError, match=sentence):
-            download(url)
-        assert not list(tmp_path.glob("cache/ditx/*"))
 
 
 def test_other_files_are_refused_in_one_sentence(tmp_path):
@@ -176,35 +167,3 @@ def test_other_files_are_refused_in_one_sentence(tmp_path):
     ]:
         with pytest.raises(ValueError, match=sentence):
             load_inception(str(tmp_path / name))
-
-
-# The hub.
-
-
-def hub(monkeypatch, download):
-    module = types.ModuleType("huggingface_hub")
-    module.hf_hub_download = download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-
-
-def test_files_come_from_the_hub(monkeypatch, tmp_path):
-    requests = []
-    hub(monkeypatch, lambda repo_id, filename: requests.append((repo_id, filename)) or str(tmp_path / filename))
-    assert frozen.fetch("someone/some-vae", "model.safetensors") == tmp_path / "model.safetensors"
-    assert requests == [("someone/some-vae", "model.safetensors")]
-
-
-def test_errors_of_the_hub_are_one_sentence(monkeypatch):
-    def offline(repo_id, filename):
-        raise ConnectionError("404 Client Error.\n\nRepository Not Found for url: https://...\nPlease log in.")
-
-    hub(monkeypatch, offline)
-    with pytest.raises(ValueError, match=r"cannot fetch b of a .* \(ConnectionError: 404 .*\); check both") as error:
-        frozen.fetch("a", "b")
-    assert "\n" not in str(error.value)
-
-
-def test_the_hub_needs_its_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"without the package huggingface_hub; install it with `uv run --extra hub"):
-        frozen.fetch("a", "b")

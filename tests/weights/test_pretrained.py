@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import random_dit
-from references import GOLDEN, assert_close, load, write_tiny_vae
+from references import GOLDEN, assert_close, chw, hwc, load, weights, write_tiny_vae
 
 import ditx
 from ditx.data import imagenet
 from ditx.diffusion.objective import ObjectiveConfig
+from ditx.kernels.block import KernelConfig
 from ditx.sampling import SamplingConfig
 from ditx.weights import pretrained
-from ditx.weights.files import write_torch
+from ditx.weights.files import write_safetensors, write_torch
 
 # A network of a published width, but small, on 64-pixel images by an autoencoder that halves the sides twice.
 RELEASED = ditx.DiTConfig(input_size=16, patch_size=8, hidden_size=384, depth=1, num_heads=6)
@@ -89,6 +90,91 @@ def test_published_networks_are_recognised(tmp_path, name):
     assert inferred == config
 
 
+def diffusers_folder(folder, **changes):
+    """A folder with the network of `diffusers_eps_tiny.npz`, whose `config.json` has other fields."""
+    golden = load("diffusers_eps_tiny.npz")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads(str(golden["config"])) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", weights(golden))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm_eps": ...},  # diffusers' default is 1e-5
+        {"norm_eps": ..., "_class_name": "Transformer2DModel", "cross_attention_dim": None},  # before 2024
+    ],
+)
+def test_diffusers_folders_of_any_age_compute_as_there(changes, tmp_path, highest_precision):
+    golden, folder = load("diffusers_eps_tiny.npz"), diffusers_folder(tmp_path / "a", **changes)
+    described = pretrained.describe(folder)
+    assert described.model.mlp_norm_eps == 1e-5
+    model, _ = pretrained.load(folder, described)
+    x, t, y = hwc(golden["x"]), golden["t"].astype(np.float32), golden["y"]
+    assert_close(chw(jax.vmap(model)(x, t, y)), golden["out"], 1e-4)
+    kernel = KernelConfig().apply_block()
+    assert_close(jax.vmap(lambda *xs: model(*xs, apply_block=kernel))(x, t, y), jax.vmap(model)(x, t, y), 1e-5)
+
+
+def test_a_variant_is_named(tmp_path):
+    folder = diffusers_folder(tmp_path / "transformer")
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert pretrained.load(tmp_path, pretrained.describe(tmp_path))[1].endswith("diffusers, variant 'fp16'")
+
+
+def test_classes_of_a_pipeline_have_its_names(tmp_path):
+    diffusers_folder(tmp_path / "transformer")
+    names = {str(k): f"kind {k}, number {k}" for k in range(10)}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": names}))
+    for source in (tmp_path, tmp_path / "transformer"):
+        described = pretrained.describe(source)
+        assert described.class_names == tuple(names.values())
+    assert described.vae == ""
+    (tmp_path / "vae").mkdir()
+    index = {"id2label": list(names.values()), "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert pretrained.describe(tmp_path).vae == str(tmp_path)  # the pipeline's own decoder
+    assert imagenet.find_labels(("Number 3", "kind 4"), described.class_names) == [3, 4]
+    assert imagenet.usual_name(described.class_names[3]) == "kind 3"
+    (tmp_path / "model_index.json").write_text(json.dumps({"id2label": {"0": "kind 0"}}))
+    with pytest.raises(ValueError, match="has no name for class 1 of 10; add it"):
+        pretrained.describe(tmp_path)
+    official = {str(k): ", ".join(names) for k, names in enumerate(imagenet.classes().values())}
+    assert pretrained._class_names("a", official, 1000) == tuple(imagenet.classes())
+
+
+def test_positions_may_be_rounded_to_bfloat16(tmp_path):
+    state = ditx.convert.dit_to_torch(random_dit(RELEASED, scale=0.05))
+    write_torch(tmp_path / "a.pt", {name: array.astype(jnp.bfloat16) for name, array in state.items()})
+    pretrained.load(tmp_path / "a.pt", pretrained.describe(tmp_path / "a.pt"))
+
+
+def test_a_file_without_positions_needs_its_input_size(run, vae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = ditx.convert.dit_to_torch(random_dit(RELEASED, scale=0.05))
+    del state["pos_embed"]
+    write_torch(tmp_path / "a.pt", state)
+    draw = ("a.pt", "--vae", vae, "--steps", 1, "--num-samples", 1)
+    code, said = run.sample(*draw)
+    assert code == 2 and "a.pt has no positions, so that its input size is unknown; give --input-size" in said
+    code, said = run.sample(*draw, "--input-size", 16)
+    assert code == 0, said
+
+
+def test_weights_that_are_not_finite_are_named(run, tmp_path):
+    config = ditx.DiTConfig(4, 2, 1, 8, 1, 1, num_classes=2, learn_sigma=False)
+    for value, sentence in ((np.nan, "since the weights have NaN or infinity"), (1e30, "try a lower --guidance-scale")):
+        model = jax.tree.map(lambda leaf, value=value: jnp.full_like(leaf, value), random_dit(config))
+        path, names = tmp_path / f"{value}.safetensors", ("a", "b")
+        described = pretrained.Description(config, ObjectiveConfig(), SamplingConfig("euler", 1), names)
+        pretrained.write(path, model, described)
+        code, said = run.sample(path, "--num-samples", 1, "--out", tmp_path / "a.png")
+        assert code == 2 and sentence in said and "--dtype" not in said, said
+
+
 def test_sampling_from_released_weights(run, released, vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw = [released, "--vae", vae, "--steps", 2, "--num-samples", 4, "--npz", "--separate"]
@@ -143,7 +229,7 @@ def test_every_class_is_found_by_identifier_and_number(label):
 
 def test_golden_files_are_small_and_all_read():
     read = {"dit_tiny.npz", "dit_s8_formula.npz", "diffusion.npz", "diffusers_dit_tiny.npz"}
-    read |= {"vae_tiny.npz", "vae_sd_formula.npz", "inception_formula.npz", "metrics.npz"}
+    read |= {"diffusers_eps_tiny.npz", "vae_tiny.npz", "vae_sd_formula.npz", "inception_formula.npz", "metrics.npz"}
     read |= {"dit_state_dict_shapes.json", "vae_sd_state_dict_shapes.json", "inception_state_dict_shapes.json"}
     read |= {"paper_tables.json", "official_training_curve.json", "first_edition_samples.npz"}
     read |= {f"first_edition_{name}.safetensors" for name in FIRST_EDITION}
