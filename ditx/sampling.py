@@ -135,10 +135,10 @@ class Sampler:
                 decoded = self.decode(rearrange(x, "... h w c -> (...) h w c"))
                 x = decoded.reshape(*x.shape[:-3], *decoded.shape[-3:])
             if pending is not None:
-                yield _to_images(*pending, network)
-            pending = x, len(part)
+                yield _to_images(*pending)
+            pending = x, len(part), network
         if pending is not None:
-            yield _to_images(*pending, network)
+            yield _to_images(*pending)
 
 
 def make_sampler(
