@@ -46,7 +46,7 @@ class Stored:
 _CONTAINERS = """collections.OrderedDict collections.Counter collections.defaultdict collections.deque
     argparse.Namespace types.SimpleNamespace pathlib.PosixPath pathlib._local.PosixPath pathlib.PurePosixPath
     builtins.set builtins.frozenset builtins.bytearray builtins.complex builtins.dict builtins.list builtins.tuple
-    builtins.int builtins.float builtins.str builtins.bool
+    builtins.int builtins.long builtins.float builtins.str builtins.unicode builtins.bool
     _codecs.encode torch.Size torch.device numpy.ndarray numpy.core.multiarray.scalar numpy._core.multiarray.scalar"""
 _ARRAYS = "numpy.dtype numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct"
 _OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING BINBYTES

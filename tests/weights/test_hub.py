@@ -120,6 +120,7 @@ def publish(monkeypatch, root):
     def snapshot_download(repo_id, allow_patterns):
         requests.append((repo_id, allow_patterns))
         target = root / "cache" / repo_id
+        target.mkdir(parents=True, exist_ok=True)
         for pattern in allow_patterns:
             for file in (root / repo_id).glob(pattern):
                 copy = target / file.relative_to(root / repo_id)
