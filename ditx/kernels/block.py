@@ -152,14 +152,14 @@ def _norm(norm, x):
     return norm(x)
 
 
-@_saving_inputs
-def _modulated(x, shift, scale, eps=1e-6):
+@partial(_saving_inputs, static_argnums=(3,))
+def _modulated(x, shift, scale, eps):
     return layers.modulate(layers.layer_norm(x, eps), shift, scale)
 
 
 def _norm_modulate(x, shift, scale):
     """The residual input and the modulated branch input."""
-    return x, _modulated(x, shift, scale)
+    return x, _modulated(x, shift, scale, 1e-6)
 
 
 def _gate_norm_modulate(x, gate, branch, bias, shift, scale):

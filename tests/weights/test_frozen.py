@@ -4,6 +4,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from references import assert_close, chw, hwc, load, tiny_vae, weights, write_tiny_vae
@@ -71,8 +72,8 @@ def test_latents_are_normalised_as_in_diffusers(vae, tmp_path, fields):
     scale = plain.config.scale
     mean, std = np.array(fields.get("latents_mean", 0.3)), np.array(fields.get("latents_std", 1.0))
     random = np.random.default_rng(0)
-    z, image = random.normal(size=(4, 4, 4)).astype(np.float32), random.normal(size=(8, 8, 3)).astype(np.float32)
-    raw = (z * std / 0.5 + mean).astype(np.float32)
+    z, image = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((4, 4, 4), (8, 8, 3)))
+    raw = jnp.asarray(z * std / 0.5 + mean, jnp.float32)
     assert_close(model.decode(z), plain.decode(raw * scale), 1e-5)
     ours, (theirs, log_variance) = model.encode(image), plain.encode(image)
     assert_close(ours[0], (theirs / scale - mean) / std * 0.5, 1e-5)
@@ -92,7 +93,7 @@ def test_an_autoencoder_without_quant_convolutions_is_read(vae, tmp_path):
             state |= {"quant_conv.bias": np.zeros(8, np.float32), "post_quant_conv.bias": np.zeros(4, np.float32)}
         write_safetensors(tmp_path / name / "diffusion_pytorch_model.safetensors", state)
     (model, _), (same, _) = (frozen.load_vae(str(tmp_path / name)) for name in ("without", "with"))
-    z, image = np.ones((4, 4, 4), np.float32), np.linspace(-1, 1, 192, dtype=np.float32).reshape(8, 8, 3)
+    z, image = jnp.ones((4, 4, 4)), jnp.linspace(-1, 1, 192).reshape(8, 8, 3)
     assert_close(model.decode(z), same.decode(z), 1e-6)
     assert_close(model.encode(image)[0], same.encode(image)[0], 1e-6)
 
