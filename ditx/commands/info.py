@@ -80,7 +80,7 @@ def network(source: str) -> DiTConfig:
     """The configuration of a published network, a run or a file of weights. Raises ValueError for anything else."""
     if source in DIT_CONFIGS:
         return DIT_CONFIGS[source]
-    if not Path(source).exists():
+    if not Path(source).exists() and not hub.is_name(source):
         raise ValueError(f"unknown network {source!r}; give {', '.join(DIT_CONFIGS)}, a run, or a file of weights")
     return pretrained.describe(Path(source)).model
 
