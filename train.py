@@ -68,7 +68,7 @@ def train(preset: str, config: Config) -> int:
     distributed.initialize(config.distributed)
     with sync_errors():  # a mistake in one process ends all of them with the same sentence
         config.check_fields()
-        dataset = sources.open_dataset(config.dataset, config.data_path, config.model.input_size)
+        dataset = sources.open_dataset(config.dataset, config.data_path, config.model.input_size, strict=config.strict)
         config = config.matched_to(dataset, PRESETS[preset])
         tune_malloc()
         mesh = make_mesh(config.mesh)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -77,11 +78,16 @@ def read_npz(path: str | os.PathLike[str], names: Collection[str] | None = None)
     Raises ValueError with the path if the file is damaged or is not an `.npz` of plain arrays.
     """
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays if names is None or name in names}
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("it is cut short or no .npz: save arrays by numpy.savez, extract other archives")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays if names is None or name in names}
     except Exception as error:  # NumPy and zipfile raise many types for a damaged archive.
+        cause = "it has Python objects" if "allow_pickle" in str(error) else first_line(error)
         raise ValueError(
-            f"cannot read {os.fspath(path)} as an .npz of plain arrays ({first_line(error)}); make or fetch it again"
+            f"cannot read {os.fspath(path)} as an .npz of plain arrays ({cause}); make or fetch it again"
         ) from error
 
 

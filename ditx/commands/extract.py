@@ -1,9 +1,7 @@
 """`ditx extract IMAGES OUT`: encode a folder of images into shards of latents, for train.py."""
 
 import json
-import os
 import re
-import sys
 import zlib
 from collections.abc import Generator
 from contextlib import closing
@@ -17,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float16, Int32, UInt8
+from jaxtyping import Array, Float16, UInt8
 
 from ditx import cli
 from ditx.data import latents, loader
-from ditx.data.image_files import find_classes
+from ditx.data.folders import ImageFolder, find_images, report_skipped
 from ditx.files import lock
 from ditx.nn.vae import AutoencoderKL
 from ditx.parallel.compile import compile_checked
@@ -88,20 +86,21 @@ class ShardImages:
 
     path: Path
     """file of the shard"""
-    files: list[str]
-    names: list[str]
-    """paths of the files relative to the folder of images"""
-    labels: Int32[np.ndarray, "n"]
+    images: ImageFolder
 
+    def __len__(self) -> int:
+        return len(self.images.files)
+
+    @property
     def checksum(self) -> int:
-        """CRC-32 of the names and sizes of the image files."""
-        sizes = [os.path.getsize(file) if os.path.exists(file) else -1 for file in self.files]
-        return zlib.crc32(json.dumps(list(zip(self.names, sizes, strict=True))).encode())
+        """CRC-32 of the names and contents of the image files."""
+        contents = [content.checksum for content in self.images.contents]
+        return zlib.crc32(json.dumps(list(zip(self.images.names, contents, strict=True))).encode())
 
     def finished(self, strict: bool = False) -> latents.Shard | None:
         """The shard, if it was made from the files as they are now and, if `strict`, from all of them."""
         shard = latents.read_shard(self.path)
-        valid = shard and shard.files_checksum == self.checksum() and not (strict and shard.skipped)
+        valid = shard and shard.files_checksum == self.checksum and not (strict and shard.skipped)
         return shard if valid else None
 
 
@@ -110,16 +109,16 @@ def main(argv: list[str]) -> int:
     config = tyro.cli(Config, args=argv, prog="ditx extract", description="Images to latents, for train.py.")
     config.check()
     (index, count), out = config.process(), Path(config.out)
-    files, labels, class_names = find_classes(Path(config.images).absolute())
-    shard_size = config.shard_size or max(64, -(-len(files) // 200))
-    shards = split(config, files, labels, shard_size)
+    images = find_images(Path(config.images).absolute())
+    shard_size = config.shard_size or max(64, -(-len(images.files) // 200))
+    shards = split(config, images, shard_size)
     vae, vae_name = load_vae(config.vae)
     if config.size % vae.config.downsampling:
         raise ValueError(f"size is {config.size}; the autoencoder needs a multiple of {vae.config.downsampling}")
     plan = {
         "format": latents.FORMAT,
-        "images": len(files),
-        "names_checksum": zlib.crc32(json.dumps([name for shard in shards for name in shard.names]).encode()),
+        "images": len(images.files),
+        "names_checksum": zlib.crc32(json.dumps(images.names).encode()),
         "shard_size": shard_size,
         "image_size": config.size,
         "vae": vae_name,
@@ -131,9 +130,10 @@ def main(argv: list[str]) -> int:
     missing = [shard for shard in own if shard.finished(config.strict) is None]
     if missing:  # The metadata would be wrong once one of these shards is replaced.
         (out / latents.METADATA).unlink(missing_ok=True)
-    left, total = (sum(len(shard.files) for shard in part) for part in (missing, own))
+    left, total = (sum(map(len, part)) for part in (missing, own))
     print(
-        f"images   {len(files):,} of {len(class_names):,} classes, cropped to {config.size}x{config.size}\n"
+        f"images   {len(images.files):,} of {len(images.class_names):,} classes,"
+        f" cropped to {config.size}x{config.size}\n"
         f"encoder  {vae_name}, computing in {config.dtype}\n"
         f"devices  {jax.local_device_count()} x {jax.local_devices()[0].device_kind}\n"
         f"shards   {len(missing):,} of {len(own):,} are missing, {left:,} of {total:,} images"
@@ -144,27 +144,28 @@ def main(argv: list[str]) -> int:
     with stop_signals("stopping before the next image") as received:
         extract(config, vae, missing, total, received)
     if missing:
-        done = total - sum(len(shard.files) for shard in missing)
+        done = total - sum(map(len, missing))
         print(f"stopped with {done:,} of {total:,} images in finished shards; run the same command to resume")
         return 128 + received[0]
     finished = [made for shard in shards if (made := shard.finished())]
     if len(finished) < len(shards):
         print(f"done     this part; {len(shards) - len(finished):,} of {len(shards):,} shards are left to others")
     else:
-        finish(out, finished, class_names, plan, vae)
+        finish(out, finished, images.class_names, plan, vae)
     return 0
 
 
-def split(config: Config, files: list[str], labels: Int32[np.ndarray, "n"], size: int) -> list[ShardImages]:
+def split(config: Config, images: ImageFolder, size: int) -> list[ShardImages]:
     """All images in shards of `size`. Raises ValueError if there would be too many shards."""
-    count = -(-len(files) // size)
+    total = len(images.files)
+    count = -(-total // size)
     if count > MAX_SHARDS:
-        least = -(-len(files) // MAX_SHARDS)
-        raise ValueError(f"shard_size {size} makes more than {MAX_SHARDS} shards; give {least} or more")
-    names = [file[len(str(Path(config.images).absolute())) + 1 :] for file in files]
-    rows = [slice(index * size, (index + 1) * size) for index in range(count)]
+        raise ValueError(
+            f"shard_size {size} makes more than {MAX_SHARDS} shards; give {-(-total // MAX_SHARDS)} or more"
+        )
     paths = [latents.shard_path(Path(config.out), index, count) for index in range(count)]
-    return [ShardImages(path, files[k], names[k], labels[k]) for path, k in zip(paths, rows, strict=True)]
+    parts = [np.arange(first, min(first + size, total)) for first in range(0, total, size)]
+    return [ShardImages(path, images.select(part)) for path, part in zip(paths, parts, strict=True)]
 
 
 def open_folder(out: Path, plan: dict[str, Any]) -> None:
@@ -187,9 +188,13 @@ def open_folder(out: Path, plan: dict[str, Any]) -> None:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error}); extract into another folder") from error
     # Weights are compared by their checksum, so they may have moved.
-    changed = diff(*(each | {"vae": str(each["vae"]).rsplit(" ", 1)[-1].rstrip(")")} for each in (before, plan)))
-    if changed:
-        raise ValueError(f"{out} holds other latents: {changed}; give their flags and images, or another folder")
+    before, plan = (each | {"vae": str(each["vae"]).rsplit(" ", 1)[-1].rstrip(")")} for each in (before, plan))
+    if changed := diff(before, plan, ignore=("images", "names_checksum")):
+        raise ValueError(f"{out} holds other latents: {changed}; give their flags, or another folder")
+    if changed := diff(before, plan):
+        raise ValueError(
+            f"{out} holds latents of other images: {changed}; give another folder, or bring back the images of this one"
+        )
 
 
 def extract(config: Config, vae: AutoencoderKL, missing: list[ShardImages], total: int, received: list[int]) -> None:
@@ -197,22 +202,24 @@ def extract(config: Config, vae: AutoencoderKL, missing: list[ShardImages], tota
 
     Stops early if a signal is received. Progress is shown among the `total` images of this process.
     """
-    files = [file for shard in missing for file in shard.files]
+    files = [file for shard in missing for file in shard.images.files]
     with closing(encoded(config, vae, files, total)) as results:
         while missing:
             shard = missing[0]
+            images, damaged = shard.images, shard.images.damaged
             with closing(latents.ShardWriter(shard.path)) as writer:
-                for file, name, label in zip(shard.files, shard.names, shard.labels.tolist(), strict=True):
+                for file, name, label in zip(images.files, images.names, images.labels.tolist(), strict=True):
                     values, error = next(results)
+                    error = damaged.get(name, error)
                     if received:
                         return
-                    if values is not None:
+                    if not error:
                         writer.write(values, label, name)
                     elif config.strict:
                         raise ValueError(f"cannot read image {file}: {error}; repair it, or drop --strict")
                     else:
                         writer.skip(name, error)
-                writer.finish(shard.checksum())
+                writer.finish(shard.checksum)
             missing.pop(0)
 
 
@@ -280,9 +287,6 @@ def finish(out: Path, shards: list[latents.Shard], names: tuple[str, ...], plan:
     }
     with lock(out / "lock"):
         latents.write_json(out / latents.METADATA, metadata)
-    for name, reason in list(skipped.items())[:10]:
-        print(f"skipped  {name}: {reason}", file=sys.stderr)
-    if skipped:
-        print(f"skipped  {len(skipped):,} images in all, listed in {out / latents.METADATA}", file=sys.stderr)
+    report_skipped(skipped, str(out / latents.METADATA))
     size = sum(shard.size for shard in shards)
     print(f"done     {count:,} latents of {side}x{side}x{vae.config.latent_channels} in {out}, {size / 1e6:,.1f} MB")

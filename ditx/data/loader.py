@@ -133,11 +133,7 @@ def _decode(
         try:
             images[row] = image_files.read(file, size)
         except ValueError as error:
-            cause = error.__cause__
-            absent = isinstance(cause, PermissionError) or os.path.islink(file)
-            if isinstance(cause, MemoryError) or (getattr(cause, "errno", None) and not absent):
-                raise OSError(f"{error}") from error
-            errors[row] = " ".join(str(cause or error).split()) or repr(cause)
+            errors[row] = image_files.reason(error)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(read, range(len(indices))))

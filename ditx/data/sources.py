@@ -1,7 +1,7 @@
 """Data sets: digits, CIFAR-10, folders of images, and latents, each a `Source` of labelled examples."""
 
 import os
-import zlib
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,15 +11,13 @@ from typing import TypeAlias, TypedDict
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Integer, UInt8
 
-from ditx.data.image_files import find_classes, find_images, open_image, read, to_unit
+from ditx.data.folders import ImageFolder, find_images, report_skipped
+from ditx.data.image_files import read, reason, to_unit
 from ditx.data.latents import LatentBatch, LatentSource
-from ditx.files import read_npz
+from ditx.files import checksum_arrays, read_npz
 from ditx.pickles import read_pickle
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-# One core decodes this many bytes in about 10 s and reads a header in about 0.2 ms. Up to these limits, a folder is
-# checked within seconds when it is opened: every image whole, or every header.
-MAX_BYTES_DECODED, MAX_HEADERS_READ = 100_000_000, 20_000
 
 
 class ImageBatch(TypedDict):
@@ -34,7 +32,10 @@ Batch: TypeAlias = ImageBatch | LatentBatch
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Labelled images in memory, in [0, 255]. Raises ValueError for arrays of other types, shapes or labels."""
+    """Labelled images in memory, in [0, 255]. Raises ValueError for arrays of other types, shapes or labels.
+
+    Without class names, all labels are 0.
+    """
 
     # Unchecked annotations, since a user's file decides on shapes and types; they are checked below.
     images: np.ndarray = field(repr=False)
@@ -50,7 +51,7 @@ class ArraySource:
             raise ValueError(
                 f"labels are {labels.dtype} of shape {labels.shape}; give one integer for each of {len(images)} images"
             )
-        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        if len(labels) and not 0 <= labels.min() <= labels.max() < max(num_classes, 1):
             raise ValueError(
                 f"labels span {labels.min()} to {labels.max()}; {num_classes} classes need 0 to {num_classes - 1}"
             )
@@ -63,7 +64,7 @@ class ArraySource:
     @property
     def checksum(self) -> int:
         """CRC-32 of images and labels."""
-        return zlib.crc32(self.labels.tobytes(), zlib.crc32(self.images.tobytes()))
+        return int(checksum_arrays((self.images, self.labels)), 16)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,26 +79,30 @@ class ArraySource:
 
 @dataclass(frozen=True, eq=False)
 class FolderSource:
-    """Labelled image files, decoded to RGB and centre-cropped to `size` when read.
-
-    Reading an image that cannot be decoded raises a `ValueError` with its path.
-    """
+    """Labelled image files, decoded to RGB and centre-cropped to `size` when read."""
 
     files: list[str] = field(repr=False)
     labels: Integer[np.ndarray, "n"] = field(repr=False)
     class_names: tuple[str, ...]
     size: int
+    checksum: int
+    """CRC-32 of the files' contents and labels"""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """damaged images that were left out, with the reasons"""
+    strict: bool = False
+    """raise ValueError for an image that cannot be read in training, instead of taking the next one"""
     latents = None
+    _reported: set[str] = field(default_factory=set, init=False, repr=False)
+
+    @classmethod
+    def of(cls, folder: ImageFolder, size: int, *, strict: bool) -> "FolderSource":
+        """The undamaged images of a folder. Raises ValueError if there are none or, if `strict`, for a damaged one."""
+        images = folder.undamaged(strict=strict)
+        return cls(images.files, images.labels, images.class_names, size, images.checksum, folder.damaged, strict)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.size, self.size, 3
-
-    @property
-    def checksum(self) -> int:
-        """CRC-32 of the files' names, sizes and labels."""
-        files = [(Path(file).name, os.path.getsize(file)) for file in self.files]
-        return zlib.crc32(repr((files, self.labels.tolist())).encode())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -106,27 +111,48 @@ class FolderSource:
         return {"image": read(self.files[index], self.size), "label": int(self.labels[index])}
 
     def take(self, indices: Int[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]) -> ImageBatch:
-        """The images at `indices`, decoded in parallel threads, flipped left to right where `mirrored`."""
+        """The images at `indices`, decoded in parallel threads, flipped left to right where `mirrored`.
+
+        The next readable image stands in for one that cannot be read, which is reported.
+        """
         # Threads within a batch, not across batches: only the batches in the prefetch buffer are ever in memory.
         with ThreadPoolExecutor(min(len(indices), os.cpu_count() or 1)) as pool:
-            images = list(pool.map(lambda index: read(self.files[index], self.size), indices))
-        return _batch(np.stack(images), self.labels[indices], mirrored)
+            images, numbers = zip(*pool.map(self._read, indices.tolist()), strict=True)
+        return _batch(np.stack(images), self.labels[list(numbers)], mirrored)
+
+    def _read(self, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
+        number = index
+        while True:
+            file = self.files[number]
+            try:
+                return read(file, self.size), number
+            except ValueError as error:
+                number = (number + 1) % len(self)
+                if self.strict or number == index:
+                    raise
+                if file not in self._reported:
+                    self._reported.add(file)
+                    print(f"skipped  {file}: {reason(error)}", file=sys.stderr, flush=True)
 
 
 # All have `image_shape` (h, w, c), `class_names`, `checksum`, `latents` (metadata or None), `len` and `take`.
 Source: TypeAlias = ArraySource | FolderSource | LatentSource
 
 
-def open_dataset(name: str, path: str, size: int) -> Source:
+def open_dataset(name: str, path: str, size: int, *, strict: bool = False) -> Source:
     """The data set of a run: `digits`, or the `cifar10`, `images` or `latents` at `path`.
 
-    Images of a folder are centre-cropped to `size`. Raises ValueError if the data is absent, damaged or empty.
+    Images of a folder are centre-cropped to `size`; `strict` refuses damaged ones. Raises ValueError if the data is
+    absent, damaged or empty.
     """
     if name == "digits":
         return digits()
     if not path:
         raise ValueError(f"dataset {name} needs --data-path, the folder or file of the {name}")
-    source = cifar10(path) if name == "cifar10" else LatentSource(path) if name == "latents" else images(path, size)
+    if name == "latents":
+        source = LatentSource(path)
+    else:
+        source = cifar10(path, strict=strict) if name == "cifar10" else images(path, size, strict=strict)
     if len(source) == 0:
         raise ValueError(f"{path} has 0 images; give at least 1")
     return source
@@ -138,12 +164,12 @@ def digits() -> ArraySource:
         return ArraySource(arrays["images"][..., None], arrays["labels"], tuple("0123456789"))
 
 
-def cifar10(path: str | os.PathLike) -> ArraySource | FolderSource:
+def cifar10(path: str | os.PathLike, *, strict: bool = False) -> ArraySource | FolderSource:
     """The CIFAR-10 training images (Krizhevsky 2009) in any of their usual forms.
 
     `path` is the folder of the official Python batches or its parent; or an `.npz` of `images` (uint8, n h w c),
-    `labels` (n) and, optionally, `classes` (names); or a folder with one subfolder of images a class. The official
-    batches are pickles: they are read without running any code that they name.
+    `labels` (n) and, optionally, `classes` (names); or a folder as in `images`. The official batches are pickles: they
+    are read without running any code that they name.
     """
     path = Path(path)
     if not path.exists():
@@ -151,33 +177,19 @@ def cifar10(path: str | os.PathLike) -> ArraySource | FolderSource:
     if batches := _cifar10_batches(path):
         pixels, labels = (np.concatenate(arrays) for arrays in zip(*map(_read_cifar_batch, batches), strict=True))
         return ArraySource(pixels, labels, CIFAR10_CLASSES)
-    if path.is_dir():
-        return images(path, 32)
-    if path.suffix != ".npz":
-        raise ValueError(f"{path} is neither a folder nor an .npz; extract an archive first and give its folder")
-    return _open_npz(path)
+    return images(path, 32, strict=strict) if path.is_dir() else _open_npz(path)
 
 
-def images(path: str | os.PathLike, size: int) -> FolderSource:
-    """Images in a folder with one subfolder a class.
+def images(path: str | os.PathLike, size: int, *, strict: bool = False) -> FolderSource:
+    """Images in a folder with one subfolder a class, or without classes if it has no subfolders of images.
 
-    Damaged images raise a ValueError: at once if the files are up to 100 MB; at once, by their headers, if they are up
-    to 20,000; else when they are read.
+    Damaged images are left out, counted and listed on stderr or, if `strict`, raise a ValueError.
     """
     if size < 1:
         raise ValueError(f"image size is {size}; give a side of at least 1 pixel")
-    files, labels, class_names = find_classes(path)
-    whole = sum(map(os.path.getsize, files)) <= MAX_BYTES_DECODED
-
-    def check(file):
-        with open_image(file) as image:
-            if whole:
-                image.load()
-
-    if whole or len(files) <= MAX_HEADERS_READ:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(check, files))
-    return FolderSource(files, labels, class_names, size)
+    source = FolderSource.of(find_images(path), size, strict=strict)
+    report_skipped(source.skipped)
+    return source
 
 
 def open_images(path: str, size: int = 0) -> ArraySource | FolderSource:
@@ -185,7 +197,7 @@ def open_images(path: str, size: int = 0) -> ArraySource | FolderSource:
 
     `path` is `digits`; CIFAR-10 in any form; an .npz of `arr_0`, as sample.py and the ADM suite write it; or a folder.
     A folder's subfolders are its classes, unless some images are in none. Its images must be squares of one size, or
-    are centre-cropped to `size`. Raises ValueError, with the path, if the images cannot be read.
+    are centre-cropped to `size`. Raises ValueError, with the path, if there are none or if one cannot be read.
     """
     place = Path(path)
     if path == "digits" and not place.exists():
@@ -195,6 +207,8 @@ def open_images(path: str, size: int = 0) -> ArraySource | FolderSource:
     if _cifar10_batches(place):
         return cifar10(place)
     source = _open_folder(place, size) if place.is_dir() else _open_npz(place)
+    if len(source) == 0:
+        raise ValueError(f"{path} has 0 images; give at least 2")
     if source.image_shape[-1] not in (1, 3):
         raise ValueError(f"{path} has images of {source.image_shape[-1]} channels; give 1 (grey) or 3 (RGB)")
     return source
@@ -212,50 +226,54 @@ def _open_npz(path: Path) -> ArraySource:
     arrays = read_npz(path, ("arr_0", "images", "labels", "classes"))
     try:
         if "arr_0" in arrays:  # Files of sample.py have labels but no class names; files of the ADM suite have neither.
-            pixels = arrays["arr_0"]
-            labels = arrays.get("labels", np.zeros(len(pixels), np.int32))
-            names = range(int(labels.max(initial=0)) + 1)
-        elif arrays.keys() >= {"images", "labels"}:
-            pixels, labels, names = arrays["images"], arrays["labels"], arrays.get("classes", CIFAR10_CLASSES)
-        else:
+            try:
+                labels = arrays.get("labels", np.zeros(0))
+                return ArraySource(arrays["arr_0"], labels, tuple(map(str, range(int(labels.max(initial=0)) + 1))))
+            except (ValueError, TypeError):  # No evaluation needs labels.
+                return ArraySource(arrays["arr_0"], np.zeros(arrays["arr_0"].shape[:1], np.int32), ())
+        if not arrays.keys() >= {"images", "labels"}:
             raise ValueError("it has neither arr_0 nor images and labels")
-        return ArraySource(pixels, labels, tuple(map(str, names)))
+        names = arrays.get("classes", np.array(CIFAR10_CLASSES)).tolist()
+        names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names]
+        return ArraySource(arrays["images"], arrays["labels"], tuple(names))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
-def _open_folder(folder: Path, size: int) -> FolderSource:
-    files = find_images(folder)  # By name, which is the order in which sample.py drew them.
-
-    def shape(file):
-        with open_image(file) as image:
-            return image.size
-
-    with ThreadPoolExecutor() as pool:
-        shapes = list(pool.map(shape, files))
+def _open_folder(path: Path, size: int) -> FolderSource:
+    folder = find_images(path, by_class=False)
+    source = FolderSource.of(folder, size or folder.contents[0].size[0], strict=True)
     if not size:
-        counts = Counter(shapes).most_common()
-        (width, height), count = counts[0]
-        if len(counts) > 1:
-            other = next(file for file, shape in zip(files, shapes, strict=True) if shape != (width, height))
+        shapes = [content.size for content in folder.contents]
+        ((width, height), count), *others = Counter(shapes).most_common()
+        if others:
+            other = next(file for file, shape in zip(folder.files, shapes, strict=True) if shape != (width, height))
             raise ValueError(
-                f"{folder} has images of {len(counts)} sizes: {count:,} of {width}x{height}, but not {other};"
+                f"{path} has images of {len(others) + 1} sizes: {count:,} of {width}x{height}, but not {other};"
                 " give images of one size or, for a reference, --size to crop them"
             )
         if width != height:
-            raise ValueError(f"the images of {folder} are {width}x{height}, which is not square; crop them")
-    parts = [Path(file).relative_to(folder).parts for file in files]
-    classes = sorted({part[0] for part in parts}) if all(len(part) > 1 for part in parts) else ["images"]
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = np.array([numbers.get(part[0], 0) for part in parts], np.int32)
-    return FolderSource(files, labels, tuple(classes), size or shapes[0][0])
+            raise ValueError(f"the images of {path} are {width}x{height}, which is not square; crop them")
+    return source
 
 
 def _cifar10_batches(path: Path) -> list[Path]:
-    """The official Python batches in a folder or its subfolder, if they are there."""
-    for folder in (path, path / "cifar-10-batches-py"):
+    """The official Python batches in a folder or its subfolder, if they are there.
+
+    Raises ValueError for CIFAR in its other official forms.
+    """
+    folders = [path, *(path / name for name in ("cifar-10-batches-py", "cifar-10-batches-bin"))]
+    for folder in folders:
         if (folder / "data_batch_1").exists():
             return [folder / f"data_batch_{number}" for number in range(1, 6)]
+        if (folder / "data_batch_1.bin").exists():
+            raise ValueError(f"{folder} is CIFAR-10 in binary; give the folder of its Python version instead")
+    for folder in (path, *(path / name for name in ("cifar-100-python", "cifar-100-binary"))):
+        if any((folder / f"train{ending}").is_file() for ending in ("", ".bin")):
+            raise ValueError(
+                f"{folder} is CIFAR-100, which is not read; save its images, labels and classes by numpy.savez, and"
+                " give this .npz"
+            )
     return []
 
 

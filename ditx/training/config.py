@@ -81,6 +81,8 @@ class Config(KernelConfig, ObjectiveConfig, Common):
     """parts of a batch computed in turn: less memory, the same result"""
     workers: int = 0
     """processes that decode images; 0: threads"""
+    strict: bool = False
+    """stop at a damaged image instead of skipping it"""
     weight_decay: float = 0.0
     """of AdamW"""
     beta2: float = 0.999
@@ -151,6 +153,8 @@ class Config(KernelConfig, ObjectiveConfig, Common):
             if getattr(self.model, name) not in (value, getattr(preset.model, name)):
                 raise ValueError(f"model.{name} is {getattr(self.model, name)}, but the data has {value}")
         matched = replace(self, model=replace(self.model, **values))
+        if not dataset.class_names and self.sampling == preset.sampling:  # guidance needs classes
+            matched = replace(matched, sampling=replace(self.sampling, guidance_scale=1.0))
         matched.check_fields()
         return matched
 
@@ -160,7 +164,8 @@ class Config(KernelConfig, ObjectiveConfig, Common):
         described = {"preset": preset, **asdict(self), "class_names": names, "data_checksum": dataset.checksum}
         settings: Any = jax.config  # With other settings the same flags give other numbers.
         described["jax"] = {"enable_x64": settings.jax_enable_x64, "prng_impl": settings.jax_default_prng_impl}
-        return described | ({"latents": dataset.latents} if dataset.latents else {})
+        described |= {"latents": dataset.latents} if dataset.latents else {}
+        return described | {"skipped": getattr(dataset, "skipped", {})}
 
     def check_fields(self) -> None:
         """Raise ValueError for values that are impossible with any data or devices."""
@@ -272,5 +277,5 @@ PRESETS = {
 CHANGEABLE_ON_RESUME: set[str] = set(
     "preset run data_path vae init_from workers mesh distributed unroll remat kernels attention accumulate log_every"
     " checkpoint_every keep keep_every keep_best sample_every sampling eval_every eval_stats eval_samples"
-    " eval_inception profile_steps wandb".split()
+    " eval_inception profile_steps wandb strict skipped".split()
 )

@@ -97,6 +97,16 @@ def test_folders_and_arrays_are_evaluated_alike_and_as_by_the_library(reference,
     assert "not comparable with Inception's FID" in said and "500 images, from" in said
 
 
+def test_folders_that_differ_in_pixels_only_are_judged_apart(reference, run, tmp_path):
+    for name, images in (("one", IMAGES[:60]), ("two", IMAGES[60:120]), ("same", IMAGES[:60])):
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(images):
+            PIL.Image.fromarray(image[..., 0]).save(tmp_path / name / f"{number:02}.bmp")
+    one, two, same = (found(run, tmp_path / n, reference, "--out", tmp_path / "out") for n in ("one", "two", "same"))
+    assert one["metrics"]["fid"] != two["metrics"]["fid"] and same == one
+    assert len((tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()) == 2
+
+
 def test_a_stopped_evaluation_resumes_with_the_same_result(reference, place, run, tmp_path, monkeypatch):
     flags = [place / "weights.safetensors", reference, "--num-samples", 40, "--batch", 8]
     expected = found(run, *flags, "--out", tmp_path / "whole")
@@ -277,4 +287,4 @@ def test_a_folder_of_classes_makes_a_reference(run, tmp_path, monkeypatch):
     assert (read.count, read.image_shape, len(read.rows)) == (33, (8, 8, 3), 33)
     flat = write_folder(tmp_path / "flat", IMAGES[:30])
     said = refused(run, flat, "--features", "classifier", "--make-stats", tmp_path / "flat.npz")
-    assert "30 images of 1 classes cannot train a classifier" in said
+    assert "30 images of 0 classes cannot train a classifier" in said

@@ -268,6 +268,40 @@ def test_a_repaired_image_is_added(corners, run, photos, tmp_path):
     assert code == 2 and "images was 24 and is 23, names_checksum was" in said
 
 
+def test_images_that_change_at_the_same_size_are_extracted_again(corners, run, tmp_path):
+    photos, out, rng = tmp_path / "photos", tmp_path / "out", np.random.default_rng(0)
+    (photos / "cat").mkdir(parents=True)
+    for number in range(14):
+        PIL.Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(photos / "cat" / f"{number:02}.bmp")
+    whole = (photos / "cat" / "09.bmp").read_bytes()
+    (photos / "cat" / "09.bmp").write_bytes(bytes(len(whole)))  # its place on the disk, before its bytes arrive
+    code, said = run.ditx("extract", photos, out, *FLAGS)
+    assert code == 0 and "skipped 1 images in all" in said and len(LatentSource(out)) == 13, said
+    (photos / "cat" / "09.bmp").write_bytes(whole)
+    shutil.copyfile(photos / "cat" / "08.bmp", photos / "cat" / "00.bmp")
+    code, said = run.ditx("extract", photos, out, *FLAGS)
+    assert code == 0 and "2 of 2 are missing, 14 of 14 images" in said and "skipped" not in said, said
+    for number in (0, 9):
+        np.testing.assert_array_equal(
+            LatentSource(out)[number]["latents"], expected(photos / "cat" / f"{number:02}.bmp")
+        )
+
+
+def test_damage_in_a_png_is_skipped_and_a_flat_folder_has_no_classes(corners, run, tmp_path):
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for number in range(3):
+        PIL.Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(photos / f"{number}.png")
+    contents = bytearray((photos / "1.png").read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (photos / "1.png").write_bytes(contents)
+    (photos / "notes.txt").write_text("no image")
+    code, said = run.ditx("extract", photos, tmp_path / "out", *FLAGS)
+    assert code == 0 and "3 of 0 classes" in said and "skipped 1.png: " in said and "1 files that are no images" in said
+    source = LatentSource(tmp_path / "out")
+    assert (len(source), source.class_names, [source[n]["label"] for n in range(2)]) == (2, (), [0, 0])
+
+
 def test_other_settings_are_refused_by_field(encoded, run, photos):
     before = files(encoded[0])
     flags = ("--size", 24, "--batch-size", 8, "--shard-size", 8, "--vae", "ft-ema", "--dtype", "bfloat16")

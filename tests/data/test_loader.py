@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from batches import assert_same, save, take
 
-from ditx.data import image_files, loader, sources
+from ditx.data import folders, image_files, loader, sources
 from ditx.sampling import to_uint8
 from tests import reading_rates
 
@@ -163,9 +163,11 @@ def folder(tmp_path):
     for number in range(9):
         save(tmp_path / "cat" / f"{number}.png", rng.integers(0, 256, (9 + number, 12, 3), dtype=np.uint8))
     (tmp_path / "cat" / "4.png").write_bytes(b"no image")
-    (tmp_path / "cat" / "7.png").unlink()
-    (tmp_path / "cat" / "7.png").symlink_to(tmp_path / "nowhere")
-    return image_files.find_classes(tmp_path)[0]
+    (tmp_path / "cat" / "7.png").rename(tmp_path / ".elsewhere")
+    (tmp_path / "cat" / "7.png").symlink_to(tmp_path / ".elsewhere")
+    files = folders.find_images(tmp_path).files
+    (tmp_path / ".elsewhere").unlink()
+    return files
 
 
 @pytest.mark.slow
@@ -185,7 +187,7 @@ def test_images_are_decoded_in_order_with_an_error_for_damaged_ones(folder, batc
     "cause", [OSError(errno.EIO, "Input/output error"), MemoryError(), FileNotFoundError(2, "gone")]
 )
 def test_a_failing_disk_does_not_count_as_a_damaged_image(folder, cause, monkeypatch):
-    def fail(path, mode="rb"):
+    def fail(path, formats):
         raise cause
 
     monkeypatch.setattr(PIL.Image, "open", fail)

@@ -187,8 +187,7 @@ def test_images(tmp_path):
 def test_images_refuses_a_bad_folder(tmp_path):
     with pytest.raises(ValueError, match="absent is not a folder"):
         sources.images(tmp_path / "absent", 8)
-    PIL.Image.new("RGB", (9, 9)).save(tmp_path / "stray.png")
-    with pytest.raises(ValueError, match="no class folders"):
+    with pytest.raises(ValueError, match="contains no images; add some"):
         sources.images(tmp_path, 8)
     save(tmp_path / "cat" / "a.png", np.zeros((9, 9, 3), np.uint8))
     (tmp_path / "dog").mkdir()
@@ -198,15 +197,77 @@ def test_images_refuses_a_bad_folder(tmp_path):
         sources.images(tmp_path, 0)
 
 
-def test_images_names_an_unreadable_file_when_opened(tmp_path):
+def test_damaged_images_are_skipped_counted_and_listed_or_refused_if_strict(tmp_path, capsys):
     save(tmp_path / "cat" / "fine.png", np.zeros((9, 9, 3), np.uint8))
     (tmp_path / "cat" / "broken.jpg").write_bytes(b"\xff\xd8 nothing more")
-    with pytest.raises(ValueError, match=r"cannot read image .*broken\.jpg"):
+    save(tmp_path / "dog" / "deep.png", np.full((9, 9), 40_000, np.uint16))
+    save(tmp_path / "eel" / "last.png", np.zeros((9, 9, 3), np.uint8))
+    source = sources.images(tmp_path, 8)
+    assert [os.path.basename(file) for file in source.files] == ["fine.png", "last.png"]
+    assert source.class_names == ("cat", "dog", "eel") and source.labels.tolist() == [0, 2]
+    assert list(source.skipped) == ["cat/broken.jpg", "dog/deep.png"] and "not 8 bits" in source.skipped["dog/deep.png"]
+    said = capsys.readouterr().err
+    assert "skipped  cat/broken.jpg: " in said and "skipped  2 images in all" in said
+    with pytest.raises(ValueError, match=r"cannot read image .*cat/broken\.jpg: .*; replace or remove it"):
+        sources.images(tmp_path, 8, strict=True)
+    for name in ("cat/fine.png", "eel/last.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cannot read image .*broken\.jpg: .*; nor any other of the 4 images"):
         sources.images(tmp_path, 8)
-    (tmp_path / "cat" / "broken.jpg").unlink()
-    save(tmp_path / "cat" / "deep.png", np.full((9, 9), 40_000, np.uint16))
-    with pytest.raises(ValueError, match=r"deep\.png.*not 8 bits"):
-        sources.images(tmp_path, 8)
+
+
+def test_the_next_image_stands_in_for_one_that_is_damaged_later(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    for number in range(3):
+        save(tmp_path / str(number) / "a.png", pixels[number])
+    source, strict = (sources.images(tmp_path, 8, strict=strict) for strict in (False, True))
+    (tmp_path / "2" / "a.png").write_bytes(b"")
+    for _ in range(2):
+        batch = source.take(np.array([2, 1]), np.zeros(2, bool))
+        np.testing.assert_array_equal(batch["x"], image_files.to_unit(pixels[:2]))
+        assert batch["y"].tolist() == [0, 1]
+    assert capsys.readouterr().err.count(f"skipped  {tmp_path}/2/a.png: cannot identify") == 1
+    with pytest.raises(ValueError, match=r"cannot read image .*2/a\.png"):
+        strict.take(np.array([2, 1]), np.zeros(2, bool))
+
+
+def test_a_folder_without_subfolders_has_no_classes(tmp_path, capsys):
+    for number in range(3):
+        save(tmp_path / f"{number}.png", np.full((9, 9, 3), number, np.uint8))
+    source = sources.images(tmp_path, 8)
+    assert (len(source), source.class_names, source.labels.tolist()) == (3, (), [0, 0, 0])
+    assert source.take(np.array([2]), np.zeros(1, bool))["y"].tolist() == [0]
+    save(tmp_path / "cat" / "a.png", np.zeros((9, 9, 3), np.uint8))
+    capsys.readouterr()
+    assert (len(sources.images(tmp_path, 8)), sources.images(tmp_path, 8).class_names) == (1, ("cat",))
+    assert f"passed over 3 images beside the class folders of {tmp_path}" in capsys.readouterr().err
+    assert (len(sources.open_images(str(tmp_path))), sources.open_images(str(tmp_path)).class_names) == (4, ())
+
+
+def test_files_of_images_to_evaluate(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "onehot.npz", arr_0=pixels, labels=np.eye(3))
+    source = sources.open_images(str(tmp_path / "onehot.npz"))
+    np.testing.assert_array_equal(source.images, pixels)
+    assert source.class_names == ()
+    np.savez(tmp_path / "bytes.npz", images=pixels, labels=np.arange(3), classes=np.array([b"cat", b"dog", b"ship"]))
+    assert sources.open_images(str(tmp_path / "bytes.npz")).class_names == ("cat", "dog", "ship")
+    np.savez(tmp_path / "none.npz", arr_0=pixels[:0])
+    np.save(tmp_path / "one.npy", pixels)
+    (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "data_batch_1.bin").write_bytes(b"")
+    (tmp_path / "hundred").mkdir()
+    (tmp_path / "hundred" / "train").write_bytes(b"")
+    for name, sentence in {
+        "none.npz": "has 0 images; give at least 2",
+        "one.npy": "save arrays by numpy.savez",
+        "a.tar.gz": "extract other archives",
+        "binary": "is CIFAR-10 in binary; give the folder of its Python version",
+        "hundred": "is CIFAR-100, which is not read; save its images, labels and classes by numpy.savez",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            sources.open_images(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

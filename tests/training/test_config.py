@@ -106,6 +106,8 @@ def test_the_model_takes_channels_and_classes_of_the_data_unless_flags_differ():
     preset = PRESETS["digits"]
     model = preset.matched_to(dataset(28, 28, 3, classes=4), preset).model
     assert (model.in_channels, model.num_classes) == (3, 4)
+    matched = preset.matched_to(dataset(28, 28, 3, classes=0), preset)
+    assert (matched.model.num_classes, matched.sampling.guidance_scale) == (0, 1.0)
     unlabelled = replace(
         preset, model=replace(preset.model, num_classes=0), sampling=replace(preset.sampling, guidance_scale=1.0)
     )
