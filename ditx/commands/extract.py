@@ -35,7 +35,7 @@ class Config:
     """The images and how to encode them. Run the same command again to resume at the first missing shard."""
 
     images: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IMAGES")]
-    """folder with one subfolder of images for each class"""
+    """folder of images, with a subfolder for each class if they have classes"""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """folder to write to, or to resume in"""
     vae: str = "ft-mse"
@@ -189,12 +189,8 @@ def open_folder(out: Path, plan: dict[str, Any]) -> None:
             raise ValueError(f"{file} is damaged ({error}); extract into another folder") from error
     # Weights are compared by their checksum, so they may have moved.
     before, plan = (each | {"vae": str(each["vae"]).rsplit(" ", 1)[-1].rstrip(")")} for each in (before, plan))
-    if changed := diff(before, plan, ignore=("images", "names_checksum")):
-        raise ValueError(f"{out} holds other latents: {changed}; give their flags, or another folder")
     if changed := diff(before, plan):
-        raise ValueError(
-            f"{out} holds latents of other images: {changed}; give another folder, or bring back the images of this one"
-        )
+        raise ValueError(f"{out} holds other latents: {changed}; give their flags and images, or another folder")
 
 
 def extract(config: Config, vae: AutoencoderKL, missing: list[ShardImages], total: int, received: list[int]) -> None:
@@ -213,7 +209,7 @@ def extract(config: Config, vae: AutoencoderKL, missing: list[ShardImages], tota
                     error = damaged.get(name, error)
                     if received:
                         return
-                    if not error:
+                    if values is not None and not error:
                         writer.write(values, label, name)
                     elif config.strict:
                         raise ValueError(f"cannot read image {file}: {error}; repair it, or drop --strict")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL
+import PIL.Image
 from jaxtyping import Int, Int32
 
 from ditx.data.image_files import is_image_name, read, reason, with_image
@@ -40,8 +40,8 @@ class Content(NamedTuple):
 
     checksum: str
     """CRC-32, or nothing if the file is no image"""
-    size: tuple[int, int] = (0, 0)
-    """width and height"""
+    width: int = 0
+    height: int = 0
     error: str = ""
     """reason why it cannot be used, if it is a damaged image"""
 
@@ -102,8 +102,8 @@ def find_images(path: str | os.PathLike, *, by_class: bool = True) -> ImageFolde
         raise ValueError(f"{root} is not a folder; give a folder of images, or one with a subfolder for each class")
     folders, loose = _entries(root, ())
     groups = [loose, *(sorted(walk(folder, (root,))) for folder in folders)]
-    contents = dict(zip(files := [file for group in groups for file in group], inspect(files, root), strict=True))
-    other = [file for file in files if not contents[file].checksum]
+    contents = inspect([file for group in groups for file in group], root)
+    other = [file for file, content in contents.items() if not content.checksum]
     if other:
         kinds = Counter(os.path.splitext(file)[1] or os.path.basename(file) for file in other).most_common()
         most = ", ".join(f"{count:,} {kind}" for kind, count in kinds[:5]) + (", ..." if len(kinds) > 5 else "")
@@ -166,32 +166,28 @@ def _entries(folder: str, above: tuple[str, ...]) -> tuple[list[str], list[str]]
     return folders, files
 
 
-def inspect(files: list[str], folder: str) -> list[Content]:
+def inspect(files: list[str], folder: str) -> dict[str, Content]:
     """Contents of the files of a folder; files whose size and times are as before are not read again.
 
     Reading finds damage in headers and, in PNG, anywhere; images of up to 100 MB in all are decoded, too.
     """
-    with ThreadPoolExecutor() as pool, _known(folder) as known:
-        stats = list(map(os.stat, files))
-        whole = sum(stat.st_size for stat in stats) <= MAX_BYTES_DECODED
-        keys = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, whole] for s in stats]
-        paths = list(map(os.path.abspath, files))
-        new = [n for n, (path, key) in enumerate(zip(paths, keys, strict=True)) if known.get(path, [0])[0] != key]
+    stats = list(map(os.stat, files))
+    whole = sum(stat.st_size for stat in stats) <= MAX_BYTES_DECODED
+    keys = {
+        file: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, whole] for file, s in zip(files, stats, strict=True)
+    }
+    with _known(folder) as known, ThreadPoolExecutor() as pool:
+        pairs = ((file, known.get(file.removeprefix(folder), [None])) for file in files)
+        contents = {file: Content(*kept[1:]) for file, kept in pairs if kept[0] == keys[file]}
+        new, started = [file for file in files if file not in contents], time.time_ns()
         if len(new) > 20_000:
             print(f"reading {len(new):,} files of {folder}, once", file=sys.stderr, flush=True)
-        contents: dict[int, Content] = {}
-        started = time.time_ns()
-        for number, content in zip(new, pool.map(lambda n: _inspect(files[n], whole), new), strict=True):
-            contents[number] = content
-        for number, path in enumerate(paths):
-            if number not in contents:
-                checked, size, error = known[path][1]
-                contents[number] = Content(checked, tuple(size), error)
+        contents |= zip(new, pool.map(lambda file: _inspect(file, whole), new), strict=True)
         known.clear()
-        for number, (path, key) in enumerate(zip(paths, keys, strict=True)):
-            if started - max(key[1:3]) > 2e9:  # A file can change again within one tick of a file system's clock.
-                known[path] = [key, contents[number]]
-    return [contents[number] for number in range(len(files))]
+        # Not files so young that they could change again within one tick of a file system's clock.
+        old = [file for file in files if started - max(keys[file][1:3]) > 2e9]
+        known.update((file.removeprefix(folder), [keys[file], *contents[file]]) for file in old)
+    return contents
 
 
 def _inspect(file: str, whole: bool) -> Content:
@@ -204,7 +200,7 @@ def _inspect(file: str, whole: bool) -> Content:
         size = with_image(file, check)
         if whole:
             read(file, 1)
-        return Content(checksum(file), size)
+        return Content(checksum(file), *size)
     except ValueError as error:
         if isinstance(error.__cause__, PIL.UnidentifiedImageError) and not is_image_name(file):
             return Content("")

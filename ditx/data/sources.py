@@ -242,9 +242,9 @@ def _open_npz(path: Path) -> ArraySource:
 
 def _open_folder(path: Path, size: int) -> FolderSource:
     folder = find_images(path, by_class=False)
-    source = FolderSource.of(folder, size or folder.contents[0].size[0], strict=True)
+    source = FolderSource.of(folder, size or folder.contents[0].width, strict=True)
     if not size:
-        shapes = [content.size for content in folder.contents]
+        shapes = [(content.width, content.height) for content in folder.contents]
         ((width, height), count), *others = Counter(shapes).most_common()
         if others:
             other = next(file for file, shape in zip(folder.files, shapes, strict=True) if shape != (width, height))

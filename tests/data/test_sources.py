@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+import tracemalloc
 from typing import ClassVar
 
 import numpy as np
@@ -242,6 +243,15 @@ def test_a_folder_without_subfolders_has_no_classes(tmp_path, capsys):
     assert (len(sources.images(tmp_path, 8)), sources.images(tmp_path, 8).class_names) == (1, ("cat",))
     assert f"passed over 3 images beside the class folders of {tmp_path}" in capsys.readouterr().err
     assert (len(sources.open_images(str(tmp_path))), sources.open_images(str(tmp_path)).class_names) == (4, ())
+
+
+def test_images_of_a_file_are_held_once(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((1000, 64, 64, 3), np.uint8))
+    tracemalloc.start()
+    assert sources.open_images(str(tmp_path / "a.npz")).checksum
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * 1000 * 64 * 64 * 3
 
 
 def test_files_of_images_to_evaluate(tmp_path):
