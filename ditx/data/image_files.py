@@ -75,6 +75,8 @@ def read(path: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """The image turned and mirrored as its EXIF or XMP orientation says; damaged metadata says nothing."""
     image.load()
+    if not image.info:  # which saves a search
+        return image
     try:
         turned = image.getexif().get(0x112, 1) != 1
     except Exception:  # of many types, as above
@@ -92,6 +94,8 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def centre_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     """The central square at `size` x `size` (Dhariwal and Nichol 2021): box halvings, one bicubic resize, a crop."""
+    if image.size == (size, size):
+        return image
     bicubic = PIL.Image.Resampling.BICUBIC
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
