@@ -73,7 +73,7 @@ def test_memory_of_one_device_of_a_mesh_that_does_not_exist(run):
         (["info", "--mesh.data", 0], "mesh.data is 0"),
         (["info", "--mesh.tensor", 3], "mesh.tensor is 3, which does not divide num_heads, 16"),
         (["info", "--mesh.fsdp", 6], "batch_size is 256; make it a multiple of 6 devices"),
-        (["inform"], "unknown verb 'inform'; did you mean 'info'? choose from bench, convert, ema, evaluate, extract"),
+        (["inform"], "unknown verb 'inform'; did you mean 'info'? choose from train, sample, bench, convert"),
     ],
 )
 def test_mistakes_are_one_sentence(run, arguments, sentence):
