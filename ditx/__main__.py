@@ -5,7 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from ditx import cli
+from ditx import checks, cli
 
 VERBS = {
     "train": "train a network; train.py of a clone",
@@ -37,7 +37,7 @@ def main() -> int:
             print("\n".join(f"  {name:<10}  {text}" for name, text in VERBS.items()))
             return 0
         if verb not in VERBS:
-            raise cli.unknown("verb", verb, VERBS)
+            raise checks.unknown("verb", verb, VERBS)
         return importlib.import_module(f"ditx.commands.{verb}").main(arguments)
 
     return cli.run("ditx" if verb not in VERBS else f"ditx {verb}", call)

@@ -1,6 +1,5 @@
 """Command lines: presets, checks of fields, unknown names, exit codes. Shared by both scripts and all verbs."""
 
-import difflib
 import errno
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
+from ditx.checks import unknown
 from ditx.files import cache_folder, first_line
 
 T = TypeVar("T")
@@ -117,13 +117,6 @@ def split_preset(arguments: list[str], presets: Collection[str], *, default: str
     if arguments[0] not in presets:
         raise unknown("preset", arguments[0], presets)
     return arguments[0], arguments[1:]
-
-
-def unknown(kind: str, name: str, choices: Collection[str]) -> ValueError:
-    """The error for a name that does not exist, with the nearest existing one."""
-    near = difflib.get_close_matches(name, choices, n=1)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"unknown {kind} {name!r}; {guess}choose from {', '.join(choices)}")
 
 
 def at_least(config: Any, least: int, *names: str) -> None:

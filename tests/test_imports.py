@@ -17,7 +17,7 @@ HOMES = {
 }
 # Rooms from the bottom up. A file imports its own room and the rooms on lines above its own.
 ROOMS = [
-    {"files", "pickles"},
+    {"checks", "files", "pickles"},
     {"nn", "diffusion"},
     {"kernels", "parallel", "testing"},
     {"cli", "pictures", "sampling"},

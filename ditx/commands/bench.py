@@ -22,7 +22,7 @@ import tyro
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ditx import cli, costs
+from ditx import checks, cli, costs
 from ditx.commands import bench_torch
 from ditx.commands.bench_torch import intervals
 from ditx.diffusion.objective import ObjectiveConfig, make_objective
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
         print("\n".join(f"  {name:<8}  {(kind.__doc__ or '').strip()}" for name, kind in KINDS.items()))
         return 0
     if argv[0] not in KINDS:
-        raise cli.unknown("benchmark", argv[0], KINDS)
+        raise checks.unknown("benchmark", argv[0], KINDS)
     config = parse(*argv)
     check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
@@ -125,7 +125,7 @@ def parse(name: str, *flags: str) -> Any:
 
     def defaults(first: Any) -> tuple[Any, None]:
         if first.source not in networks:
-            raise cli.unknown("network", first.source, networks)
+            raise checks.unknown("network", first.source, networks)
         smaller = {"batch_size": 64} if (kind, first.source) == (Train, "tiny") else {}
         return kind(model=networks[first.source], **smaller), None
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from ditx import cli, costs
+from ditx import checks, cli, costs
 from ditx.commands import evaluate
 from ditx.evaluation.reference import read_reference
 from ditx.files import checksum
@@ -161,7 +161,7 @@ class Study:
         cli.at_least(self.plan, 1, "steps", "every", "num_samples")
         for name in self.only:
             if name not in self.plan.networks:
-                raise cli.unknown(f"network of {self.grid}", name, self.plan.networks)
+                raise checks.unknown(f"network of {self.grid}", name, self.plan.networks)
         if self.plan.preset != "digits" and not (self.data_path or self.list):
             raise ValueError(f"{self.grid} trains on CIFAR-10; give its path with --data-path")
 

@@ -4,15 +4,26 @@
 network reads 1000 s, the unit of `ditx.diffusion.schedule`, and predicts the velocity or any other prediction.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ditx.checks import check_example
 from ditx.diffusion.gaussian import split_variance
-from ditx.diffusion.parameterization import Image, NoiseLevel, Predict, Prediction, add_noise, loss_ratio, to_target
+from ditx.diffusion.parameterization import (
+    Image,
+    NoiseLevel,
+    Predict,
+    Prediction,
+    Scalar,
+    add_noise,
+    loss_ratio,
+    one_example,
+    to_target,
+)
 from ditx.diffusion.schedule import Schedule, from_levels
 
 TIME_SCALE = 1000
@@ -21,11 +32,12 @@ Times = TypeVar("Times", Float[Array, ""], Float[np.ndarray, " T"])
 
 def noise_level(s: Float[Array, ""]) -> NoiseLevel:
     """The noise level at `s`."""
+    check_example(0, s=s)
     one = jnp.ones_like(s)
     return NoiseLevel(TIME_SCALE * s, 1 - s, s, -one, one)
 
 
-def uniform_grid(steps: int, *, shift: float = 1.0, prediction: Prediction = "velocity") -> Schedule:
+def uniform_grid(steps: int | np.integer, *, shift: Scalar = 1.0, prediction: Prediction = "velocity") -> Schedule:
     """`steps` steps equal in time from noise to data, moved towards the noise by `shift` (see `shifted`).
 
     For eps and score the first level is at s = 0.999, as in SiT (Ma et al. 2024): at pure noise they do not determine
@@ -40,16 +52,17 @@ def uniform_grid(steps: int, *, shift: float = 1.0, prediction: Prediction = "ve
     return from_levels(TIME_SCALE * s, 1 - s, s, path="linear", prediction=prediction)
 
 
-def logit_normal(mean: float = 0.0, std: float = 1.0, *, key: PRNGKeyArray) -> Float[Array, ""]:
+def logit_normal(mean: Scalar = 0.0, std: Scalar = 1.0, *, key: PRNGKeyArray) -> Float[Array, ""]:
     """Draw `s` as the sigmoid of a normal variable, most often near the middle (Esser et al. 2024, section 3.1)."""
     return jax.nn.sigmoid(mean + std * jax.random.normal(key))
 
 
-def shifted(s: Times, shift: float) -> Times:
+def shifted(s: Times, shift: Any) -> Times:
     """Multiply sigma / alpha by `shift`: more noise, for larger images (Esser et al. 2024, Eq. 23)."""
     return shift * s / (1 + (shift - 1) * s)
 
 
+@one_example
 def training_loss(
     predict: Predict,
     x0: Image,
@@ -57,7 +70,7 @@ def training_loss(
     noise: Image,
     *,
     prediction: Prediction = "velocity",
-    floor: float = 0.05,
+    floor: Scalar = 0.05,
 ) -> dict[str, Float[Array, ""]]:
     """Mean squared error of the velocity at `s` (Lipman et al. 2023, Eq. 14 for the straight path).
 

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ditx.diffusion.parameterization import Image, Predict, add_noise, loss_ratio, to_target, to_x0_eps
+from ditx.diffusion.parameterization import (
+    Image,
+    Predict,
+    Scalar,
+    add_noise,
+    loss_ratio,
+    one_example,
+    to_target,
+    to_x0_eps,
+)
 from ditx.diffusion.schedule import Index, Schedule, at, noise_level
 
 
@@ -23,23 +32,27 @@ class Gaussian(NamedTuple):
     x0: Float[Array, "h w c"]
 
 
+@one_example
 def q_sample(schedule: Schedule, x0: Image, i: Index, noise: Image) -> Image:
     """Draw x_t given x_0 with the standard normal `noise` (Ho et al. 2020, Eq. 4)."""
     return add_noise(noise_level(schedule, i), x0, noise)
 
 
+@one_example
 def predict_x0_eps(schedule: Schedule, predict: Predict, x: Image, i: Index) -> tuple[Image, Image]:
     """A network's prediction for `x` at step `i`, as data and noise."""
     prediction, _ = split_variance(predict(x, at(schedule.time, i)), x)
     return to_x0_eps(prediction, schedule.prediction, x, noise_level(schedule, i))
 
 
+@one_example
 def posterior(schedule: Schedule, x0: Image, x: Image, i: Index) -> Gaussian:
     """q(x_{t-1} | x_t, x_0) (Ho et al. 2020, Eqs. 6 and 7)."""
     mean = at(schedule.posterior_mean_x0, i) * x0 + at(schedule.posterior_mean_xt, i) * x
     return Gaussian(mean, jnp.full_like(x, at(schedule.posterior_log_variance, i)), x0)
 
 
+@one_example
 def p_mean_variance(schedule: Schedule, output: Float[Array, "h w o"], x: Image, i: Index) -> Gaussian:
     """p(x_{t-1} | x_t) from the network's output: the prediction, and the variance if there are twice the channels.
 
@@ -60,6 +73,8 @@ def p_mean_variance(schedule: Schedule, output: Float[Array, "h w o"], x: Image,
 def split_variance(output: Float[Array, "h w o"], x: Image) -> tuple[Image, Image | None]:
     """Prediction and variance channels (None if absent) of an output. Raises ValueError for other channel counts."""
     channels = x.shape[-1]
+    if output.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"the output has shape {output.shape} and the input {x.shape}; only channels may differ")
     if output.shape[-1] == channels:
         return output, None
     if output.shape[-1] == 2 * channels:
@@ -67,6 +82,7 @@ def split_variance(output: Float[Array, "h w o"], x: Image) -> tuple[Image, Imag
     raise ValueError(f"the output has {output.shape[-1]} channels and the input {channels}; give as many or twice")
 
 
+@one_example
 def variational_bound(
     schedule: Schedule, output: Float[Array, "h w o"], x0: Image, x: Image, i: Index
 ) -> Float[Array, ""]:
@@ -81,6 +97,7 @@ def variational_bound(
     return jnp.where(jnp.asarray(i) == 0, -likelihood.mean(), kl.mean()) / math.log(2)
 
 
+@one_example
 def prior_bpd(schedule: Schedule, x0: Image) -> Float[Array, ""]:
     """KL(q(x_T | x_0) || N(0, 1)) in bits per dimension: the constant term of the bound."""
     mean = at(schedule.alpha, -1) * x0
@@ -88,14 +105,9 @@ def prior_bpd(schedule: Schedule, x0: Image) -> Float[Array, ""]:
     return normal_kl(mean, log_variance, jnp.zeros_like(x0), jnp.zeros_like(x0)).mean() / math.log(2)
 
 
+@one_example
 def training_loss(
-    schedule: Schedule,
-    predict: Predict,
-    x0: Image,
-    i: Index,
-    noise: Image,
-    *,
-    weight: Float[Array, ""] | float | None = None,
+    schedule: Schedule, predict: Predict, x0: Image, i: Index, noise: Image, *, weight: Scalar | None = None
 ) -> dict[str, Float[Array, ""]]:
     """The paper's loss at step `i`: `loss` = `mse` of the prediction + `vb`, the bound's term in bits per dimension.
 
@@ -108,7 +120,7 @@ def training_loss(
     output = predict(x, level.time)
     prediction, fraction = split_variance(output, x)
     mse = jnp.square(prediction - to_target(schedule.prediction, x0, noise, level)).mean()
-    error = mse if weight is None else weight * loss_ratio(schedule.prediction, "eps", level) * mse
+    error = mse if weight is None else jnp.asarray(weight) * loss_ratio(schedule.prediction, "eps", level) * mse
     if fraction is None or schedule.path == "linear":
         return {"loss": error, "mse": mse}
     frozen = jnp.concatenate([jax.lax.stop_gradient(prediction), fraction], -1)

@@ -5,16 +5,15 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
-from ditx.diffusion.parameterization import Image, Predict
+from ditx.diffusion.parameterization import Image, Predict, Scalar
 
-Scale: TypeAlias = int | float | Float[Array, ""]
-Interval: TypeAlias = tuple[float | Float[Array, ""], float | Float[Array, ""]]
+Interval: TypeAlias = tuple[Scalar, Scalar]
 
 
 def guide(
-    predict: Predict, weaker: Predict, *, scale: Scale, channels: int | None = None, interval: Interval | None = None
+    predict: Predict, weaker: Predict, *, scale: Scalar, channels: int | None = None, interval: Interval | None = None
 ) -> Predict:
     """Move a prediction away from that of a weaker predictor (autoguidance, Karras et al. 2024a, Eq. 4).
 
@@ -31,10 +30,10 @@ def guide(
 
 def classifier_free(
     predict: Callable[[Image, Float[Array, ""], Int[Array, ""]], Float[Array, "h w o"]],
-    y: int | Int[Array, ""],
+    y: Int[ArrayLike, ""],
     *,
-    null_label: int | None,
-    scale: Scale,
+    null_label: Int[ArrayLike, ""] | None,
+    scale: Scalar,
     channels: int | None = None,
     interval: Interval | None = None,
 ) -> Predict:
@@ -57,11 +56,11 @@ def classifier_free(
     return _guided(lambda x, t: predict(x, t, jnp.asarray(y)), both, scale, channels, interval)
 
 
-def _is_one(scale: Scale) -> bool:
+def _is_one(scale: Scalar) -> bool:
     return isinstance(scale, int | float) and scale == 1
 
 
-def _guided(plain: Predict, both: Callable, scale: Scale, channels: int | None, interval: Interval | None) -> Predict:
+def _guided(plain: Predict, both: Callable, scale: Scalar, channels: int | None, interval: Interval | None) -> Predict:
     if _is_one(scale):
         return plain
 
@@ -70,7 +69,7 @@ def _guided(plain: Predict, both: Callable, scale: Scale, channels: int | None, 
         # The weaker network may lack the variance channels.
         count = x.shape[-1] if channels is None else channels
         first = weak[..., :count] + scale * (strong[..., :count] - weak[..., :count])
-        return jnp.concatenate([first, strong[..., count:]], -1)
+        return jnp.concatenate([first.astype(strong.dtype), strong[..., count:]], -1)
 
     if interval is None:
         return guided

@@ -13,10 +13,11 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ditx.diffusion.gaussian import predict_x0_eps, prior_bpd, q_sample, variational_bound
-from ditx.diffusion.parameterization import Image, Predict
+from ditx.diffusion.parameterization import Image, Predict, one_example
 from ditx.diffusion.schedule import Index, Schedule, at
 
 
+@one_example
 def variational_bpd(
     schedule: Schedule, predict: Predict, x0: Image, *, key: PRNGKeyArray
 ) -> dict[str, Float[Array, "..."]]:
@@ -30,6 +31,7 @@ def variational_bpd(
     return {"total": terms.sum() + prior, "prior": prior, "terms": terms}
 
 
+@one_example
 def ode_bpd(schedule: Schedule, predict: Predict, x0: Image, *, key: PRNGKeyArray, probes: int = 1) -> Float[Array, ""]:
     """The bound by the probability-flow ODE: density of a noised image, and likelihood of `x0` given that image.
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ditx.checks import check_choice
 from ditx.diffusion import flow, gaussian, loss_weights
 from ditx.diffusion.parameterization import Image, Predict
 from ditx.diffusion.schedule import Schedule, Spacing, at, cosine_schedule, linear_schedule, respace, sampling_grid
@@ -46,8 +47,7 @@ class ObjectiveConfig:
         """Raise ValueError if the fields do not fit each other, or a network that predicts the variance or not."""
         for field in fields(ObjectiveConfig)[:3]:
             value = getattr(self, field.name)
-            if value not in get_args(field.type):
-                raise ValueError(f"{field.name} is {value!r}; choose {', '.join(get_args(field.type))}")
+            check_choice(field.name, value, get_args(field.type))
         if self.is_flow and learn_sigma:
             raise ValueError("schedule flow trains no variance; add --model.no-learn-sigma")
         if self.is_flow and self.loss_weight != "none":

@@ -4,17 +4,57 @@ A noised image is `x = alpha x0 + sigma noise`, and every prediction is another 
 `x` and any one prediction, two linear equations give both.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, get_args
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Real
+
+from ditx.checks import check_choice, check_example
 
 Predict: TypeAlias = Callable[[Float[Array, "h w c"], Float[Array, ""]], Float[Array, "h w o"]]
 Image: TypeAlias = Float[Array, "h w c"]
+Scalar: TypeAlias = int | float | np.floating | np.integer | Real[Array | np.ndarray, ""]
 Prediction: TypeAlias = Literal["eps", "x0", "v", "score", "velocity"]
 """The noise (Ho et al. 2020); the data; alpha noise - sigma x0 (Salimans and Ho 2022, section 4); the gradient of the
 log density, -noise / sigma (Song et al. 2021, section 3.3); dx/dt along the path (Lipman et al. 2023)."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_example(function: Callable[P, R]) -> Callable[P, R]:
+    """Compute a function of one image in float32 at least, and return images in the dtype of the first one.
+
+    Tables and levels get the same dtype, and networks see images of their own. Scalar results, such as losses, stay
+    wide. Raises ValueError for a batch.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        images = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, jax.Array) and jnp.ndim(arg) > 2]
+        check_example(3, **{f"image {number}": image for number, image in enumerate(images, 1)})
+        if not images:
+            return function(*args, **kwargs)
+        dtype = images[0].dtype
+        wide = jnp.promote_types(dtype, jnp.float32)
+
+        def cast(leaf: Any) -> Any:
+            if callable(leaf):
+                predict: Any = leaf
+                return lambda x, t: predict(x.astype(dtype), t).astype(wide)
+            floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+            return leaf.astype(wide) if floating else leaf
+
+        args, kwargs = jax.tree.map(cast, (args, kwargs), is_leaf=callable)
+        result: Any = function(*args, **kwargs)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 2 else leaf, result)
+
+    return wrapped
 
 
 class NoiseLevel(NamedTuple):
@@ -28,17 +68,20 @@ class NoiseLevel(NamedTuple):
     sigma_rate: Float[Array, ""]
 
 
+@one_example
 def add_noise(level: NoiseLevel, x0: Image, noise: Image) -> Image:
     """The noised image, alpha x0 + sigma noise."""
     return level.alpha * x0 + level.sigma * noise
 
 
+@one_example
 def to_target(kind: Prediction, x0: Image, noise: Image, level: NoiseLevel) -> Image:
     """The prediction of this kind for known data and noise: the training target."""
     x0_weight, noise_weight = _weights(kind, level)
     return x0_weight * x0 + noise_weight * noise
 
 
+@one_example
 def to_x0_eps(prediction: Image, kind: Prediction, x: Image, level: NoiseLevel) -> tuple[Image, Image]:
     """Data and noise from a prediction and `x`; the inverse of `to_target` and `add_noise` together.
 
@@ -55,7 +98,7 @@ def convert(prediction: Image, x: Image, level: NoiseLevel, *, source: Predictio
     return to_target(target, *to_x0_eps(prediction, source, x, level), level)
 
 
-def loss_ratio(source: Prediction, target: Prediction, level: NoiseLevel, *, floor: float = 0.0) -> Float[Array, ""]:
+def loss_ratio(source: Prediction, target: Prediction, level: NoiseLevel, *, floor: Scalar = 0.0) -> Float[Array, ""]:
     """Squared error of `target` over that of `source`, for one and the same error of the network.
 
     `floor` bounds the divisor from below, for ratios that are infinite at one end.
@@ -65,6 +108,8 @@ def loss_ratio(source: Prediction, target: Prediction, level: NoiseLevel, *, flo
 
 def _weights(kind: Prediction, level: NoiseLevel) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weights of the data and of the noise in a prediction."""
+    check_choice("prediction", kind, get_args(Prediction))
+    check_example(0, time=level.time, alpha=level.alpha)
     zero, one = jnp.zeros_like(level.alpha), jnp.ones_like(level.alpha)
     return {
         "eps": (zero, one),

@@ -17,22 +17,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ditx.checks import check_example
 from ditx.diffusion.gaussian import p_mean_variance, predict_x0_eps
-from ditx.diffusion.parameterization import Image, Predict
+from ditx.diffusion.parameterization import Image, Predict, Scalar, one_example
 from ditx.diffusion.schedule import Index, Schedule, at
 
 Step: TypeAlias = Callable[..., Image | tuple[Image, Image]]
 
 
+@one_example
 def ddpm_step(predict: Predict, schedule: Schedule, x: Image, i: Index, noise: Image) -> Image:
     """One ancestral step (Ho et al. 2020, Algorithm 2) with the network's variance; the last one adds no noise."""
     step = p_mean_variance(schedule, predict(x, at(schedule.time, i)), x, i)
     return jnp.where(jnp.asarray(i) > 0, step.mean + jnp.exp(step.log_variance / 2) * noise, step.mean)
 
 
-def ddim_step(
-    predict: Predict, schedule: Schedule, x: Image, i: Index, noise: Image, *, eta: int | float = 0.0
-) -> Image:
+@one_example
+def ddim_step(predict: Predict, schedule: Schedule, x: Image, i: Index, noise: Image, *, eta: Scalar = 0.0) -> Image:
     """One step of DDIM (Song et al. 2021, Eq. 12): deterministic at `eta` 0, as noisy as DDPM at 1."""
     x0, eps = predict_x0_eps(schedule, predict, x, i)
     alpha, sigma = _next_level(schedule, i)
@@ -40,11 +41,13 @@ def ddim_step(
     return alpha * x0 + jnp.sqrt(jnp.maximum(sigma**2 - std**2, 0)) * eps + std * noise
 
 
+@one_example
 def euler_step(predict: Predict, schedule: Schedule, x: Image, i: Index, noise: Image) -> Image:
     """One step of Euler's method on the probability-flow ODE; equals DDIM at `eta` 0."""
     return ddim_step(predict, schedule, x, i, noise)
 
 
+@one_example
 def heun_step(predict: Predict, schedule: Schedule, x: Image, i: Index, noise: Image) -> Image:
     """One step of Heun's method on the probability-flow ODE: second order, two evaluations, deterministic.
 
@@ -63,6 +66,7 @@ def heun_step(predict: Predict, schedule: Schedule, x: Image, i: Index, noise: I
     return x + (first + second) / 2
 
 
+@one_example
 def dpm_solver_step(
     predict: Predict, schedule: Schedule, x: Image, i: Index, noise: Image, previous: Image
 ) -> tuple[Image, Image]:
@@ -81,6 +85,7 @@ def dpm_solver_step(
     return decay * x + (alpha - decay * at(schedule.alpha, i)) * data, x0
 
 
+@one_example
 def euler_maruyama_step(predict: Predict, schedule: Schedule, x: Image, i: Index, noise: Image) -> Image:
     """One Euler-Maruyama step on the reverse SDE (Song et al. 2021, Eq. 6); the last one adds no noise.
 
@@ -111,6 +116,7 @@ def sample(
     """
     if (key is None) == (noises is None):
         raise ValueError("give either key, for new noise, or noises, to replay")
+    check_example(3, x=x)
     order = jnp.arange(len(schedule))[::-1]
     multistep = "previous" in inspect.signature(step).parameters
 

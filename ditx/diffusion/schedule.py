@@ -1,17 +1,18 @@
 """Noise schedules: tables over the steps of a diffusion, and shorter schedules from longer ones."""
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ditx.diffusion.parameterization import NoiseLevel, Prediction
+from ditx.checks import check_choice, check_example
+from ditx.diffusion.parameterization import NoiseLevel, Prediction, Scalar
 
 Table: TypeAlias = Float[Array | np.ndarray, " T"]
-Index: TypeAlias = Int[Array, ""] | int
+Index: TypeAlias = int | np.integer | Int[Array | np.ndarray, ""]
 Spacing: TypeAlias = Literal["time", "log-snr", "karras"]
 Path: TypeAlias = Literal["vp", "linear"]
 
@@ -59,6 +60,7 @@ class Schedule(eqx.Module):
 
 def at(table: Table, i: Index) -> Float[Array, ""]:
     """Entry `i` of a schedule's table, in JAX's default type; `i` may be traced."""
+    check_example(0, i=i)
     return jnp.asarray(table)[i]
 
 
@@ -69,7 +71,7 @@ def noise_level(schedule: Schedule, i: Index) -> NoiseLevel:
     return NoiseLevel(time, alpha, sigma, *rates)
 
 
-def linear_schedule(steps: int = 1000, *, prediction: Prediction = "eps") -> Schedule:
+def linear_schedule(steps: int | np.integer = 1000, *, prediction: Prediction = "eps") -> Schedule:
     """Variances that rise linearly from 1e-4 to 0.02 over 1000 steps; scaled by 1000 / `steps` for other numbers.
 
     The schedule of Ho et al. 2020 and of the DiT paper. Raises ValueError below 21 steps, where a variance exceeds 1
@@ -80,7 +82,7 @@ def linear_schedule(steps: int = 1000, *, prediction: Prediction = "eps") -> Sch
     return _from_betas(np.linspace(0.1, 20.0, steps) / steps, prediction)
 
 
-def cosine_schedule(steps: int = 1000, *, prediction: Prediction = "eps") -> Schedule:
+def cosine_schedule(steps: int | np.integer = 1000, *, prediction: Prediction = "eps") -> Schedule:
     """`alpha_bar` falls as a squared cosine; variances are at most 0.999 (Nichol and Dhariwal 2021, Eq. 17).
 
     Raises ValueError below two steps.
@@ -100,6 +102,10 @@ def from_levels(
     time: np.ndarray, alpha: np.ndarray, sigma: np.ndarray, *, path: Path, prediction: Prediction
 ) -> Schedule:
     """The schedule with these levels, data first; its betas follow from `alpha` and `sigma`."""
+    check_choice("path", path, get_args(Path))
+    check_choice("prediction", prediction, get_args(Prediction))
+    if prediction == "eps" and np.any(alpha == 0):
+        raise ValueError("prediction eps says nothing about the data at a level of pure noise; use v, x0 or velocity")
     alpha_before, sigma_before = np.concatenate([[1.0], alpha[:-1]]), np.concatenate([[0.0], sigma[:-1]])
     scale = alpha / alpha_before
     beta = sigma**2 - (scale * sigma_before) ** 2
@@ -124,7 +130,7 @@ def from_levels(
     )
 
 
-def sampling_grid(schedule: Schedule, steps: int, spacing: Spacing = "time") -> Schedule:
+def sampling_grid(schedule: Schedule, steps: int | np.integer, spacing: Spacing = "time") -> Schedule:
     """`steps` levels of a schedule of evenly spaced times; their times need not be whole.
 
     `time`: steps of equal length, the last one to the data (the "trailing" steps of Lin et al. 2024, not rounded).
@@ -133,6 +139,7 @@ def sampling_grid(schedule: Schedule, steps: int, spacing: Spacing = "time") -> 
     of pure noise, where log-SNR is infinite. Between levels, log alpha (on the linear path, alpha) is linear in time.
     Raises ValueError below one step, or if the schedule has one level.
     """
+    check_choice("spacing", spacing, get_args(Spacing))
     if steps < 1 or len(schedule) < 2:
         raise ValueError(f"cannot take {steps} of {len(schedule)} levels; give at least 1 step and 2 levels")
     time, signal = _axis(schedule)
@@ -149,11 +156,11 @@ def sampling_grid(schedule: Schedule, steps: int, spacing: Spacing = "time") -> 
     return from_levels(times, alpha, sigma, path=schedule.path, prediction=schedule.prediction)
 
 
-def time_at(schedule: Schedule, ratio: float | np.ndarray) -> np.ndarray:
+def time_at(schedule: Schedule, ratio: Scalar | np.ndarray) -> np.ndarray:
     """The time at which sigma / alpha, the sigma of Karras et al. 2022, is `ratio`; it need not be whole."""
     time, signal = _axis(schedule)
     target = -np.log1p(ratio**2) / 2 if schedule.path == "vp" else 1 / (1 + ratio)
-    return np.asarray(np.interp(-target, -signal, time))
+    return np.asarray(np.interp(-np.asarray(target), -signal, time))
 
 
 def _axis(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +170,7 @@ def _axis(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([2 * time[:1] - time[1:2], time]), signal
 
 
-def respace(schedule: Schedule, steps: str | int | Sequence[int]) -> Schedule:
+def respace(schedule: Schedule, steps: str | int | np.integer | Sequence[int]) -> Schedule:
     """Keep some steps of a schedule, with the same `alpha_bar` and new betas (Nichol and Dhariwal 2021).
 
     `steps` is their number, first and last included (`"250"` or 250), or their number at a constant stride (`"ddim50"`,
@@ -175,7 +182,7 @@ def respace(schedule: Schedule, steps: str | int | Sequence[int]) -> Schedule:
     return from_levels(*kept, path=schedule.path, prediction=schedule.prediction)
 
 
-def _grid(total: int, steps: str | int | Sequence[int]) -> np.ndarray:
+def _grid(total: int, steps: str | int | np.integer | Sequence[int]) -> np.ndarray:
     if isinstance(steps, str | int | np.integer):
         digits = str(steps).removeprefix("ddim")
         count = int(digits) if digits.isascii() and digits.isdigit() else 0

@@ -10,10 +10,10 @@ plain block in four ways:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from einops import rearrange
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from ditx.checks import check_choice
 from ditx.kernels import fp8, matmul
 from ditx.nn import layers
 from ditx.nn.blocks import AdaLNBlock, AdaLNZeroBlock, CrossAttentionBlock, InContextBlock
@@ -42,7 +43,9 @@ class KernelConfig:
     slightly different training)"""
 
     def apply_block(self) -> ApplyBlock:
-        """The function of a block, its tokens and its condition."""
+        """The function of a block, its tokens and its condition. Raises ValueError for an unknown name."""
+        for field in fields(KernelConfig):
+            check_choice(field.name, getattr(self, field.name), get_args(field.type))
         own = KernelConfig(self.kernels, self.attention, self.matmul_dtype)  # hashable, whatever inherits from it
         return partial(_apply_block, config=own)
 
@@ -92,21 +95,23 @@ def _adaln_zero(block, x, c, ops):
 def _adaln(block, x, c, ops):
     shift1, scale1, shift2, scale2 = jnp.split(_modulation(block, c), 4)
     x, y = ops.norm_modulate(x, shift1, scale1)
-    x, y = ops.norm_modulate(x + sum(_attention(block.attention, y, ops)), shift2, scale2)
-    return x + sum(_mlp(block.mlp, y, ops))
+    x, y = ops.norm_modulate(x + _summed(*_attention(block.attention, y, ops)), shift2, scale2)
+    return x + _summed(*_mlp(block.mlp, y, ops))
 
 
 def _cross_attention(block, x, c, ops):
-    x = x + sum(_attention(block.attention, _norm(block.norm1, x), ops))
+    x = x + _summed(*_attention(block.attention, _norm(block.norm1, x), ops))
     y, layer = _norm(block.norm2, x), block.cross_attention
-    q, k, v = (ops.product(z, part.weight) + part.bias for z, part in ((y, layer.q), (c, layer.k), (c, layer.v)))
-    x = x + ops.product(ops.attend(q, k, v, layer.num_heads), layer.out.weight) + layer.out.bias
-    return x + sum(_mlp(block.mlp, _norm(block.norm3, x), ops))
+    q, k, v = (
+        _summed(ops.product(z, part.weight), part.bias) for z, part in ((y, layer.q), (c, layer.k), (c, layer.v))
+    )
+    x = x + _summed(ops.product(ops.attend(q, k, v, layer.num_heads), layer.out.weight), layer.out.bias)
+    return x + _summed(*_mlp(block.mlp, _norm(block.norm3, x), ops))
 
 
 def _in_context(block, x, c, ops):
-    x = x + sum(_attention(block.attention, _norm(block.norm1, x), ops))
-    return x + sum(_mlp(block.mlp, _norm(block.norm2, x), ops))
+    x = x + _summed(*_attention(block.attention, _norm(block.norm1, x), ops))
+    return x + _summed(*_mlp(block.mlp, _norm(block.norm2, x), ops))
 
 
 _BLOCKS = {
@@ -115,6 +120,10 @@ _BLOCKS = {
     CrossAttentionBlock: _cross_attention,
     InContextBlock: _in_context,
 }
+
+
+def _summed(x, bias):
+    return x + bias[None]
 
 
 def _modulation(block, c):
@@ -128,7 +137,7 @@ def _attention(layer, x, ops):
     @partial(jax.checkpoint, prevent_cse=False)
     def project(weight, bias, x):
         q, k, v = (ops.product(x, weight[:, part]) for part in range(3))
-        return q + bias, k, v
+        return q + bias[None], k, v
 
     # Two biases need no pass over the tokens. The keys' bias moves all logits of a query alike, and softmax ignores
     # it. The values' bias passes through softmax, whose weights add up to 1.
@@ -168,12 +177,12 @@ def _gate_norm_modulate(x, gate, branch, bias, shift, scale):
 
 @_saving_inputs
 def _gate_residual(x, gate, branch, bias):
-    return x + gate * (branch + bias)
+    return x + gate[None] * (branch + bias[None])
 
 
 @jax.checkpoint  # with its barrier: XLA would otherwise save the derivative's parts in the forward pass
 def _bias_gelu(x, bias):
-    return jax.nn.gelu(x + bias, approximate=True)
+    return jax.nn.gelu(x + bias[None], approximate=True)
 
 
 _XLA = SimpleNamespace(

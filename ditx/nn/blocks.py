@@ -76,8 +76,8 @@ class AdaLNZeroBlock(eqx.Module):
 
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6)
-        x = x + gate1 * self.attention(modulate(layer_norm(x), shift1, scale1))
-        return x + gate2 * self.mlp(modulate(layer_norm(x, self.mlp_norm_eps), shift2, scale2))
+        x = x + gate1[None] * self.attention(modulate(layer_norm(x), shift1, scale1))
+        return x + gate2[None] * self.mlp(modulate(layer_norm(x, self.mlp_norm_eps), shift2, scale2))
 
     @staticmethod
     def enter(tokens: Tokens, time: Vector, label: Vector) -> tuple[Tokens, Vector]:

@@ -9,8 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Real
 
+from ditx.checks import check_choice, check_example
 from ditx.nn.blocks import BLOCKS, BlockName
 from ditx.nn.embeddings import LabelEmbedding, TimeEmbedding, grid_positions
 from ditx.nn.layers import Linear
@@ -88,8 +89,7 @@ class DiTConfig:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} gives the MLP a width of 0; the paper uses 4.0")
         if self.frequency_shift not in (0, 1):
             raise ValueError(f"frequency_shift is {self.frequency_shift}; give 0 (the authors') or 1 (diffusers')")
-        if self.block not in get_args(BlockName):
-            raise ValueError(f"unknown block {self.block!r}; choose from {', '.join(get_args(BlockName))}")
+        check_choice("block", self.block, get_args(BlockName))
         if not 0 < self.mlp_norm_eps < 1 or (self.mlp_norm_eps != 1e-6 and self.block != "adaln-zero"):
             raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps} in blocks {self.block}; give 1e-6 (the authors')")
 
@@ -153,8 +153,8 @@ class DiT(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "h w c"],
-        t: Float[Array, ""] | Int[Array, ""] | float | int,
-        y: Int[Array, ""] | int | None = None,
+        t: Real[ArrayLike, ""],
+        y: Int[ArrayLike, ""] | None = None,
         *,
         apply_block: ApplyBlock = call_block,
         unroll: int = 1,
@@ -170,10 +170,7 @@ class DiT(eqx.Module):
         return self.unembed(self.run(tokens, condition, apply_block=apply_block, unroll=unroll), condition)
 
     def embed(
-        self,
-        x: Float[Array, "h w c"],
-        t: Float[Array, ""] | Int[Array, ""] | float | int,
-        y: Int[Array, ""] | int | None = None,
+        self, x: Float[Array, "h w c"], t: Real[ArrayLike, ""], y: Int[ArrayLike, ""] | None = None
     ) -> tuple[Float[Array, "n d"], Float[Array, "*m d"]]:
         """Tokens of the image patches with their positions, and the condition of time and label."""
         config = self.config
@@ -184,6 +181,7 @@ class DiT(eqx.Module):
         if y is None:
             raise ValueError("the network was built without a null label (label_dropout 0); give a label")
         p, t = config.patch_size, jnp.asarray(t)
+        check_example(0, t=t, y=y)
         tokens = self.patch(rearrange(x, "(h p) (w q) c -> (h w) (p q c)", p=p, q=p))
         tokens = tokens + jnp.asarray(grid_positions(config.input_size // p, config.hidden_size), tokens.dtype)
         return self.blocks.enter(tokens, self.time(1 - t / 1000 if config.sit else t), self.label(jnp.asarray(y)))
@@ -198,6 +196,7 @@ class DiT(eqx.Module):
         unroll: int = 1,
     ) -> Float[Array, "n d"]:
         """Run the blocks, or a slice of them, over the tokens."""
+        check_example(2, tokens=tokens, condition=condition)
         stack = self.blocks if blocks == slice(None) else jax.tree.map(lambda leaf: leaf[blocks], self.blocks)
 
         def body(tokens, block):
@@ -207,6 +206,7 @@ class DiT(eqx.Module):
 
     def unembed(self, tokens: Float[Array, "n d"], condition: Float[Array, "*m d"]) -> Float[Array, "h w o"]:
         """The output image of the tokens, by the last layer. Ignores tokens behind the image's own."""
+        check_example(2, tokens=tokens, condition=condition)
         config = self.config
         patches = self.final(tokens[: config.num_tokens], condition)
         p, side = config.patch_size, config.input_size // config.patch_size

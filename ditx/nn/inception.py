@@ -15,7 +15,7 @@ import numpy as np
 from einops import reduce
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from ditx.nn.layers import at_least_float32
+from ditx.nn.layers import at_least_float32, with_bias
 
 Resize = Literal["adm", "pytorch-fid"]
 Pool = Literal["avg", "max", "max/2"]
@@ -103,13 +103,13 @@ class ConvUnit(eqx.Module):
         scale = self.scale * jax.lax.rsqrt(self.variance + 1e-3)
         y = jax.lax.conv_general_dilated(
             x[None],
-            self.weight * scale,
+            self.weight * scale[None, None, None],
             (self.stride, self.stride),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=jax.lax.Precision.HIGHEST,  # Features are compared with other programs' features.
         )
-        return jax.nn.relu(y[0] + (self.bias - self.mean * scale))
+        return jax.nn.relu(with_bias(y[0], self.bias - self.mean * scale))
 
 
 class Branch(eqx.Module):

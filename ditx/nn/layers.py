@@ -30,7 +30,7 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(shape)
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "..."]:
-        return jnp.tensordot(x, self.weight, 1) + self.bias
+        return with_bias(jnp.tensordot(x, self.weight, 1), self.bias)
 
 
 def layer_norm(x: Float[Array, "*n d"], eps: float = 1e-6) -> Float[Array, "*n d"]:
@@ -51,12 +51,13 @@ class LayerNorm(eqx.Module):
         self.weight, self.bias = jnp.ones(hidden_size), jnp.zeros(hidden_size)
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        return layer_norm(x) * self.weight + self.bias
+        y = layer_norm(x)
+        return with_bias(y * jax.lax.broadcast_to_rank(self.weight, y.ndim), self.bias)
 
 
 def modulate(x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"]) -> Float[Array, "n d"]:
     """Shift and scale all tokens: `x * (1 + scale) + shift` (Perez et al. 2018, centred on the identity)."""
-    return x * (1 + scale) + shift
+    return x * (1 + scale[None]) + shift[None]
 
 
 class Attention(eqx.Module):
@@ -129,6 +130,11 @@ class MLP(eqx.Module):
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+def with_bias(x: Float[Array, "*n d"], bias: Float[Array, "..."]) -> Float[Array, "*n d"]:
+    """`x + bias` along the last axes of `x`."""
+    return x + jax.lax.broadcast_to_rank(bias, x.ndim)
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:

@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange, repeat
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ditx.nn.layers import Attention, Linear, at_least_float32
+from ditx.nn.layers import Attention, Linear, at_least_float32, with_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Conv(eqx.Module):
         y = jax.lax.conv_general_dilated(
             x[None], self.weight, (stride, stride), (padding, padding), dimension_numbers=dimensions
         )
-        return y[0] + self.bias
+        return with_bias(y[0], self.bias)
 
 
 class GroupNorm(eqx.Module):
@@ -97,7 +97,7 @@ class GroupNorm(eqx.Module):
         centred = wide - wide.mean((0, 1, 3), keepdims=True)
         variance = jnp.square(centred).mean((0, 1, 3), keepdims=True)
         normal = rearrange(centred * jax.lax.rsqrt(variance + 1e-6), "h w g c -> h w (g c)")
-        return normal.astype(x.dtype) * self.weight + self.bias
+        return with_bias(normal.astype(x.dtype) * self.weight[None, None], self.bias)
 
 
 class ResBlock(eqx.Module):

@@ -1,7 +1,7 @@
 """The training step: an objective over a batch, the optimizer, and running averages of the weights."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax
@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from ditx.checks import check_choice
 from ditx.diffusion.objective import Objective, Terms
 from ditx.nn.dit import ApplyBlock, DiT, DiTConfig, call_block
 from ditx.parallel import fsdp
@@ -70,6 +71,7 @@ def drop_label(y: Int[Array, ""], config: DiTConfig, *, key: PRNGKeyArray) -> In
 
 def recompute(apply_block: ApplyBlock, kind: Remat, *, unroll: int = 1) -> ApplyBlock:
     """Recompute a block in the backward pass: nothing, all but its products with weights ("dots"), or all ("full")."""
+    check_choice("remat", kind, get_args(Remat))
     if kind == "none":
         return apply_block
     policy = _is_product if kind == "dots" else None
