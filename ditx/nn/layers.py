@@ -57,7 +57,7 @@ class LayerNorm(eqx.Module):
 
 def modulate(x: Float[Array, "n d"], shift: Float[Array, " d"], scale: Float[Array, " d"]) -> Float[Array, "n d"]:
     """Shift and scale all tokens: `x * (1 + scale) + shift` (Perez et al. 2018, centred on the identity)."""
-    return x * (1 + scale[None]) + shift[None]
+    return x * (1 + scale)[None] + shift[None]
 
 
 class Attention(eqx.Module):
