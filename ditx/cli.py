@@ -29,8 +29,8 @@ def run(prog: str, function: Callable[[], int], *, out_of_memory: str = "try a s
     """Call a command and return its exit code: a mistake is one sentence and code 2, Ctrl-C is 130.
 
     A mistake is a ValueError or an OSError. Too little memory on a device ends with the advice `out_of_memory`. Of
-    several processes, one that fails exits at once. Compiled programs are kept on disk for the next start. Output that
-    nobody reads any more is dropped.
+    several processes, one that fails exits at once. Compiled programs are kept on disk for the next start. Output
+    to a closed pipe or terminal is dropped.
     """
     import jax
 
@@ -176,7 +176,7 @@ def in_new_process(function: Callable[[], T], *, killed: str, initializer: Calla
 
 
 def parse_with_defaults(parse: Callable[..., C], defaults: Callable[[C], tuple[C | None, X]]) -> tuple[C, X]:
-    """Parse twice: what the first pass names, such as a run, sets the defaults of the other flags in the second.
+    """Parse twice: the first pass finds the run or weights; the second takes the defaults of other flags from there.
 
     `parse` is `tyro.cli` with all but `default` filled in. `defaults(first)` returns those, or None to keep the first
     pass, and a value to pass on.

@@ -74,7 +74,7 @@ def step_memory(
     """Estimated bytes of one device in a training step, by purpose; their sum estimates its peak.
 
     The devices need not exist. Weights, averages, moments, batch and gradients are exact. Activations are the values
-    that JAX saves for the backward pass; working memory is that of one block, recomputed, and its gathered weights in
+    that JAX saves for the backward pass; working memory is one recomputed block's values and its gathered weights in
     the compute dtype. Raises ValueError if the mesh does not fit the network or the batch.
     """
     from ditx.training.step import recompute  # imports optax, which `import ditx` does not

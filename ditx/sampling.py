@@ -40,7 +40,7 @@ else:
 class SamplerParams(NamedTuple):
     """Traceable sampler parameters. New values reuse the compiled sampler; a new step count recompiles.
 
-    Guidance or none, and an interval or none, also make different programs.
+    Switching guidance or its interval on or off also recompiles.
     """
 
     grid: Schedule
@@ -151,14 +151,14 @@ def make_sampler(
     stride: int = 0,
     decode: Decode | None = None,
     unroll: int = 1,
-    kernels: KernelConfig = KernelConfig(),  # noqa: B008
+    kernels: KernelConfig = KernelConfig(),  # noqa: B008 (frozen)
     guided_by_network: bool = False,
 ) -> Sampler:
-    """Compile a sampler of networks that are laid on the mesh, where each device draws its part of a batch.
+    """Compile a sampler for networks placed on `mesh`; each device draws its part of a batch.
 
-    `batch_size` is rounded up to a multiple of the devices. With a `stride`, a sample is preceded by its states at
-    every so many steps. With `guided_by_network`, each call has a `guide`, the weaker network of autoguidance (Karras
-    et al. 2024). Raises ValueError where the configurations do not fit together.
+    `batch_size` is rounded up to a multiple of the devices. With a `stride`, the result also has the
+    state at every `stride`-th step, the sample last. With `guided_by_network`, each call takes a `guide`, the weaker
+    network of autoguidance (Karras et al. 2024). Raises ValueError where the configurations do not fit together.
     """
     config.check(model_config, objective, guided_by_network=guided_by_network)
     config = config.resolved(objective)
@@ -210,7 +210,7 @@ def choose_batch_size(num: int, limit: int, parts: int) -> int:
     """Choose how many of `num` samples to draw at a time: at most about `limit`, shared by `parts` devices.
 
     Batches are as few as possible and equally large. A device gets 1, 2, 3, 4, 6, 8, 12, 16, 24, ... samples, or its
-    share of `limit`, so that few programs serve all numbers; less than half as many again are drawn in vain.
+    share of `limit`, so that few programs serve all numbers; surplus samples are dropped.
     """
     limit = -(-limit // parts)
     batches = -(-num // (limit * parts))
@@ -239,7 +239,7 @@ def _to_images(x: Array, count: int, network: Any) -> UInt8[np.ndarray, "n ..."]
 def make_decode(vae: AutoencoderKL | None, mesh: Mesh, batch_size: int = 4) -> Decode | None:
     """Compile the decoder of latents, `batch_size` of them on each device at a time; a call does not wait.
 
-    Without an autoencoder, for a network of pixels, there is none.
+    Returns None without an autoencoder, that is, for a network of pixels.
 
     A decoder's memory grows with its batch: about 0.4 GB for an image of 256 pixels, four times that for 512.
     """

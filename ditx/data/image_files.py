@@ -27,7 +27,7 @@ def formats() -> tuple[str, ...]:
 
 
 def is_image_name(path: str) -> bool:
-    """Whether a file's name ends as those of images do."""
+    """Whether a file's name has the extension of an image format that is read."""
     known = formats()
     return PIL.Image.EXTENSION.get(os.path.splitext(path)[1].lower()) in known
 
@@ -102,7 +102,7 @@ def centre_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     left, top = (width - size) // 2, (height - size) // 2
-    # Enlarged whole, a long strip would need gigabytes. Only its centre is enlarged, to the same pixels.
+    # Enlarging all of a long strip would take gigabytes, so only its centre is enlarged; the pixels are the same.
     if height > max(8 * size, image.height):
         rows, weights = bicubic_weights(image.height, height, top, size)
         part = image.crop((0, rows.start, image.width, rows.stop)).resize((size, len(rows)), bicubic)
@@ -115,9 +115,10 @@ def centre_crop(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
 
 
 def bicubic_weights(count: int, total: int, first: int, size: int) -> tuple[range, Float64[np.ndarray, "size n"]]:
-    """Rows of `count` that Pillow's bicubic resize to more, `total`, needs for `size` of these, and their weights.
+    """Which of `count` input rows give output rows `first` to `first + size - 1`, and with which weights.
 
-    The weights are Pillow's integers, of which 2**22 are 1, so that results are equal to the last bit.
+    For Pillow's bicubic enlargement from `count` to `total` rows. Weights are Pillow's fixed-point integers (2**22 is
+    1), so that results are equal to the last bit.
     """
     centre = (np.arange(first, first + size) + 0.5)[:, None] * (count / total)
     low, high = np.maximum((centre - 1.5).astype(int), 0), np.minimum((centre + 2.5).astype(int), count)
@@ -144,7 +145,7 @@ def to_unit(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]
 
 
 def _without_text(png: bytes) -> bytes:
-    """A PNG without its texts and colour profile, of which Pillow refuses megabytes."""
+    """A PNG without its text and colour profile chunks, which Pillow refuses when they are large."""
     kept, start = [png[:8]], 8
     while start < len(png):
         end = start + 12 + int.from_bytes(png[start : start + 4], "big")

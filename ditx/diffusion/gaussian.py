@@ -56,9 +56,9 @@ def posterior(schedule: Schedule, x0: Image, x: Image, i: Index) -> Gaussian:
 def p_mean_variance(schedule: Schedule, output: Float[Array, "h w o"], x: Image, i: Index) -> Gaussian:
     """p(x_{t-1} | x_t) from the network's output: the prediction, and the variance if there are twice the channels.
 
-    The log variance is interpolated between that of the posterior (at -1) and log beta (at 1), without clamping
-    (Nichol and Dhariwal 2021, Eq. 15). Without variance channels it is the posterior's. So it is for flows, which do
-    not train the variance.
+    The variance channels interpolate the log variance between the posterior's (at -1) and log beta (at 1), without
+    clamping (Nichol and Dhariwal 2021, Eq. 15). Without these channels, and for flows, which do not train the variance,
+    the log variance is the posterior's.
     """
     prediction, fraction = split_variance(output, x)
     x0, _ = to_x0_eps(prediction, schedule.prediction, x, noise_level(schedule, i))
@@ -113,7 +113,8 @@ def training_loss(
 
     The bound trains only the variance: the prediction inside it is held constant (Nichol and Dhariwal 2021, section
     3.1). It is not scaled by the number of steps. Flows and networks without variance channels have no `vb`. With a
-    `weight`, `loss` has `weight` times the squared error of the noise in place of `mse`, for any prediction.
+    `weight`, `loss` contains `weight` times the squared error of the noise instead of `mse`, whatever the network
+    predicts.
     """
     level = noise_level(schedule, i)
     x = add_noise(level, x0, noise)

@@ -15,15 +15,15 @@ Interval: TypeAlias = tuple[Scalar, Scalar]
 def guide(
     predict: Predict, weaker: Predict, *, scale: Scalar, channels: int | None = None, interval: Interval | None = None
 ) -> Predict:
-    """Move a prediction away from that of a weaker predictor (autoguidance, Karras et al. 2024a, Eq. 4).
+    """Move a prediction away from a weaker predictor's (autoguidance, Karras et al. 2024a, Eq. 4).
 
     `weaker` makes the same errors, but larger ones: a smaller or an earlier network, or the same network without the
     label. The result is `weaker + scale * (predict - weaker)` on the first `channels` channels, and `predict` on the
     others. The default is all channels of the prediction; the variance is never guided.
 
     Outside the `interval` of times (ends included; Kynkaanniemi et al. 2024), `weaker` is not evaluated;
-    `ditx.diffusion.schedule.time_at` converts their noise levels to times. A Python `scale` of 1 is no guidance and
-    costs no second evaluation.
+    `ditx.diffusion.schedule.time_at` converts that paper's noise levels to times. A Python `scale` of 1 is no guidance
+    and costs no second evaluation.
     """
     return _guided(predict, lambda x, t: (predict(x, t), weaker(x, t)), scale, channels, interval)
 
@@ -37,7 +37,7 @@ def classifier_free(
     channels: int | None = None,
     interval: Interval | None = None,
 ) -> Predict:
-    """Move a prediction for label `y` away from that for no label (Ho and Salimans 2022, Eq. 6); see `guide`.
+    """Move the prediction for label `y` away from the unconditional one (Ho and Salimans 2022, Eq. 6); see `guide`.
 
     Evaluates both as a batch of two. The paper's numbers with guidance come from the authors' released code, which
     guides the first 3 of 4 channels.

@@ -99,7 +99,7 @@ def convert(prediction: Image, x: Image, level: NoiseLevel, *, source: Predictio
 
 
 def loss_ratio(source: Prediction, target: Prediction, level: NoiseLevel, *, floor: Scalar = 0.0) -> Float[Array, ""]:
-    """Squared error of `target` over that of `source`, for one and the same error of the network.
+    """Squared error measured in `target` divided by squared error measured in `source`, for the same prediction.
 
     `floor` bounds the divisor from below, for ratios that are infinite at one end.
     """

@@ -89,9 +89,9 @@ def dpm_solver_step(
 def euler_maruyama_step(predict: Predict, schedule: Schedule, x: Image, i: Index, noise: Image) -> Image:
     """One Euler-Maruyama step on the reverse SDE (Song et al. 2021, Eq. 6); the last one adds no noise.
 
-    The variance of the added noise is that of the forward process in the step. On the linear path this is infinite at
-    pure noise. Any amount keeps the marginals, so the step adds alpha times as much, as SiT does (Ma et al. 2024, with
-    w = sigma).
+    The added noise has the variance that the forward process adds in the step. On the linear path, this variance is
+    infinite at pure noise. Any variance keeps the marginals, so on this path it is multiplied by alpha, as in SiT (Ma
+    et al. 2024, with w = sigma).
     """
     x0, eps = predict_x0_eps(schedule, predict, x, i)
     alpha, sigma = _next_level(schedule, i)

@@ -1,6 +1,6 @@
 """The tuned block: the same weights and mathematics as `ditx.nn.blocks`, in fewer passes over the tokens.
 
-It is handed to a network at the seam: `model(x, t, y, apply_block=KernelConfig().apply_block())`. It differs from the
+Pass it to a network: `model(x, t, y, apply_block=KernelConfig().apply_block())`. It differs from the
 plain block in four ways:
 
 * queries, keys and values are three products, because slicing a weight is cheaper than slicing a product;
@@ -46,7 +46,7 @@ class KernelConfig:
         """The function of a block, its tokens and its condition. Raises ValueError for an unknown name."""
         for field in fields(KernelConfig):
             check_choice(field.name, getattr(self, field.name), get_args(field.type))
-        own = KernelConfig(self.kernels, self.attention, self.matmul_dtype)  # hashable, whatever inherits from it
+        own = KernelConfig(self.kernels, self.attention, self.matmul_dtype)  # hashable, unlike some subclasses
         return partial(_apply_block, config=own)
 
     def check_kernels(self, mesh: Mesh, dtype: str, model: DiTConfig) -> None:
@@ -86,7 +86,7 @@ def _adaln_zero(block, x, c, ops):
     branch = _attention(block.attention, y, ops)
     if block.mlp_norm_eps == 1e-6:
         x, y = ops.gate_norm_modulate(x, gate1, *branch, shift2, scale2)
-    else:  # the fused pass has a constant
+    else:  # the fused pass computes eps 1e-6 only
         x = ops.gate_residual(x, gate1, *branch)
         y = _modulated(x, shift2, scale2, block.mlp_norm_eps)
     return ops.gate_residual(x, gate2, *_mlp(block.mlp, y, ops))
@@ -131,7 +131,7 @@ def _modulation(block, c):
 
 
 def _attention(layer, x, ops):
-    """Self-attention without its last bias, and that bias."""
+    """Self-attention before its output bias is added, and that bias (with the values' bias folded in)."""
 
     # The projections are not saved for the backward pass, which has the weight itself.
     @partial(jax.checkpoint, prevent_cse=False)
@@ -147,7 +147,7 @@ def _attention(layer, x, ops):
 
 
 def _mlp(layer, x, ops):
-    """The MLP without its last bias, and that bias."""
+    """The MLP before its output bias is added, and that bias."""
     hidden = ops.bias_gelu(ops.product(x, layer.up.weight), layer.up.bias)
     return ops.product(hidden, layer.down.weight), layer.down.bias
 

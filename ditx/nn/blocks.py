@@ -1,6 +1,6 @@
 """The four designs of a transformer block in Peebles and Xie 2022, section 3.2, and the last layer of a network.
 
-A block is a module with all that the rest of ditx needs to know of it:
+A block is a module with these members; the rest of ditx uses no others:
 
 * `__init__(hidden_size, num_heads, mlp_size, *, key)`;
 * `__call__(x, c) -> x`, for the tokens `x` and the condition `c`;

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from ditx.files import first_line
 
-# The variables in which srun and mpirun give each process its number and the number of all.
+# Environment variables by which srun and mpirun tell a process its index and the number of processes.
 _LAUNCHERS = (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
 _MAX_SENTENCE = 1000
 _FAILED = 1000  # above every signal
@@ -81,7 +81,7 @@ def initialize(config: DistributedConfig) -> None:
         elif "OMPI_COMM_WORLD_SIZE" in os.environ:
             # JAX recognises Open MPI by this variable, for the coordinator's address; version 5 does not set it.
             os.environ.setdefault("OMPI_MCA_orte_hnp_uri", "")
-    # JAX's service would take SIGTERM, which `stop_signals` answers.
+    # JAX's preemption service would intercept SIGTERM, which `stop_signals` handles.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -149,8 +149,8 @@ def assert_same_everywhere(described: Any) -> None:
 def stop_signals(notice: str = "") -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGHUP, so that a loop can end between two steps; a later SIGINT ends it at once.
 
-    SIGTERM is the notice of preempted machines, Kubernetes and SLURM; SIGHUP that of a closed terminal, which nohup has
-    ignored. Launchers can deliver a signal twice: from the group, and forwarded.
+    Preempted machines, Kubernetes and SLURM send SIGTERM. A closed terminal sends SIGHUP, which stays ignored under
+    nohup. A launcher can deliver one signal twice: once to the process group, and once forwarded.
     """
     received: list[int] = []
     at_once = 0.0
@@ -213,7 +213,7 @@ class SyncedBatches:
         return max(self._received, default=_FAILED if error else 0)
 
     def _read(self) -> tuple[Any, ValueError | OSError | None, Any]:
-        """The next batch or the error, and the largest code of any process, on its way; None for one process."""
+        """The next batch or the error; and the largest code of all processes, not awaited (None for one process)."""
         batch, error = None, None
         try:
             batch = next(self._batches)
@@ -242,7 +242,7 @@ def exit_if_peer_dies() -> Iterator[None]:
 
 
 def end(code: int) -> int:
-    """The exit code; one of several processes that has failed exits here, since a regular exit waits for the others."""
+    """Return `code`. If one of several processes has failed, it exits here: a regular exit waits for the others."""
     if jax.distributed.is_initialized() and code:
         sys.stderr.flush()
         sys.stdout.flush()

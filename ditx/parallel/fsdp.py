@@ -29,7 +29,7 @@ def specs(tree: Tree, mesh: Mesh) -> Tree:
 
     One rule. Within blocks, `tensor` splits the layers as their `tensor_split` states (Shoeybi et al. 2019, section 3).
     Of the other array axes, `fsdp` splits the largest that it divides, never the one that stacks the blocks. A leaf
-    without such an axis is copied. Raises ValueError if `tensor` meets a matrix whose split nobody states.
+    without such an axis is copied. Raises ValueError if `tensor` is above 1 and no `tensor_split` names a matrix.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
 
@@ -103,7 +103,7 @@ def data_parallel_mean(function: Callable[[Any, Any], Any], model: Any, mesh: Me
 
 
 def make_gather(model: Any, mesh: Mesh | None) -> Callable[[Any], Any]:
-    """The function that gathers all leaves of a model but its blocks'; the identity without `fsdp`."""
+    """A function that gathers every leaf of a model outside its blocks; the identity without `fsdp`."""
     if model is None or mesh is None or mesh.shape["fsdp"] == 1:
         return lambda shards: shards
     everything, nested = specs(model, mesh), mesh.shape["tensor"] > 1
@@ -117,7 +117,7 @@ def make_gather(model: Any, mesh: Mesh | None) -> Callable[[Any], Any]:
 
 
 def gather_blocks(apply_block: ApplyBlock, model: Any, mesh: Mesh | None, *, recomputed: bool = False) -> ApplyBlock:
-    """`apply_block` for blocks that are shards of `model`'s; gradients are summed and scattered in float32.
+    """`apply_block` that takes shards of `model`'s blocks; gradients are summed and scattered in float32.
 
     `recomputed` states that blocks are recomputed in the backward pass anyway (`ditx.kernels.block.remat`).
     """
@@ -133,7 +133,7 @@ def gather_blocks(apply_block: ApplyBlock, model: Any, mesh: Mesh | None, *, rec
 
     if recomputed:
         return apply
-    # The backward pass saves neither gathered weights nor parts of them, and everything else.
+    # Saves everything for the backward pass except gathered weights and slices of them.
     dropped = ("all_gather", "shard_map", "slice", "squeeze")
     return jax.checkpoint(apply, policy=lambda primitive, *_, **__: primitive.name not in dropped)
 
@@ -143,7 +143,7 @@ def _gather(shard: Array, spec: P, *, nested: bool) -> Array:
         return shard
     axis = spec.index("fsdp")
 
-    # XLA would first copy a leaf over `tensor`, unless a nested shard_map says that this axis is split, too.
+    # Without a nested shard_map that keeps the leaf split over `tensor`, XLA would first replicate it over that axis.
     def along(operation):
         kept = P(*("tensor" if name == "tensor" else None for name in spec))
         return (

@@ -22,10 +22,10 @@ _SLICE = 1 << 20  # bytes
 class Checkpoints:
     """The checkpoints in one folder, a subfolder for each step.
 
-    The newest `keep` are kept, and those at multiples of `keep_every`, and the `keep_best` with the lowest metric
-    `best`. A checkpoint is a dictionary of named trees of arrays; each tree can be read separately, on any devices. Its
-    manifest has its step, the fields of `described`, and the checksums of its files. Several processes share the
-    folder.
+    It keeps the newest `keep`, all at multiples of `keep_every`, and the `keep_best` with the lowest value of the
+    metric `best`. A checkpoint is a dictionary of named trees of arrays; each tree can be read separately, on any
+    devices. Its manifest has its step, the fields of `described`, and the checksums of its files. Several processes
+    share the folder.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Checkpoints:
         best: str = "loss",
         described: dict[str, Any] | None = None,
     ):
-        # Orbax logs much, and every failed read, which we report in one sentence.
+        # Orbax logs a lot, including every failed read, which we report ourselves in one sentence.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder, self._described = folder.absolute(), described or {}
         policies: Any = ocp.training.preservation_policies
@@ -65,7 +65,7 @@ class Checkpoints:
         )
 
     def save(self, step: int, trees: dict[str, Any], *, metrics: Mapping[str, float | None] | None = None) -> None:
-        """Start to write `trees` as step `step`; waits only for the save before. Raises OSError if that one failed."""
+        """Start to write `trees` as step `step`; waits only for the previous save. Raises OSError if that failed."""
         with self._failing():
             # Checked first, because Orbax's threads print tracebacks when a write fails half-way.
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))

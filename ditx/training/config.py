@@ -24,7 +24,7 @@ class Common:
     """The fields that most runs set: a base class, so that `train.py --help` lists them first."""
 
     dataset: Literal["digits", "cifar10", "images", "latents"] = "images"
-    """embedded digits, CIFAR-10, a folder of images a class, latents of ditx extract"""
+    """embedded digits, CIFAR-10, a folder of images per class, or latents of ditx extract"""
     data_path: str = ""
     """CIFAR-10 (batches, .npz or folder), images or latents"""
     run: str = ""
@@ -60,7 +60,7 @@ class Config(KernelConfig, ObjectiveConfig, Common):
     """One training run. The defaults are the paper's; a preset changes the fields that its data need."""
 
     log_every: int = 100
-    """steps of which a line of metrics.jsonl is the mean"""
+    """steps averaged into one line of metrics.jsonl"""
     checkpoint_every: int = 5_000
     """steps between checkpoints"""
     sample_every: int = 10_000

@@ -81,8 +81,8 @@ class Run:
     def restore(self, shapes: TrainState, sums: Sums) -> tuple[TrainState, Sums, int] | None:
         """State, metric sums and step of the newest sound checkpoint, on the devices of `shapes`; None in a new run.
 
-        A damaged checkpoint is reported, renamed and skipped. Raises ValueError if none is sound, or if a run that
-        has come further has none.
+        A damaged checkpoint is reported, renamed and skipped. Raises ValueError if none is sound, or if
+        there is none although the metrics show that one was written.
         """
         folder = self.folder / "checkpoints"
         restored = checkpoint.load_newest(folder, _parts(shapes) | {"metric_sums": sums})
@@ -253,7 +253,7 @@ def diff(before: dict[str, Any], now: dict[str, Any], *, ignore: Collection[str]
     return ", ".join(
         f"{name} was {was[name]!r} and is {value!r}"
         for name, value in _flatten(now).items()
-        # A field that an older version did not write offered no choice.
+        # A field that an older version did not write could not be set in that version.
         if name in was and was[name] != value and name.split(".")[0] not in ignore
     )
 

@@ -44,10 +44,10 @@ class TrainState(eqx.Module):
 def adamw(
     learning_rate: float, *, warmup: int = 0, decay_steps: int = 0, beta2: float = 0.999, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019), its other numbers as in the paper.
+    """AdamW (Loshchilov and Hutter 2019), with the paper's beta1 and epsilon.
 
-    The learning rate rises over `warmup` steps; it is constant or, if `decay_steps` is given, also falls to 0 by a
-    cosine.
+    The learning rate rises linearly over `warmup` steps and then stays constant. With `decay_steps`, it is also
+    multiplied by a half cosine that falls from 1 at step 0 to 0 at step `decay_steps`.
     """
     decay = optax.cosine_decay_schedule(1.0, decay_steps) if decay_steps else optax.constant_schedule(1.0)
 
@@ -104,11 +104,12 @@ def train_step(
     """One update from `batch` (`x`, float `b h w c` in [-1, 1]; `y`, integer `b`). `key` is the key of the whole run.
 
     If the batch has `std`, `x` is the mean of latents, and every step draws a fresh sample of them. The network
-    computes in `dtype`; weights, averages, moments, losses and all results stay in float32. `accumulate` parts of the
-    batch follow each other, and their gradients are added. On a `mesh`, state and batch have the shardings of
-    `ditx.parallel`. Neither changes the result. With `ema_warmup` the decay of the average after `t` updates is at most
-    (1 + t) / (10 + t). `ema_gammas` are the exponents of the state's `power_emas`. A step whose loss or gradient is not
-    finite changes nothing but `step`.
+    computes in `dtype`; weights, averages, moments, losses and all results stay in float32. The batch is computed in
+    `accumulate` parts, one after another, and their gradients are averaged. On a `mesh`, state and batch have the
+    shardings of `ditx.parallel`. Neither `accumulate` nor `mesh` changes the result. With `ema_warmup` the decay of the
+    average after `t` updates is at most (1 + t) / (10 + t). `ema_gammas` are the exponents of the state's `power_emas`.
+    A step whose loss or gradient is not finite changes nothing but `step`.
+
     Returns the terms of the objective as means over the batch, `grad_norm`, and `skipped`: 1 after such a step, else 0.
     """
     batch_keys = jax.random.split(jax.random.fold_in(key, state.step), batch["y"].shape[0])
@@ -132,7 +133,7 @@ def train_step(
         return terms["loss"], terms
 
     gradients = _accumulated(jax.grad(mean_loss, has_aux=True), accumulate)
-    model: Any = state.model  # optax's annotations know no modules
+    model: Any = state.model  # optax's type annotations exclude modules
     if mesh is not None:
         gradients = fsdp.data_parallel_mean(gradients, model, mesh)
     grads, terms = gradients(model, (batch, batch_keys))

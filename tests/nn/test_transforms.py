@@ -76,7 +76,7 @@ def test_a_remat_policy_of_the_users_own_decides_what_is_saved():
 
     def saved(policy):
         block = jax.checkpoint(lambda block, x, c: block(x, c), policy=policy)
-        loss = lambda model: jnp.square(model(x, t, y, apply_block=block)).mean()  # noqa: E731
+        loss = lambda model: jnp.square(model(x, t, y, apply_block=block)).mean()  # noqa: E731 (a formula)
         traced = jax.make_jaxpr(jax.grad(loss))(model)
         return sum(equation.primitive.name == "dot_general" for equation, _ in equations(traced.jaxpr))
 
@@ -105,7 +105,7 @@ def test_jet_equals_nested_derivatives_of_a_layer(layer):
     }[layer]
     x, v = jax.random.normal(key, (2, 5, 8), jnp.float64)
     _, (first, second) = jet.jet(function, (x,), ((v, jnp.zeros_like(v)),))
-    derivative = lambda x: jax.jvp(function, (x,), (v,))[1]  # noqa: E731
+    derivative = lambda x: jax.jvp(function, (x,), (v,))[1]  # noqa: E731 (a formula)
     np.testing.assert_allclose(first, derivative(x), rtol=1e-9, atol=1e-10)
     np.testing.assert_allclose(second, jax.jvp(derivative, (x,), (v,))[1], rtol=1e-8, atol=1e-9)
 
