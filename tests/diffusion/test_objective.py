@@ -105,8 +105,8 @@ def unchecked(name, value):
 @pytest.mark.parametrize(
     ("config", "learn_sigma", "sentence"),
     [
-        (unchecked("schedule", "sine"), False, "schedule is 'sine'; choose linear, cosine, flow"),
-        (unchecked("prediction", "noise"), False, "prediction is 'noise'; choose eps, x0, v, velocity"),
+        (unchecked("schedule", "sine"), False, r"unknown schedule 'sine'; did you mean 'cosine'\? choose from linear"),
+        (unchecked("prediction", "noise"), False, "unknown prediction 'noise'; choose from eps, x0, v, velocity"),
         (ObjectiveConfig("flow"), True, "schedule flow trains no variance; add --model.no-learn-sigma"),
         (
             ObjectiveConfig("flow", loss_weight="min-snr"),
