@@ -103,14 +103,13 @@ def train_step(
 ) -> tuple[TrainState, Terms]:
     """One update from `batch` (`x`, float `b h w c` in [-1, 1]; `y`, integer `b`). `key` is the key of the whole run.
 
-    If the batch has `std`, `x` is the mean of latents, and every step draws a fresh sample of them. The network
-    computes in `dtype`; weights, averages, moments, losses and all results stay in float32. The batch is computed in
-    `accumulate` parts, one after another, and their gradients are averaged. On a `mesh`, state and batch have the
-    shardings of `ditx.parallel`. Neither `accumulate` nor `mesh` changes the result. With `ema_warmup` the decay of the
-    average after `t` updates is at most (1 + t) / (10 + t). `ema_gammas` are the exponents of the state's `power_emas`.
-    A step whose loss or gradient is not finite changes nothing but `step`.
+    If the batch has `std`, `x` is the mean of latents, and each step draws a fresh sample. The network computes in
+    `dtype`; weights, averages, moments, losses and results stay in float32. Gradients of `accumulate` parts of the
+    batch are averaged. On a `mesh`, state and batch have the shardings of `ditx.parallel`. Neither changes the result.
+    With `ema_warmup` the decay after `t` updates is at most (1 + t) / (10 + t). `ema_gammas` belong to `power_emas`.
 
-    Returns the terms of the objective as means over the batch, `grad_norm`, and `skipped`: 1 after such a step, else 0.
+    Returns the new state and the terms of the objective as means over the batch, with `grad_norm` and `skipped`. A step
+    whose loss or gradient is not finite changes nothing but `step`, and its `skipped` is 1.
     """
     batch_keys = jax.random.split(jax.random.fold_in(key, state.step), batch["y"].shape[0])
     gather = fsdp.make_gather(state.model, mesh)
@@ -128,8 +127,7 @@ def train_step(
             return objective(predict_as(y), x0, key)
 
         batch, keys = rows
-        terms = jax.vmap(example)(batch["x"], batch.get("std"), batch["y"], keys)
-        terms = jax.tree.map(lambda term: term.mean(0), terms)
+        terms = jax.tree.map(lambda a: a.mean(0), jax.vmap(example)(batch["x"], batch.get("std"), batch["y"], keys))
         return terms["loss"], terms
 
     gradients = _accumulated(jax.grad(mean_loss, has_aux=True), accumulate)
@@ -139,10 +137,8 @@ def train_step(
     grads, terms = gradients(model, (batch, batch_keys))
     updates, opt_state = optimizer.update(grads, state.opt_state, model)
     model = optax.apply_updates(model, updates)
-    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_decay
-    after = (model, *_move_averages(state, model, decay, ema_gammas), opt_state)
+    after = (model, *_move_averages(state, model, ema_decay, ema_warmup, ema_gammas), opt_state)
     before = (state.model, state.ema, state.power_emas, state.opt_state)
-
     terms |= {"grad_norm": optax.tree.norm(grads)}
     finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(terms["grad_norm"])
     after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
@@ -151,7 +147,7 @@ def train_step(
 
 
 def _move_averages(
-    state: TrainState, model: Any, ema_decay: Any, ema_gammas: tuple[float, ...]
+    state: TrainState, model: Any, ema_decay: float, ema_warmup: bool, ema_gammas: tuple[float, ...]
 ) -> tuple[Any, tuple[Any, ...]]:
     """The exponential moving average and the power EMAs after an update to `model`."""
 
@@ -160,7 +156,8 @@ def _move_averages(
 
     rates = [update_rate(state.step + 1, gamma) for gamma in ema_gammas]
     power_emas = tuple(move(average, rate) for average, rate in zip(state.power_emas, rates, strict=True))
-    return move(state.ema, 1 - ema_decay), power_emas
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_decay
+    return move(state.ema, 1 - decay), power_emas
 
 
 def _draw_example(x0, std, y, config: DiTConfig, key: PRNGKeyArray):
