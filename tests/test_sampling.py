@@ -208,7 +208,7 @@ def test_samples_are_the_same_on_one_device_and_on_eight_and_from_any_first_numb
     images = sampler(placed, labels[5:], seed=3, first=5)
     assert images.shape == (11, 8, 8, 1) and sampler.batch_size == 8  # a multiple of the devices
     assert np.abs(images.astype(int) - expected[5:]).max() <= 1  # rounding may tip a truncation
-    with pytest.raises(ValueError, match="samples are not finite; try"):
+    with pytest.raises(ValueError, match="samples are not finite, since the weights have NaN or infinity"):
         sampler(jax.tree.map(lambda leaf: leaf * np.nan, placed), labels, seed=3)
 
 
