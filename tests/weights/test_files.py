@@ -425,10 +425,10 @@ def refused(tmp_path):
         for path in [*paths, tmp_path / "plain.pt"]:
             if path.name == "plain.pt":
                 path.write_bytes(pickled)
-            start = time.monotonic()
+            start = time.process_time()
             with pytest.raises(ValueError, match=r"cannot read weights from .*; fetch it again") as error:
                 files.read(path)
-            assert time.monotonic() - start < 5 and len(str(error.value)) < 800 and "\n" not in str(error.value)
+            assert time.process_time() - start < 5 and len(str(error.value)) < 800 and "\n" not in str(error.value)
             if path.suffix == ".pt" and path.name != "plain.pt":
                 assert match in str(error.value)
         assert not mark.exists()
