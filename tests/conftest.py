@@ -1,5 +1,6 @@
 """Setup before any test module is imported. From here on every array shape in ditx is checked."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Every run draws the same examples, and no deadline counts a compilation as slowness.
 settings.register_profile("ditx", deadline=None, derandomize=True, max_examples=15)
 settings.load_profile("ditx")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory():
+    """Forget the programs of a module after it; kept, they grow to 7 GB a process and slow each garbage collection."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
