@@ -307,8 +307,8 @@ def test_an_unknown_flag_gets_exit_code_2(monkeypatch, capsys, tmp_path):
 def test_bad_images_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     images = folder_of_images(tmp_path / "images", "cat/a.png", "dog/b.png")
-    (images / "dog" / "broken.png").write_bytes(b"no image")
-    flags = ["images", "--data-path", images, *"--model.input-size 8 --model.depth 1 --batch-size 8".split()]
+    (images / "dog" / "broken.png").write_bytes((images / "cat" / "a.png").read_bytes()[:50])
+    flags = ["images", "--data-path", images, *"--model.input-size 8 --model.depth 1 --batch-size 8 --strict".split()]
     code, said = call(train, monkeypatch, capsys, *flags)
     assert code == 2 and "broken.png" in said
     (images / "dog" / "broken.png").unlink()
