@@ -1,4 +1,4 @@
-"""Command lines: presets, checks of fields, unknown names, exit codes. Shared by both scripts and all verbs."""
+"""Command lines: presets, checks of fields, output streams, exit codes. Shared by both scripts and all verbs."""
 
 import errno
 import os

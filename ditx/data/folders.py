@@ -18,7 +18,7 @@ import PIL.Image
 from jaxtyping import Int, Int32
 
 from ditx.data.image_files import is_image_name, read, reason, with_image
-from ditx.files import checksum, lock, write_atomically
+from ditx.files import cache_folder, checksum, lock, write_atomically
 
 # Beside hidden ones, the folders that file systems, network disks and archives keep for themselves.
 SYSTEM_FOLDERS = (
@@ -30,9 +30,8 @@ SYSTEM_FOLDERS = (
     "__MACOSX",
     "lost+found",
 )
-MAX_BYTES_DECODED = (
-    100_000_000  # One core decodes as much in about 10 s. Images of larger folders are decoded when used.
-)
+# One core decodes as much in about 10 s. Images of larger folders are decoded when used.
+MAX_BYTES_DECODED = 100_000_000
 
 
 class Content(NamedTuple):
@@ -213,11 +212,11 @@ def _inspect(file: str, whole: bool) -> Content:
 def _known(folder: str) -> Iterator[dict[str, Any]]:
     """Contents of files by path, as the cache of `folder` has them; changes are kept if they can be."""
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditx" / "folders"
+        cache = cache_folder() / "folders"
         cache.mkdir(parents=True, exist_ok=True)
         file = cache / f"{zlib.crc32(os.fsencode(os.path.realpath(folder))):08x}.json"
         held = lock(file.with_suffix(".lock"))  # Of processes that start together, one reads the files.
-    except (OSError, ValueError, RuntimeError):  # no home, or none that can be written
+    except (OSError, ValueError):  # no home, or none that can be written
         yield {}
         return
     with closing(held):

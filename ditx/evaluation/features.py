@@ -82,8 +82,8 @@ def make_feature_extractor(features: FeatureNetwork, mesh: Mesh, batch_size: int
             part = images[first : first + count]
             padded = np.resize(part, (count, *part.shape[1:]))  # so that one program serves the last batch, too
             result = program(weights, shard_host_array(padded, rows))
-            # `n` is bound now, because `part` changes with the loop.
-            parts.append(jax.tree.map(lambda x, n=len(part): np.asarray(x, np.float32)[:n], result))  # noqa: B008
+            size = len(part)
+            parts.append(jax.tree.map(lambda x, size=size: np.asarray(x, np.float32)[:size], result))
         return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
     return extract

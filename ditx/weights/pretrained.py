@@ -203,7 +203,7 @@ def _load_run(run: Path, shapes: Any, step: int, weights: str) -> tuple[DiT, str
     elif restored := checkpoint.load_newest(folder, {tree: shapes}):
         step, trees, damaged = restored
     else:
-        raise ValueError(f"{run} has no checkpoint yet; wait until train.py writes the first")
+        raise ValueError(f"{run} has no checkpoint yet; wait until training writes the first")
     skipped = "".join(f"; warning: {sentence}; skipped" for _, sentence in damaged)
     return trees[tree], f"{run} at step {step:,}{live if tree == 'model' else ''}{skipped}"
 
