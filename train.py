@@ -15,14 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.sharding import Mesh
 from jaxtyping import Array, install_import_hook
 
 with install_import_hook("ditx", "beartype.beartype"):
     from ditx import cli, costs
     from ditx.data import loader, sources
-    from ditx.diffusion.objective import make_objective
+    from ditx.diffusion.objective import Objective, make_objective
     from ditx.evaluation.hooks import Hooks, make_hooks
     from ditx.parallel import distributed
     from ditx.parallel.compile import tune_malloc
@@ -51,6 +50,11 @@ def parse(argv: list[str]) -> tuple[str, Config]:
         if flags != argv:
             raise ValueError(f"--resume takes the preset of {resume.resume}; leave out {preset}")
         described = runs.read_config(Path(resume.resume))
+        own = " and ".join(f"{kind} {name}" for kind, name in described.get("own", {}).items() if name)
+        if own:
+            raise ValueError(
+                f"{resume.resume} was trained by your own {own}; resume it by the program that passes them"
+            )
         preset, default = described["preset"], replace(Config.of(described), run=resume.resume)
     own = [name for name in PRESETS if not name.startswith("imagenet")]
     paper = [name.removeprefix("imagenet256-") for name in PRESETS if name not in own]
@@ -60,33 +64,44 @@ def parse(argv: list[str]) -> tuple[str, Config]:
         " of a run, and goes on with it."
     )
     options: Any = {"prog": f"{cli.script('train')} {preset}", "description": usage, "compact_help": True}
-    return preset, tyro.cli(Config, default=default, args=flags, **options)
+    return preset, cli.parse(Config, default=default, args=flags, **options)
 
 
-def train(preset: str, config: Config) -> int:
-    """Check everything a user can get wrong, compile the step, and train; returns the exit code."""
+def train(
+    config: Config, *, preset: str = "", objective: Objective | None = None, source: sources.Source | None = None
+) -> int:
+    """Check everything a user can get wrong, compile the step, and train; returns the exit code.
+
+    An objective or a source of one's own replaces those that the configuration names. Called again with the same
+    arguments, it resumes.
+    """
+    config = config if config.run else replace(config, run="runs/own")
     distributed.initialize(config.distributed)
     with sync_errors():  # a mistake in one process ends all of them with the same sentence
         config.check_fields()
-        dataset = sources.open_dataset(config.dataset, config.data_path, config.model.input_size, strict=config.strict)
-        config = config.matched_to(dataset, PRESETS[preset])
+        if source is None:
+            size = config.model.input_size
+            dataset = sources.open_dataset(config.dataset, config.data_path, size, strict=config.strict)
+        else:
+            dataset = sources.check_source(source)
+        config = config.matched_to(dataset, PRESETS.get(preset, config))
         tune_malloc()
         mesh = make_mesh(config.mesh)
         config.check_devices(mesh)
         hooks = make_hooks(config, mesh, dataset)
         if config.init_from and not checkpoint.steps(Path(config.run) / "checkpoints"):
             pretrained.describe_initial(Path(config.init_from), config.model)
-    described = config.describe(preset, dataset)
+    described = config.describe(preset, dataset, objective=objective, source=source)
     finished = Run.check(config, described)  # refuses other data, or another configuration
-    step = make_step(config, mesh, latent=bool(dataset.latents))
-    print(summary(config, dataset, step), flush=True)
+    step = make_step(config, mesh, objective, latent=bool(dataset.latents))
+    print(summary(config, dataset, step, described["own"]["source"] or config.dataset), flush=True)
     if not finished:  # before the folder exists, so that a step that is too large leaves nothing
         compile_step(step)
     with closing(Run.open(config, described)) as run:
         return fit(config, dataset, step, hooks, run)
 
 
-def make_step(config: Config, mesh: Mesh, *, latent: bool) -> AbstractStep:
+def make_step(config: Config, mesh: Mesh, objective: Objective | None = None, *, latent: bool) -> AbstractStep:
     """The training step, and the shapes of everything that enters and leaves it."""
     optimizer = adamw(
         config.learning_rate,
@@ -97,7 +112,7 @@ def make_step(config: Config, mesh: Mesh, *, latent: bool) -> AbstractStep:
     )
     function = partial(
         train_step,
-        objective=make_objective(config),
+        objective=objective or make_objective(config),
         optimizer=optimizer,
         ema_decay=config.ema_decay,
         ema_warmup=config.ema_warmup,
@@ -195,7 +210,7 @@ def finish(config: Config, hooks: Hooks, run: Run, state: TrainState, note: str)
     return 0
 
 
-def summary(config: Config, dataset: sources.Source, step: AbstractStep) -> str:
+def summary(config: Config, dataset: sources.Source, step: AbstractStep, name: str) -> str:
     """The lines that a run prints first."""
     shape, epochs = "x".join(map(str, dataset.image_shape)), config.steps * config.batch_size / len(dataset)
     undrawn = dataset.latents and config.sample_every and not config.vae
@@ -203,7 +218,7 @@ def summary(config: Config, dataset: sources.Source, step: AbstractStep) -> str:
         f"model     DiT of {costs.parameters(config.model):,} parameters, {costs.macs(config.model) / 1e9:.3f} G"
         f" multiply-adds, {config.model.num_tokens} tokens, {config.dtype}\n"
         f"{step.summary()}\n"
-        f"data      {config.dataset}: {len(dataset):,} images of {shape}, {config.model.num_classes} classes\n"
+        f"data      {name}: {len(dataset):,} images of {shape}, {config.model.num_classes} classes\n"
         f"steps     {config.steps:,} of {config.batch_size} images ({epochs:,.1f} epochs)\n"
         f"run       {config.run}{'; no pictures, which need --vae to decode latents' if undrawn else ''}"
     )
@@ -211,7 +226,12 @@ def summary(config: Config, dataset: sources.Source, step: AbstractStep) -> str:
 
 def main() -> int:
     """Run the command line; a mistake is one sentence and exit code 2."""
-    return cli.run(cli.script("train"), lambda: train(*parse(sys.argv[1:])), out_of_memory=f"try {REMEDY}")
+
+    def command() -> int:
+        preset, config = parse(sys.argv[1:])
+        return train(config, preset=preset)
+
+    return cli.run(cli.script("train"), command, out_of_memory=f"try {REMEDY}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from tqdm import tqdm
 
@@ -108,6 +108,25 @@ class Output:
 def script(name: str) -> str:
     """The command of a script in the form that this process was started with: `train.py`, or `ditx train`."""
     return f"ditx {name}" if Path(sys.argv[0]).name.startswith(("ditx", "__main__")) else f"{name}.py"
+
+
+def parse(config: Callable[..., C], **options: Any) -> C:
+    """Parse a command line into a configuration; `options` are those of `tyro.cli`. Exits with 2 on a bad flag."""
+    import tyro
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def choose_name(info: Any) -> Any:  # Of names and classes, a command line takes the names.
+        if type not in get_args(info.type):
+            return None
+        names = get_args(get_args(info.type)[0])
+        return PrimitiveConstructorSpec(
+            1, f"{{{','.join(names)}}}", lambda words: words[0], lambda _: True, lambda name: [str(name)], choices=names
+        )
+
+    return tyro.cli(config, registry=registry, **options)
 
 
 def split_preset(arguments: list[str], presets: Collection[str], *, default: str) -> tuple[str, list[str]]:

@@ -34,14 +34,21 @@ def macs(config: DiTConfig) -> int:
     return count_macs(jax.make_jaxpr(DiT.__call__)(_shapes(config), *_example(config)).jaxpr)
 
 
+# Primitives whose products are not equations of a jaxpr, or whose number of repetitions is not in it.
+_OPAQUE = {"pallas_call", "ffi_call", "pure_callback", "io_callback", "ragged_dot_general"}
+
+
 def count_macs(jaxpr: Any) -> int:
     """Multiply-adds of all matrix products and convolutions of a traced program, each as often as its loops run it.
 
-    Raises ValueError for one in a while loop, whose number of iterations is unknown.
+    Raises ValueError where they cannot be known: for a product in a while loop, and for programs that JAX cannot see
+    into or runs on a grid.
     """
     total = 0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
+        if name in _OPAQUE:
+            raise ValueError(f"the multiply-adds of {name} cannot be counted; use jax.numpy and jax.lax")
         inner = [count_macs(each) for each in jaxprs_in_params(parameters)]
         if name == "while" and any(inner):
             raise ValueError("a while loop contains matrix products, which cannot be counted; use lax.scan")

@@ -153,16 +153,19 @@ def make_sampler(
     unroll: int = 1,
     kernels: KernelConfig = KernelConfig(),  # noqa: B008 (frozen)
     guided_by_network: bool = False,
+    step: samplers.Step | None = None,
 ) -> Sampler:
     """Compile a sampler for networks placed on `mesh`; each device draws its part of a batch.
 
     `batch_size` is rounded up to a multiple of the devices. With a `stride`, the result also has the
     state at every `stride`-th step, the sample last. With `guided_by_network`, each call takes a `guide`, the weaker
-    network of autoguidance (Karras et al. 2024). Raises ValueError where the configurations do not fit together.
+    network of autoguidance (Karras et al. 2024). `step` replaces the sampler of `config`.
+    Raises ValueError where the configurations do not fit together.
     """
     config.check(model_config, objective, guided_by_network=guided_by_network)
     config = config.resolved(objective)
-    step = partial(samplers.ddim_step, eta=config.eta) if config.sampler == "ddim" else STEPS[config.sampler]
+    if step is None:
+        step = partial(samplers.ddim_step, eta=config.eta) if config.sampler == "ddim" else STEPS[config.sampler]
     shape = (model_config.input_size, model_config.input_size, model_config.in_channels)
     batch = -(-batch_size // data_parallel_size(mesh)) * data_parallel_size(mesh)
 

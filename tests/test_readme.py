@@ -64,7 +64,8 @@ def test_single_pieces_train_in_another_loop():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [room for room in ROOMS if room != "diffusion"])
-def test_example_of_a_room(room):
+def test_example_of_a_room(room, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert run_examples(f"ditx/{room}/README.md").keys() - {"__builtins__"}
 
 

@@ -64,7 +64,7 @@ class Config:
 def main(argv: list[str]) -> int:
     """Print the costs; returns the exit code."""
     description = "Costs of a network and its training step, from the configuration only."
-    parse = partial(tyro.cli, Config, args=argv, prog="ditx info", description=description)
+    parse = partial(cli.parse, Config, args=argv, prog="ditx info", description=description)
     config, _ = cli.parse_with_defaults(parse, lambda first: (Config(model=network(first.source)), None))
     cli.at_least(config, 1, "batch_size", "accumulate")
     cli.at_least(config, 0, "power_emas")

@@ -6,7 +6,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Integer, UInt8
@@ -135,8 +135,34 @@ class FolderSource:
                     print(f"skipped  {file}: {reason(error)}", file=sys.stderr, flush=True)
 
 
-# All have `image_shape` (h, w, c), `class_names`, `checksum`, `latents` (metadata or None), `len` and `take`.
-Source: TypeAlias = ArraySource | FolderSource | LatentSource
+if TYPE_CHECKING:
+
+    class Source(Protocol):
+        """Labelled examples to train on: any object with these members."""
+
+        @property
+        def image_shape(self) -> tuple[int, int, int]: ...
+        @property
+        def class_names(self) -> tuple[str, ...]: ...
+        @property
+        def checksum(self) -> int: ...
+        @property
+        def latents(self) -> dict[str, Any] | None: ...
+        def __len__(self) -> int: ...
+        def take(self, indices: Int[np.ndarray, "b"], mirrored: Bool[np.ndarray, "b"]) -> Batch: ...
+else:
+    Source = Any  # A check at runtime would compute the checksum at each call.
+
+
+def check_source(source: Source) -> Source:
+    """A source of one's own. Raises ValueError if it has no examples, or lacks a member that training needs."""
+    members = ("image_shape", "class_names", "checksum", "latents", "__len__", "take")
+    missing = [name for name in members if not hasattr(source, name)]
+    if missing:
+        raise ValueError(f"source {type(source).__name__} has no {' and no '.join(missing)}; see ditx/data/README.md")
+    if len(source) == 0:
+        raise ValueError(f"source {type(source).__name__} has 0 examples; give at least 1")
+    return source
 
 
 def open_dataset(name: str, path: str, size: int, *, strict: bool = False) -> Source:

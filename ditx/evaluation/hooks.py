@@ -104,7 +104,9 @@ def make_averages(config: Config, mesh: Mesh) -> Callable[[Run, TrainState, int]
             file, half = runs.average_file(run.folder, step, length), halve(average)
             if is_main_process() and not file.exists():
                 file.parent.mkdir(exist_ok=True)
-                description = pretrained.Description.of(runs.read_config(run.folder), run.folder)
+                description = pretrained.Description.of(
+                    runs.read_config(run.folder), run.folder, config.model.own_block
+                )
                 pretrained.write(file, half, description, np.float16)
 
     return store

@@ -9,8 +9,9 @@ A block is a module with these members; the rest of ditx uses no others:
 * `tensor_split`: for each matrix that the block itself owns, how tensor parallelism splits it: by output features
   ("out"), by input features ("in"), or not at all ("whole"). Attention and MLP state their own.
 
-A fifth design is such a class, passed to `DiT(config, block=...)`. To choose it by name on the command line, add it to
-`BLOCKS` and `BlockName`. Multiply-adds are counted from its trace, and `ditx.kernels.block` runs it as it is.
+A fifth design is such a class, in `DiTConfig(block=...)` or `DiT(config, block=...)`. To choose it by name on the
+command line, add it to `BLOCKS` and `BlockName`. Parameters and multiply-adds are counted from its trace, and
+`ditx.kernels.block` runs it as it is.
 """
 
 from typing import ClassVar, Literal, TypeAlias, get_args
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ditx.checks import check_choice
 from ditx.nn.layers import MLP, Attention, CrossAttention, LayerNorm, Linear, layer_norm, modulate
 
 Tokens: TypeAlias = Float[Array, "n d"]
@@ -163,3 +165,28 @@ class InContextBlock(eqx.Module):
 
 BlockName: TypeAlias = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 BLOCKS = dict(zip(get_args(BlockName), (AdaLNZeroBlock, AdaLNBlock, CrossAttentionBlock, InContextBlock), strict=True))
+
+
+def check_block(block: str | type) -> None:
+    """Raise ValueError unless `block` is a name of `BLOCKS` or a class with the members of a block."""
+    if isinstance(block, str):
+        return check_choice("block", block, BLOCKS)
+    missing = [name for name in ("enter", "final") if not hasattr(block, name)]
+    if missing:
+        remedy = "derive it from AdaLNBlock or another class of ditx/nn/blocks.py, or add them"
+        raise ValueError(f"block {block.__name__} has no {' and no '.join(missing)}; {remedy}")
+
+
+def find_block(name: str, block: type | None, source: object) -> str | type:
+    """The block of a stored network: `name`, or the class `block` of that name.
+
+    Raises ValueError if the class is missing, or is another one.
+    """
+    own = name not in BLOCKS
+    if own and (block is None or block.__name__ != name):
+        raise ValueError(
+            f"{source} has blocks of your own class {name}; load it in Python: ditx.load(..., block={name})"
+        )
+    if block and not own:
+        raise ValueError(f"{source} has blocks {name}; leave block={block.__name__} out")
+    return block or name

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Real
 
-from ditx.checks import check_choice, check_example
-from ditx.nn.blocks import BLOCKS, BlockName
+from ditx.checks import check_example
+from ditx.nn.blocks import BLOCKS, BlockName, check_block
 from ditx.nn.embeddings import LabelEmbedding, TimeEmbedding, grid_positions
 from ditx.nn.layers import Linear
 
@@ -51,7 +51,7 @@ class DiTConfig:
     """probability of training without the label; above 0, the label table has the null row that guidance needs"""
     learn_sigma: bool = True
     """also output the variance, in as many channels again (the paper's objective)"""
-    block: BlockName = "adaln-zero"
+    block: BlockName | type = "adaln-zero"
     """how time and label enter: by norms and gates, by norms only, by cross-attention, or as two more tokens"""
     frequency_shift: int = 0
     """spacing of the time frequencies: 0 as in the authors' code, 1 as in diffusers (from 1 to exactly 1/10000)"""
@@ -89,9 +89,19 @@ class DiTConfig:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} gives the MLP a width of 0; the paper uses 4.0")
         if self.frequency_shift not in (0, 1):
             raise ValueError(f"frequency_shift is {self.frequency_shift}; give 0 (the authors') or 1 (diffusers')")
-        check_choice("block", self.block, get_args(BlockName))
+        check_block(self.block)
         if not 0 < self.mlp_norm_eps < 1 or (self.mlp_norm_eps != 1e-6 and self.block != "adaln-zero"):
-            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps} in blocks {self.block}; give 1e-6 (the authors')")
+            name = self.described()["block"]
+            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps} in blocks {name}; give 1e-6 (the authors')")
+
+    def described(self) -> dict[str, Any]:
+        """The fields for a JSON file, a block class by its name."""
+        return dataclasses.asdict(self) | {"block": self.own_block.__name__ if self.own_block else self.block}
+
+    @property
+    def own_block(self) -> type | None:
+        """The class of blocks that are not of ditx, else None."""
+        return None if isinstance(self.block, str) else self.block
 
     @property
     def null_label(self) -> int | None:
@@ -127,8 +137,8 @@ class DiT(eqx.Module):
     """Class-conditional diffusion transformer over one image or latent.
 
     Every array is a parameter. The blocks are stacked on a leading axis and run by one scan: their arrays have the
-    shapes of a single block's with `depth` in front. `block` is a class as `ditx.nn.blocks` describes it, by default
-    the one that the configuration names.
+    shapes of a single block's with `depth` in front. `block`, a class as `ditx.nn.blocks` describes it, replaces the
+    block of the configuration.
     """
 
     patch: Linear
@@ -138,14 +148,16 @@ class DiT(eqx.Module):
     final: Any
     config: DiTConfig = eqx.field(static=True)
 
-    def __init__(self, config: DiTConfig, *, block: Any = None, key: PRNGKeyArray):
+    def __init__(self, config: DiTConfig, *, block: type | None = None, key: PRNGKeyArray):
+        config = config if block is None else dataclasses.replace(config, block=block)
         patch_key, time_key, label_key, blocks_key, final_key = jax.random.split(key, 5)
         width, out_size = config.hidden_size, config.patch_size**2 * config.out_channels
         self.patch = Linear(config.patch_size**2 * config.in_channels, width, key=patch_key)
         self.time = TimeEmbedding(width, frequency_shift=config.frequency_shift, key=time_key)
         self.label = LabelEmbedding(config.num_classes, width, null_label=config.null_label is not None, key=label_key)
         eps = {} if config.mlp_norm_eps == 1e-6 else {"mlp_norm_eps": config.mlp_norm_eps}
-        create = partial(block or BLOCKS[config.block], width, config.num_heads, config.mlp_size, **eps)
+        kind: Any = BLOCKS[config.block] if isinstance(config.block, str) else config.block
+        create = partial(kind, width, config.num_heads, config.mlp_size, **eps)
         self.blocks = jax.vmap(lambda key: create(key=key))(jax.random.split(blocks_key, config.depth))
         self.final = self.blocks.final(width, out_size, key=final_key)
         self.config = config

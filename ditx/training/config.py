@@ -158,10 +158,14 @@ class Config(KernelConfig, ObjectiveConfig, Common):
         matched.check_fields()
         return matched
 
-    def describe(self, preset: str, dataset: Any) -> dict[str, Any]:
-        """The contents of a run's `config.json`."""
+    def describe(self, preset: str, dataset: Any, **own: Any) -> dict[str, Any]:
+        """The contents of a run's `config.json`; `own` are the objective and the source of a program of one's own."""
         names = dataset.class_names[: self.model.num_classes]
         described = {"preset": preset, **asdict(self), "class_names": names, "data_checksum": dataset.checksum}
+        described["model"] = self.model.described()
+        own = {"block": self.model.own_block, **own}
+        names = {kind: piece and getattr(piece, "__name__", type(piece).__name__) for kind, piece in own.items()}
+        described["own"] = names
         settings: Any = jax.config  # With other settings the same flags give other numbers.
         described["jax"] = {"enable_x64": settings.jax_enable_x64, "prng_impl": settings.jax_default_prng_impl}
         described |= {"latents": dataset.latents} if dataset.latents else {}

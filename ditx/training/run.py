@@ -134,7 +134,9 @@ class Run:
         """Draw the loss over training and by time, unless it is there; matplotlib is needed."""
         if not is_main_process() or self._curve.exists():
             return
-        lines = [line for line in read_metrics(self.folder) if "loss" in line]
+        lines = [
+            {"loss_by_time": [], "count_by_time": [], **line} for line in read_metrics(self.folder) if "loss" in line
+        ]
         names = ("step", "loss", "loss_by_time", "count_by_time")
         steps, losses, by_time, counts = (np.array([line[name] for line in lines], np.float64) for name in names)
         try:
@@ -170,6 +172,8 @@ def check_run(run: Path, described: dict[str, Any], *, changeable: Collection[st
             remedy = f"bring the data back, or train in another --run, which --init-from {run} can start from"
         elif diff(before, now, ignore=now.keys() - {"jax"}):
             remedy = "set JAX_ENABLE_X64 and JAX_DEFAULT_PRNG_IMPL as they were, or give another --run"
+        elif diff(before, now, ignore=now.keys() - {"own"}):
+            remedy = "resume it by the program that passes its own pieces to train, or give another --run"
         elif more > 0 and not diff(before, now, ignore={*changeable, "steps"}):
             command = shlex.join([*script("train").split(), "--resume", str(run), "--init-from", str(run)])
             remedy = "at its end the learning rate is 0; train on from its weights in a new run with: "

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ditx.data import imagenet
+from ditx.diffusion import samplers
 from ditx.nn.dit import DiT
 from ditx.parallel.fsdp import with_shardings
 from ditx.parallel.mesh import MeshConfig, make_mesh
@@ -20,14 +21,14 @@ from ditx.weights.frozen import load_decoder
 from ditx.weights.pretrained import Description, SourceConfig
 
 
-def load(source: str | Path, **options: Any) -> tuple[DiT, Description]:
+def load(source: str | Path, *, block: type | None = None, **options: Any) -> tuple[DiT, Description]:
     """Load a network and its description from a run, a file or folder of weights, or a name of the hub.
 
-    `options` are the fields of `SourceConfig`: `weights="live"`, `step=5000`, `input_size=32`. Raises ValueError if
-    there is no such network.
+    `block` is the class of blocks of one's own. `options` are the fields of `SourceConfig`: `weights="live"`,
+    `step=5000`, `input_size=32`. Raises ValueError if there is no such network.
     """
     config = SourceConfig(**options)
-    info = pretrained.describe(source, **config.facts())
+    info = pretrained.describe(source, block=block, **config.facts())
     return pretrained.load(source, info, **config.choice())[0], info
 
 
@@ -49,22 +50,23 @@ def sample(
 ) -> UInt8[np.ndarray, "n h w c"]:
     """Draw `num` images of the labels in turn, by default one of each; without labels, of all classes.
 
-    `sampling` replaces fields of `info.sampling`: `steps=50`, `guidance_scale=2.0`. `vae` decodes latents, by default
-    with the autoencoder of `info`. Image k is that of sample.py with the same seed. Raises ValueError for samples that
-    cannot be drawn.
+    `sampling` replaces fields of `info.sampling`: `steps=50`, `guidance_scale=2.0`; `sampler` may also be a step of
+    one's own (`ditx.diffusion.samplers`). `vae` decodes latents, by default with the autoencoder of `info`. Image k is
+    that of sample.py with the same seed. Raises ValueError for samples that cannot be drawn.
     """
     found = imagenet.find_labels(tuple(map(str, labels)), info.class_names or ("any",))
     y = np.resize(np.array(found, np.int32), len(found) if num is None else num)
+    step = sampling.pop("sampler") if callable(sampling.get("sampler")) else None
     config = replace(info.sampling, **sampling)
-    sampler = _sampler(replace(info, model=model.config, vae=vae or info.vae), config, min(batch, max(len(y), 1)))
+    sampler = _sampler(replace(info, model=model.config, vae=vae or info.vae), config, min(batch, max(len(y), 1)), step)
     mesh = make_mesh(MeshConfig())
     placed = with_shardings(jax.eval_shape(lambda: model), mesh)
     return sampler(jax.device_put(model, jax.tree.map(lambda leaf: leaf.sharding, placed)), y, seed=seed)
 
 
 @lru_cache(maxsize=2)  # Calls that differ in labels and seed share a compiled program.
-def _sampler(info: Description, config: SamplingConfig, batch: int) -> Sampler:
+def _sampler(info: Description, config: SamplingConfig, batch: int, step: samplers.Step | None) -> Sampler:
     mesh = make_mesh(MeshConfig())
     decode = make_decode(load_decoder(info.vae, info.model.in_channels, info.latent_scale)[0], mesh)
     batch = choose_batch_size(batch, batch, mesh.size)
-    return make_sampler(config, info.model, info.objective, mesh, batch_size=batch, decode=decode)
+    return make_sampler(config, info.model, info.objective, mesh, batch_size=batch, decode=decode, step=step)

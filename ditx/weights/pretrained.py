@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ditx.data import imagenet
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.files import first_line
+from ditx.nn.blocks import find_block
 from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
 from ditx.parallel.fsdp import with_shardings
 from ditx.parallel.mesh import shard_host_array
@@ -84,8 +85,8 @@ class Description:
     """scale of that autoencoder, if known"""
 
     @classmethod
-    def of(cls, config: Any, source: object) -> "Description":
-        """The description in a run's `config.json` or in a file's metadata.
+    def of(cls, config: Any, source: object, block: type | None = None) -> "Description":
+        """The description in a run's `config.json` or in a file's metadata; `block` is the class of its own blocks.
 
         Raises ValueError if this version cannot read it.
         """
@@ -93,6 +94,8 @@ class Description:
         def tuples(config: dict[str, Any]) -> dict[str, Any]:  # JSON has only lists.
             return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
 
+        if isinstance(config, dict) and isinstance(name := config.get("model", {}).get("block"), str):
+            config = config | {"model": config["model"] | {"block": find_block(name, block, source)}}
         try:
             config = _first_edition(config) if isinstance(config.get("objective"), str) else config
             objective = {field.name: config[field.name] for field in fields(ObjectiveConfig) if field.name in config}
@@ -127,10 +130,11 @@ class Description:
             raise ValueError("the classes of --guide are not those of the network; give one with the same, or none")
 
 
-def describe(source: Path | str, **overrides: Any) -> Description:
+def describe(source: Path | str, *, block: type | None = None, **overrides: Any) -> Description:
     """Describe a run's folder, a file of weights or a name of `hub.find`, without reading the weights.
 
-    `overrides` are the fields of `SourceConfig` that files of other programs do not tell.
+    `block` is the class of blocks of one's own. `overrides` are the fields of `SourceConfig` that files of other
+    programs do not tell.
     """
     config = None
     if is_run(source):
@@ -148,7 +152,7 @@ def describe(source: Path | str, **overrides: Any) -> Description:
             config = json.loads(file.metadata[_METADATA])
     if overrides:
         raise ValueError(f"{source} tells {', '.join(overrides)} itself; leave that out")
-    return Description.of(config, source)
+    return Description.of(config, source, block)
 
 
 def load(
@@ -222,9 +226,9 @@ def describe_initial(source: Path | str, model: DiTConfig) -> Description:
 
     Raises ValueError if they differ in more than the labels.
     """
-    description = describe(source)
+    description = describe(source, block=model.own_block)
     labels = {name: getattr(description.model, name) for name in ("num_classes", "label_dropout")}
-    changes = runs.diff(asdict(description.model), asdict(replace(model, **labels)))
+    changes = runs.diff(description.model.described(), replace(model, **labels).described())
     if changes:
         raise ValueError(f"{source} holds another network: {changes}; change the flags to match it")
     return description
@@ -249,7 +253,7 @@ def load_initial(source: Path | str, fresh: DiT, mesh: Mesh) -> tuple[DiT, str]:
 def write(path: Path, model: DiT, description: Description, dtype: Any = np.float32) -> None:
     """Write a new `.safetensors` file in our layout, for `describe` and `load`."""
     config = asdict(replace(description, model=model.config))
-    config |= config.pop("objective")
+    config |= config.pop("objective") | {"model": model.config.described()}
     arrays = {name: array.astype(dtype) for name, array in convert.dit_to_arrays(model).items()}
     files.write_safetensors(path, arrays, {"format": "np", _METADATA: json.dumps(config)})
 
