@@ -252,6 +252,12 @@ PRESETS = {
         ema_decay=0.9995,
         sampling=SamplingConfig(sampler="dpm-solver", steps=25),
     ),
+    # Any folder of images, as pixels.
+    "images": Config(
+        dataset="images",
+        model=replace(DIT_CONFIGS["DiT-B/4"], input_size=64, in_channels=3),
+        sampling=SamplingConfig(guidance_scale=1.5),
+    ),
     # As many images, 64 million, as U-ViT-S/2 (Bao et al. 2023), whose FID of 3.11 is the mark at this size. Learning
     # rate, warm-up in images, weight decay, average and flips are U-ViT's; it has no dropout. The rate stays constant,
     # as there, so that --steps can lengthen the run.
@@ -265,12 +271,6 @@ PRESETS = {
         warmup=1250,
         weight_decay=0.03,
         sampling=SamplingConfig(sampler="dpm-solver", steps=25),
-    ),
-    # Any folder of images, as pixels.
-    "images": Config(
-        dataset="images",
-        model=replace(DIT_CONFIGS["DiT-B/4"], input_size=64, in_channels=3),
-        sampling=SamplingConfig(guidance_scale=1.5),
     ),
     # The paper's Table 4, with the FID-50K it reports: no guidance, 250 DDPM steps, the ft-MSE decoder.
     "imagenet256-s8": paper("DiT-S/8"),  # 153.60
