@@ -20,7 +20,7 @@ from jaxtyping import Array, install_import_hook
 
 with install_import_hook("ditx", "beartype.beartype"):
     from ditx import cli, costs
-    from ditx.data import loader, sources
+    from ditx.data import folders, loader, sources
     from ditx.diffusion.objective import Objective, make_objective
     from ditx.evaluation.hooks import Hooks, make_hooks
     from ditx.parallel import distributed
@@ -31,6 +31,7 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.training import run as runs
     from ditx.training.compile import AbstractStep
     from ditx.training.config import PRESETS, Config
+    from ditx.training.fit import Facts, fit_fields
     from ditx.training.logger import MetricsLogger, Profiler
     from ditx.training.run import Run, Sums
     from ditx.training.step import TrainState, adamw, train_step
@@ -44,7 +45,7 @@ def parse(argv: list[str]) -> tuple[str, Config]:
     parser = argparse.ArgumentParser(cli.script("train"), add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", default="")
     resume, argv = parser.parse_known_args(argv)
-    preset, flags = cli.split_preset(argv, PRESETS, default="digits")
+    preset, flags = cli.split_preset(cli.expand_model(argv), PRESETS, default="digits")
     default = replace(PRESETS[preset], run=f"runs/{preset}")
     if resume.resume:
         if flags != argv:
@@ -64,7 +65,27 @@ def parse(argv: list[str]) -> tuple[str, Config]:
         " of a run, and goes on with it."
     )
     options: Any = {"prog": f"{cli.script('train')} {preset}", "description": usage, "compact_help": True}
-    return preset, cli.parse(Config, default=default, args=flags, **options)
+    config = cli.parse(Config, default=default, args=flags, **options)
+    if (preset, config.dataset, resume.resume) == ("images", "images", "") and config.data_path:
+        if not (Path(config.run) / runs.CONFIG).exists():
+            return preset, fit_to_images(config, cli.given_fields(flags))
+        # The same command resumes: the choices of its first start are in the run.
+        chosen = replace(Config.of(runs.read_config(Path(config.run))), run=config.run)
+        config = cli.parse(Config, default=chosen, args=flags, **options)
+    return preset, config
+
+
+def fit_to_images(config: Config, given: set[str]) -> Config:
+    """The configuration fitted to its images and to the devices, except `given` fields; prints what it chooses."""
+    distributed.initialize(config.distributed)
+    tune_malloc()
+    with sync_errors():
+        folder = folders.find_images(config.data_path, quiet=True).undamaged(strict=config.strict)
+        facts = Facts(len(folder.files), folder.median_side, jax.default_backend(), jax.device_count())
+        config, lines = fit_fields(config, given, facts)
+    head = f"fitted    to {facts.images:,} images and {facts.devices} x {facts.platform}; your own flags go first"
+    print("\n".join([head, *lines]), flush=True)
+    return config
 
 
 def train(

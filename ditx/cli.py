@@ -138,6 +138,29 @@ def split_preset(arguments: list[str], presets: Collection[str], *, default: str
     return arguments[0], arguments[1:]
 
 
+def expand_model(arguments: list[str], prefix: str = "model.") -> list[str]:
+    """Arguments with `--model DiT-S/4` as the flags of that network's sizes. Raises ValueError for an unknown name."""
+    from ditx.nn.dit import DIT_CONFIGS
+
+    expanded, rest = [], iter(arguments)
+    for argument in rest:
+        flag, _, name = argument.partition("=")
+        if flag != "--model":
+            expanded.append(argument)
+            continue
+        name = name or next(rest, "")
+        if name not in DIT_CONFIGS:
+            raise unknown("network", name, DIT_CONFIGS)
+        for field in ("patch_size", "hidden_size", "depth", "num_heads"):
+            expanded += [f"--{prefix}{field.replace('_', '-')}", str(getattr(DIT_CONFIGS[name], field))]
+    return expanded
+
+
+def given_fields(arguments: list[str]) -> set[str]:
+    """The fields whose flags are among the arguments: `steps`, `model.depth`."""
+    return {flag.partition("=")[0][2:].replace("-", "_") for flag in arguments if flag.startswith("--")}
+
+
 def at_least(config: Any, least: int, *names: str) -> None:
     """Raise ValueError for the first field of `config` that is below `least`, or not a number; `a.b` is nested."""
     for name in names:

@@ -57,8 +57,8 @@ class SamplingConfig:
 
     sampler: SamplerName = "auto"
     """auto: heun for a flow, else ddpm. ddim, dpm-solver (DPM-Solver++(2M)), heun and euler are deterministic"""
-    steps: int = 250
-    """steps from noise to image"""
+    steps: int = 0
+    """steps from noise to image; 0: 25 for a flow, else the paper's 250"""
     spacing: Literal["time", "log-snr", "karras"] = "time"
     """steps are equal in: time, log-SNR, or (sigma / alpha)^(1/7)"""
     eta: float = 0.0
@@ -71,20 +71,21 @@ class SamplingConfig:
     """guide only between these times, 0 (data) to 1000 (noise); a step outside costs half"""
 
     def resolved(self, objective: ObjectiveConfig) -> "SamplingConfig":
-        """The same with `auto` replaced by a sampler's name."""
-        default = "heun" if objective.is_flow else "ddpm"
-        return replace(self, sampler=default if self.sampler == "auto" else self.sampler)
+        """The same with the sampler and the number of steps that `auto` and 0 stand for."""
+        sampler, steps = ("heun", 25) if objective.is_flow else ("ddpm", 250)
+        return replace(self, sampler=sampler if self.sampler == "auto" else self.sampler, steps=self.steps or steps)
 
     def params(self, objective: ObjectiveConfig) -> SamplerParams:
         """The traceable parameters."""
         scale = None if self.guidance_scale == 1 else float(self.guidance_scale)
         interval = None if scale is None or self.guidance_interval == (0, 1000) else self.guidance_interval
-        return SamplerParams(objective.sampler_grid(self.steps, self.spacing), scale, interval)
+        grid = objective.sampler_grid(self.resolved(objective).steps, self.spacing)
+        return SamplerParams(grid, scale, interval)
 
     def check(self, model: DiTConfig, objective: ObjectiveConfig, *, guided_by_network: bool = False) -> None:
         """Raise ValueError where this cannot work with a network, guided by its null label or by another network."""
         limit = 1000 if not objective.is_flow and self.spacing == "time" else 10_000
-        if not 1 <= self.steps <= limit:
+        if not 0 <= self.steps <= limit:
             raise ValueError(f"steps is {self.steps}; schedule {objective.schedule} samples in 1 to {limit} steps")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}; choose 0 (deterministic) to 1 (as noisy as ddpm)")

@@ -250,8 +250,11 @@ def test_few_sizes_of_batches_serve_all_numbers_and_little_is_drawn_in_vain(part
 
 
 def test_auto_is_the_usual_choice():
-    def names(schedule, **fields):
-        return SamplingConfig(**fields).resolved(ObjectiveConfig(schedule)).sampler
+    def chosen(schedule, **fields):
+        config = SamplingConfig(**fields).resolved(ObjectiveConfig(schedule))
+        return config.sampler, config.steps
 
-    assert (names("linear"), names("cosine"), names("flow")) == ("ddpm", "ddpm", "heun")
-    assert names("flow", sampler="dpm-solver") == "dpm-solver"
+    assert chosen("linear") == chosen("cosine") == ("ddpm", 250)
+    assert chosen("flow") == ("heun", 25)
+    assert chosen("flow", sampler="dpm-solver", steps=4) == ("dpm-solver", 4)
+    assert len(SamplingConfig().params(ObjectiveConfig("flow", "velocity")).grid) == 25

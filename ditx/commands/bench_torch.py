@@ -130,7 +130,7 @@ def make_train(torch: Any, config: Any, network: Any, call: Any, device: Any, dt
 
 def make_sample(torch: Any, config: Any, network: Any, call: Any, device: Any, dtype: str) -> Callable[[], None]:
     """A batch of samples by deterministic DDIM, with guidance: as many forward passes as ours."""
-    model, sampling, size = config.model, config.sampling, config.model.input_size
+    model, sampling, size = config.model, config.sampling.resolved(config.objective), config.model.input_size
     network.to(getattr(torch, dtype)).eval()
     schedule = respace(linear_schedule(), sampling.steps)
     tables = (schedule.alpha, schedule.sigma, schedule.time)

@@ -68,6 +68,11 @@ class ImageFolder:
         return {name: content.error for name, content in pairs if content.error}
 
     @property
+    def median_side(self) -> int:
+        """Median of the shorter sides, in pixels."""
+        return int(np.median([min(content.width, content.height) for content in self.contents]))
+
+    @property
     def checksum(self) -> int:
         """CRC-32 of the contents and labels."""
         identity = [content.checksum for content in self.contents], self.labels.tolist()
@@ -89,12 +94,12 @@ class ImageFolder:
         return self.select(np.flatnonzero([not content.error for content in self.contents]))
 
 
-def find_images(path: str | os.PathLike, *, by_class: bool = True) -> ImageFolder:
+def find_images(path: str | os.PathLike, *, by_class: bool = True, quiet: bool = False) -> ImageFolder:
     """Images at any depth of a folder, in the order of their names, damaged ones included.
 
     Subfolders are classes. Images beside subfolders of images are left out or, if not `by_class`, mean that there are
-    no classes. Hidden files and folders are left out; links are followed. Reports other files on stderr. Raises
-    ValueError for a folder or a class without images, and as `walk` does.
+    no classes. Hidden files and folders are left out; links are followed. Reports other files on stderr, unless
+    `quiet`. Raises ValueError for a folder or a class without images, and as `walk` does.
     """
     root = os.fspath(path)
     if not os.path.isdir(root):
@@ -103,7 +108,7 @@ def find_images(path: str | os.PathLike, *, by_class: bool = True) -> ImageFolde
     groups = [loose, *(sorted(walk(folder, (root,))) for folder in folders)]
     contents = inspect([file for group in groups for file in group], root)
     other = [file for file, content in contents.items() if not content.checksum]
-    if other:
+    if other and not quiet:
         kinds = Counter(os.path.splitext(file)[1] or os.path.basename(file) for file in other).most_common()
         most = ", ".join(f"{count:,} {kind}" for kind, count in kinds[:5]) + (", ..." if len(kinds) > 5 else "")
         print(f"passed over {len(other):,} files that are no images in {root}: {most}", file=sys.stderr)
@@ -113,7 +118,7 @@ def find_images(path: str | os.PathLike, *, by_class: bool = True) -> ImageFolde
         groups, folders = [[*loose, *(file for group in groups for file in group)]], []
     elif empty and by_class:
         raise ValueError(f"folder {empty[0]} contains no images; add some or remove it")
-    elif loose:
+    elif loose and not quiet:
         print(f"passed over {len(loose):,} images beside the class folders of {root}", file=sys.stderr)
     files = [file for group in groups for file in group]
     if not files:

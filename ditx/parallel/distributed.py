@@ -66,12 +66,12 @@ def launched() -> tuple[int, int]:
 
 
 def initialize(config: DistributedConfig) -> None:
-    """Join the other processes, if there are any; call it before JAX looks for devices.
+    """Join the other processes, if there are any and once; call it before JAX looks for devices.
 
     From here on only the main process prints. Raises ValueError if the others cannot be reached.
     """
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if not config.coordinator and launched()[1] == 1 and not pod:
+    if (not config.coordinator and launched()[1] == 1 and not pod) or jax.distributed.is_initialized():
         return
     given: dict[str, Any] = {}
     if config.coordinator not in ("", "auto"):

@@ -102,7 +102,7 @@ class Config(KernelConfig, ObjectiveConfig, Common):
     wandb: str = ""
     """Weights & Biases project to log to (--extra wandb)"""
     model: DiTConfig = field(default_factory=DiTConfig)
-    """shape of the network"""
+    """shape of the network; --model DiT-S/4 sets its sizes by name"""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """sampling of the pictures"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -252,10 +252,14 @@ PRESETS = {
         ema_decay=0.9995,
         sampling=SamplingConfig(sampler="dpm-solver", steps=25),
     ),
-    # Any folder of images, as pixels.
+    # Any folder of images, as pixels. `fit.py` fits sizes, batch and lengths to the images and the devices.
     "images": Config(
         dataset="images",
-        model=replace(DIT_CONFIGS["DiT-B/4"], input_size=64, in_channels=3),
+        model=replace(DIT_CONFIGS["DiT-S/4"], input_size=64, in_channels=3, learn_sigma=False),
+        schedule="flow",
+        prediction="velocity",
+        flow_times=(0.5, 1.0),
+        decay="cosine",
         sampling=SamplingConfig(guidance_scale=1.5),
     ),
     # As many images, 64 million, as U-ViT-S/2 (Bao et al. 2023), whose FID of 3.11 is the mark at this size. Learning

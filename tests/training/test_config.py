@@ -86,7 +86,7 @@ def test_kernels_may_change_on_resume_but_not_the_rounding_of_matmuls():
         ({"ema_decay": 1.0}, "ema_decay is 1.0; give 0 to below 1"),
         ({"vae": "ft-mse"}, "vae is 'ft-mse', but dataset digits has pixels"),
         ({"schedule": "flow", "model": DiTConfig()}, "trains no variance; add --model.no-learn-sigma"),
-        ({"sampling": SamplingConfig(steps=0)}, "steps is 0; schedule flow samples in 1 to"),
+        ({"sampling": SamplingConfig(steps=-1)}, "steps is -1; schedule flow samples in 1 to"),
         ({"ema_every": 5, "ema_lengths": (0.4,)}, "length is 0.4 of the run; give a share"),
         ({"eval_every": 5}, "eval_every needs --eval-stats; make them with"),
         ({"eval_every": 5, "eval_stats": "a.npz", "eval_samples": 1}, "eval_samples is 1; it must be at least 2"),
