@@ -1,6 +1,7 @@
 """Pictures for people: grids of samples, and the loss curve of a run."""
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def grid(
 ) -> PIL.Image.Image:
     """Images with white lines between them, near square; small ones enlarged by a whole factor to about 64 pixels.
 
-    Each of 2 to 20 classes is a row, or a block of several rows, with its name on the left. Images of one class, or of
+    Each of 2 to 20 classes is a row, or a block of equal rows, with its name on the left. Images of one class, or of
     more classes, follow each other row by row.
     """
     factor, classes = max(1, 64 // images.shape[1]), list(dict.fromkeys(labels.tolist()))
@@ -33,20 +34,28 @@ def grid(
     if not 1 < len(classes) <= _MAX_CLASSES:
         return to_picture(_tile(images, math.ceil(math.sqrt(len(images)))))
     longest = max(labels.tolist().count(label) for label in classes)
-    columns = longest if longest <= 10 else math.ceil(math.sqrt(longest))
-    blocks = [to_picture(_tile(images[labels == label], columns)) for label in classes]
-    titles: list[str] = [names[label].split(",")[0][:20] for label in classes]
+    titles = ["\n".join(textwrap.wrap(names[label].split(",")[0], 20, max_lines=3)) for label in classes]
     font = PIL.ImageFont.load_default(14)
-    margin = 12 + math.ceil(max(map(font.getlength, titles)))
-    width, height = margin + blocks[0].width, 2 + max(block.height for block in blocks)
-    across = min(range(1, len(classes) + 1), key=lambda n: max(n * width, -(-len(classes) // n) * height))
-    size = across * width, -(-len(classes) // across) * height - 2
-    picture = PIL.Image.new(blocks[0].mode, size, "white")
+    margin = 12 + math.ceil(max(font.getlength(line) for title in titles for line in title.split("\n")))
+
+    def block_size(columns: int) -> tuple[int, int]:  # with a wider gap below blocks of several rows
+        rows = math.ceil(longest / columns)
+        return margin + (images.shape[2] + 2) * columns - 2, (images.shape[1] + 2) * rows + 6 * (rows > 1)
+
+    def size(layout: tuple[int, int]) -> tuple[int, int]:
+        (width, height), across = block_size(layout[0]), layout[1]
+        return across * width, math.ceil(len(classes) / across) * height - 2
+
+    rows = [n for n in range(1, longest + 1) if longest % n == 0 or n * n <= longest < (n + 1) ** 2]
+    layouts = [(math.ceil(longest / n), across) for n in rows for across in range(1, len(classes) + 1)]
+    columns, across = layout = min(layouts, key=lambda layout: max(size(layout)))
+    blocks = [to_picture(_tile(images[labels == label], columns)) for label in classes]
+    (width, height), picture = block_size(columns), PIL.Image.new(blocks[0].mode, size(layout), "white")
     for number, (title, block) in enumerate(zip(titles, blocks, strict=True)):
         x, y = number % across * width + margin, number // across * height
         picture.paste(block, (x, y))
         middle = (x - 5, y + block.height // 2)
-        PIL.ImageDraw.Draw(picture).text(middle, title, fill="black", font=font, anchor="rm")
+        PIL.ImageDraw.Draw(picture).text(middle, title, fill="black", font=font, anchor="rm", align="right")
     return picture
 
 
@@ -74,8 +83,8 @@ def write_loss_curve(
     figure = Figure((10, 4), layout="constrained")
     over_training, by_time = figure.subplots(1, 2)
     window = max(1, len(losses) // 50)
-    over_training.plot(steps, losses, color="#b8cfe5", linewidth=1, label="raw")
-    if len(losses) >= window:
+    over_training.plot(steps, losses, color="#b8cfe5" if window > 1 else "#1f4e79", linewidth=1, label="raw")
+    if window > 1:
         means = np.convolve(losses, np.ones(window) / window, "valid")
         over_training.plot(steps[window - 1 :], means, color="#1f4e79", label=f"mean of {window}")
     times, curves = 1000 * (np.arange(losses_by_time.shape[1]) + 0.5) / losses_by_time.shape[1], []

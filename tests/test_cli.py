@@ -99,3 +99,14 @@ def test_the_preset_comes_first():
     assert cli.split_preset(["cifar10", "--flip"], presets, default="digits") == ("cifar10", ["--flip"])
     with pytest.raises(ValueError, match="unknown preset 'cifar'; did you mean 'cifar10'\\? choose from digits, cif"):
         cli.split_preset(["cifar"], presets, default="digits")
+
+
+def test_a_network_by_name_is_its_sizes_and_later_flags_change_them():
+    flags = ["--steps", "3", "--model", "DiT-S/4", "--model.depth", "2"]
+    sizes = "--model.patch-size 4 --model.hidden-size 384 --model.depth 12 --model.num-heads 6".split()
+    assert cli.expand_model(flags) == ["--steps", "3", *sizes, "--model.depth", "2"]
+    assert cli.given_fields(cli.expand_model(["--model=DiT-B/2", "--batch-size=8"])) == {
+        *("model.patch_size", "model.hidden_size", "model.depth", "model.num_heads", "batch_size")
+    }
+    with pytest.raises(ValueError, match=r"unknown network 'DiT-S4'; did you mean 'DiT-S/4'\?"):
+        cli.expand_model(["--model", "DiT-S4"])

@@ -25,8 +25,17 @@ def test_each_class_is_a_row_with_its_name_on_the_left():
         images_of_row, title = picture[66 * row : 66 * row + 64, margin:], picture[66 * row : 66 * row + 64, :margin]
         assert set(np.unique(images_of_row)) <= {40 * row, 255} and (images_of_row[:, :64] == 40 * row).all()
         assert title.min() < 100  # the name in black
-    many = np.arange(40) % 2
-    assert pictures.grid(images[many], many, ["a", "b"]).width < 2 * 7 * 66  # blocks of 5 columns, not one long row
+
+
+@pytest.mark.parametrize(("classes", "each"), [(2, 20), (3, 10), (10, 8), (5, 7), (20, 10)])
+def test_grids_of_classes_are_near_square_with_names_in_full(classes, each):
+    labels = np.tile(np.arange(classes), each)
+    names = [f"photographs of my grandmother, {n}" for n in range(classes)]
+    images = np.zeros((len(labels), 32, 32, 3), np.uint8)
+    width, height = pictures.grid(images, labels, names).size
+    assert max(width, height) < 1.9 * min(width, height)
+    cut = pictures.grid(images, labels, ["photographs of my gr"] * classes).crop((0, 0, 60, height))
+    assert pictures.grid(images, labels, names).crop((0, 0, 60, height)).tobytes() != cut.tobytes()
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 200])

@@ -371,14 +371,16 @@ def test_a_folder_of_images_trains(tmp_path, monkeypatch, capsys):
         PIL.Image.fromarray(rng.integers(0, 255, (20 + k, 30, 3), np.uint8)).save(file)
     flags = ["images", "--data-path", tmp_path / "images", "--run", tmp_path / "run", "--steps", 2, "--batch-size", 8]
     flags += "--model.input-size 8 --model.hidden-size 16 --model.depth 1 --model.num-heads 2".split()
-    flags += "--sampling.steps 2 --dtype float32".split()
+    flags += "--sampling.steps 2".split()
     code, said = call(train, monkeypatch, capsys, *flags)
-    assert code == 0 and "12 images of 8x8x3, 3 classes" in said, said
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["class_names"] == [
-        "class-0",
-        "class-1",
-        "class-2",
-    ]
+    assert code == 0 and "12 images of 8x8x3, 3 classes" in said and "--dtype float32" in said, said
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["class_names"] == ["class-0", "class-1", "class-2"] and config["model"]["patch_size"] == 1
+    assert (config["dtype"], config["warmup"], config["batch_size"]) == ("float32", 0, 8)
+    code, said = call(train, monkeypatch, capsys, *flags, "--workers", 1)  # what was chosen stays
+    assert code == 0 and "has all its 2 steps" in said and "fitted" not in said, said
+    code, said = call(train, monkeypatch, capsys, *flags, "--dtype", "bfloat16")
+    assert code == 2 and "dtype was 'float32' and is 'bfloat16'" in said, said
 
 
 @pytest.mark.slow

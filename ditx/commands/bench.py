@@ -129,7 +129,8 @@ def parse(name: str, *flags: str) -> Any:
         smaller = {"batch_size": 64} if (kind, first.source) == (Train, "tiny") else {}
         return kind(model=networks[first.source], **smaller), None
 
-    return cli.parse_with_defaults(partial(cli.parse, kind, args=flags, prog=f"ditx bench {name}"), defaults)[0]
+    parse = partial(cli.parse, kind, args=cli.expand_model([*flags], ""), prog=f"ditx bench {name}")
+    return cli.parse_with_defaults(parse, defaults)[0]
 
 
 def check(config: Any) -> None:

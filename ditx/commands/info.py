@@ -38,7 +38,7 @@ TABLE_4: list[tuple[str, BlockName, int, float, int]] = [
 
 @dataclass(frozen=True)
 class Config:
-    """The network and its training step. Flags change single fields of the network."""
+    """The network and its training step. Flags change single fields of the network; --model DiT-S/4 sets its sizes."""
 
     source: tyro.conf.Positional[str] = "DiT-XL/2"
     """a published network (DiT-S/8 to DiT-XL/2), the folder of a run, or a file of weights"""
@@ -64,7 +64,7 @@ class Config:
 def main(argv: list[str]) -> int:
     """Print the costs; returns the exit code."""
     description = "Costs of a network and its training step, from the configuration only."
-    parse = partial(cli.parse, Config, args=argv, prog="ditx info", description=description)
+    parse = partial(cli.parse, Config, args=cli.expand_model(argv, ""), prog="ditx info", description=description)
     config, _ = cli.parse_with_defaults(parse, lambda first: (Config(model=network(first.source)), None))
     cli.at_least(config, 1, "batch_size", "accumulate")
     cli.at_least(config, 0, "power_emas")
@@ -122,12 +122,13 @@ def paper() -> list[dict[str, Any]]:
 
 def table(config: Config, figures: dict[str, Any]) -> str:
     """The costs, for people."""
-    model, source = config.model, config.source
+    model = config.model
+    name = next((name for name, published in DIT_CONFIGS.items() if published == model), config.source)
     mesh = " x ".join(f"{name} {size}" for name, size in figures["mesh"].items())
-    changed = ", changed by flags" if DIT_CONFIGS.get(source, model) != model else ""
+    changed = ", changed by flags" if DIT_CONFIGS.get(name, model) != model else ""
     bytes_of = {name: _binary(size) for name, size in figures["bytes"].items() if name != "gradients"}
     lines = [
-        f"{source}{changed}: {model.block}, {model.depth} blocks of width {model.hidden_size}, {model.num_heads} heads,"
+        f"{name}{changed}: {model.block}, {model.depth} blocks of width {model.hidden_size}, {model.num_heads} heads,"
         f" {model.num_tokens} tokens of {model.input_size}x{model.input_size}x{model.in_channels}",
         f"parameters                   {figures['parameters']:>14,}",
         f"multiply-adds of an image    {_scaled(figures['multiply_adds']):>14}  (the paper's Gflops)",

@@ -17,6 +17,7 @@ from ditx.data.latents import LatentBatch, LatentSource
 from ditx.files import checksum_arrays, read_npz
 from ditx.pickles import read_pickle
 
+MAX_BYTES_KEPT = 2**28  # Images of smaller data sets are decoded once.
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -93,6 +94,7 @@ class FolderSource:
     """raise ValueError for an image that cannot be read in training, instead of taking the next one"""
     latents = None
     _reported: set[str] = field(default_factory=set, init=False, repr=False)
+    _decoded: dict[int, UInt8[np.ndarray, "h w 3"]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, folder: ImageFolder, size: int, *, strict: bool) -> "FolderSource":
@@ -124,8 +126,13 @@ class FolderSource:
         number = index
         while True:
             file = self.files[number]
+            if number in self._decoded:
+                return self._decoded[number], number
             try:
-                return read(file, self.size), number
+                image = read(file, self.size)
+                if len(self) * image.nbytes <= MAX_BYTES_KEPT:
+                    self._decoded[number] = image
+                return image, number
             except ValueError as error:
                 number = (number + 1) % len(self)
                 if self.strict or number == index:

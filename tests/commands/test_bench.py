@@ -176,7 +176,7 @@ def test_without_pytorch_or_a_network_of_diffusers_no_comparison_starts(run, mon
         (["train", "tiny", "--sweep", "--batch-sizes", 0], "each must be at least 1"),
         (["train", "tiny", "--sweep", "--compare", "torch"], "--sweep and --compare exclude each other"),
         (["sample", "tiny", "--kernels", "fused"], "kernels is fused, which needs GPUs, not cpu; use xla"),
-        (["sample", "tiny", "--steps", 0], "steps is 0; schedule linear samples in 1 to 1000 steps"),
+        (["sample", "tiny", "--steps", -1], "steps is -1; schedule linear samples in 1 to 1000 steps"),
         (["sample", "tiny", "--batch-size", 12], "batch_size is 12; make it a multiple of 8 devices"),
     ],
 )

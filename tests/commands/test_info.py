@@ -33,6 +33,9 @@ def test_costs_of_a_published_network(run):
     assert code == 0 and figures["parameters"] == 674834720
     assert figures["bytes"] == {name: n * 674834720 for name, n in zip(figures["bytes"], (4, 4, 8, 4), strict=True)}
     assert figures["training_step_flops"] == 6 * 128 * figures["multiply_adds"]
+    code, output = run.ditx("info", "--model", "DiT-S/4", "--depth", 2)
+    assert code == 0 and "DiT-XL/2, changed by flags: adaln-zero, 2 blocks of width 384, 6 heads, 64 tokens" in output
+    assert "DiT-S/4: adaln-zero, 12 blocks of width 384" in run.ditx("info", "--model", "DiT-S/4")[1]
     code, output = run.ditx("info", "DiT-XL/2", "--json", "--power-emas", 2)
     assert json.loads(output)["bytes"]["ema"] == 3 * figures["bytes"]["ema"]
     assert json.loads(output)["device_bytes"]["ema"] == 3 * figures["device_bytes"]["ema"]

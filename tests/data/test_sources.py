@@ -232,6 +232,19 @@ def test_the_next_image_stands_in_for_one_that_is_damaged_later(tmp_path, capsys
         strict.take(np.array([2, 1]), np.zeros(2, bool))
 
 
+def test_images_of_a_small_folder_are_decoded_once(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        save(tmp_path / "cat" / f"{name}.png", np.full((9, 9, 3), 7, np.uint8))
+    for most, reads in ((2**28, 1), (8 * 8 * 3, 3)):
+        monkeypatch.setattr(sources, "MAX_BYTES_KEPT", most)
+        source, count = sources.images(tmp_path, 8), []
+        monkeypatch.setattr(
+            sources, "read", lambda *arguments, count=count: (count.append(1), image_files.read(*arguments))[1]
+        )
+        batches = [source.take(np.array([1]), np.zeros(1, bool))["x"] for _ in range(3)]
+        assert len(count) == reads and all(np.array_equal(batch, batches[0]) for batch in batches)
+
+
 def test_a_folder_without_subfolders_has_no_classes(tmp_path, capsys):
     for number in range(3):
         save(tmp_path / f"{number}.png", np.full((9, 9, 3), number, np.uint8))
