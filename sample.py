@@ -8,13 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tyro
-from jax.sharding import Mesh
+if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]  # Their imports take seconds.
+    print(f"loading  JAX and ditx for: {' '.join(words)}", file=sys.stderr, flush=True)
+
 from jaxtyping import install_import_hook
-from tqdm import tqdm
 
 with install_import_hook("ditx", "beartype.beartype"):
+    import numpy as np
+    import tyro
+    from jax.sharding import Mesh
+    from tqdm import tqdm
+
     from ditx import cli, pictures
     from ditx.data import imagenet
     from ditx.kernels.block import KernelConfig
@@ -179,6 +184,7 @@ def sample(argv: list[str]) -> int:
         check(config, described, weaker, mesh)
     distributed.assert_same_everywhere({**asdict(config), "distributed": None})
     channels, guide = described.model.in_channels, None
+    print(f"reading  {source}" + (f", {config.vae}" if config.vae else ""), flush=True)
     with distributed.sync_errors():
         vae, vae_name = load_decoder(config.vae, channels, described.latent_scale)
         network, note = pretrained.load_on_mesh(source, described, mesh, dtype, **config.origin.choice())

@@ -13,12 +13,18 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
-from jaxtyping import Array, install_import_hook
+if __name__ == "__main__" and not {"-h", "--help", "-H", "--help-verbose"} & {*sys.argv}:
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]  # Their imports take seconds.
+    print(f"loading   JAX and ditx for: {' '.join(words)}", file=sys.stderr, flush=True)
+
+from jaxtyping import install_import_hook
 
 with install_import_hook("ditx", "beartype.beartype"):
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import Mesh
+    from jaxtyping import Array
+
     from ditx import cli, costs
     from ditx.data import folders, loader, sources
     from ditx.diffusion.objective import Objective, make_objective
@@ -30,7 +36,7 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.training import checkpoint
     from ditx.training import run as runs
     from ditx.training.compile import AbstractStep
-    from ditx.training.config import PRESETS, Config
+    from ditx.training.config import PRESETS, PRESETS_HELP, Config
     from ditx.training.fit import Facts, fit_fields
     from ditx.training.logger import MetricsLogger, Profiler
     from ditx.training.run import Run, Sums
@@ -57,13 +63,10 @@ def parse(argv: list[str]) -> tuple[str, Config]:
                 f"{resume.resume} was trained by your own {own}; resume it by the program that passes them"
             )
         preset, default = described["preset"], replace(Config.of(described), run=resume.resume)
-    own = [name for name in PRESETS if not name.startswith("imagenet")]
-    paper = [name.removeprefix("imagenet256-") for name in PRESETS if name not in own]
     usage = (
-        f"Presets: {', '.join(own)}; the paper's, on 256-pixel ImageNet as imagenet256-NAME: {', '.join(paper)}. Below"
-        f" are the flags and defaults of {preset}; --help-verbose explains them. --resume RUN takes those"
-        " of a run, and goes on with it."
+        f"--help-verbose explains the flags; their defaults are those of {preset}. --model DiT-S/4 sets the sizes of a"
     )
+    usage += f" network by its name. --resume RUN goes on with a run.\n{PRESETS_HELP}"
     options: Any = {"prog": f"{cli.script('train')} {preset}", "description": usage, "compact_help": True}
     config = cli.parse(Config, default=default, args=flags, **options)
     if (preset, config.dataset, resume.resume) == ("images", "images", "") and config.data_path:
@@ -101,6 +104,7 @@ def train(
     with sync_errors():  # a mistake in one process ends all of them with the same sentence
         config.check_fields()
         if source is None:
+            print(f"reading   {config.data_path or config.dataset}", flush=True)
             size = config.model.input_size
             dataset = sources.open_dataset(config.dataset, config.data_path, size, strict=config.strict)
         else:
@@ -117,7 +121,7 @@ def train(
     step = make_step(config, mesh, objective, latent=bool(dataset.latents))
     print(summary(config, dataset, step, described["own"]["source"] or config.dataset), flush=True)
     if not finished:  # before the folder exists, so that a step that is too large leaves nothing
-        compile_step(step)
+        described["compile_seconds"] = round(compile_step(step, Path(config.run))[1], 1)
     with closing(Run.open(config, described)) as run:
         return fit(config, dataset, step, hooks, run)
 
@@ -150,12 +154,14 @@ def make_step(config: Config, mesh: Mesh, objective: Objective | None = None, *,
 
 
 @cache
-def compile_step(step: AbstractStep) -> Any:
-    """The compiled step, once."""
+def compile_step(step: AbstractStep, run: Path) -> tuple[Any, float]:
+    """The compiled step and the seconds this took; a second call returns the same."""
+    before = runs.read_config(run).get("compile_seconds") if (run / runs.CONFIG).exists() else None
+    print("compiling the step" + (f"; it took {before} s last time" if before else ""), flush=True)
     with sync_errors():
         program, seconds, needed = step.compiled
     print(f"compiled  in {seconds:.1f} s; a step takes {needed / 2**20:,.1f} MiB a device", flush=True)
-    return program
+    return program, seconds
 
 
 def begin(config: Config, step: AbstractStep, run: Run) -> tuple[TrainState, Sums, int, Array]:
@@ -182,7 +188,7 @@ def fit(config: Config, dataset: sources.Source, abstract: AbstractStep, hooks: 
     if start >= config.steps:
         return finish(config, hooks, run, state, f"{run.folder} has all its {config.steps:,} steps")
     run.start(start)
-    program, save_due = compile_step(abstract), False
+    (program, _), save_due = compile_step(abstract, run.folder), False
     rows = local_batch_indices(abstract.mesh, config.batch_size)
     options = {"batch_size": config.batch_size, "seed": config.seed, "flip": config.flip, "workers": config.workers}
     with (
@@ -227,20 +233,28 @@ def finish(config: Config, hooks: Hooks, run: Run, state: TrainState, note: str)
     if "samples" in hooks and distributed.broadcast_from_main(missing):
         hooks["samples"][1](run, state, config.steps)
     run.write_loss_curve()
-    print(f"done      {note}; draw samples with: {cli.script('sample')} {run.folder}")
+    written = ", ".join(name for name in ("samples/", "loss.png") if (run.folder / name).exists())
+    vae = " --vae ft-mse" if config.dataset == "latents" and not config.vae else ""
+    note += f" ({written})" if written else ""
+    print(f"done      {note}; draw samples with: {cli.script('sample')} {run.folder}{vae}")
     return 0
 
 
 def summary(config: Config, dataset: sources.Source, step: AbstractStep, name: str) -> str:
     """The lines that a run prints first."""
     shape, epochs = "x".join(map(str, dataset.image_shape)), config.steps * config.batch_size / len(dataset)
+    kind = "latents" if dataset.latents else "images"
     undrawn = dataset.latents and config.sample_every and not config.vae
+    try:
+        products = f"{costs.scaled(costs.macs(config.model))} multiply-adds"
+    except ValueError as error:  # of a block of one's own
+        products = f"unknown multiply-adds ({error})"
     return (
-        f"model     DiT of {costs.parameters(config.model):,} parameters, {costs.macs(config.model) / 1e9:.3f} G"
-        f" multiply-adds, {config.model.num_tokens} tokens, {config.dtype}\n"
+        f"model     DiT of {costs.parameters(config.model):,} parameters, {products}, {config.model.num_tokens} tokens,"
+        f" {config.dtype}\n"
         f"{step.summary()}\n"
-        f"data      {name}: {len(dataset):,} images of {shape}, {config.model.num_classes} classes\n"
-        f"steps     {config.steps:,} of {config.batch_size} images ({epochs:,.1f} epochs)\n"
+        f"data      {name}: {len(dataset):,} {kind} of {shape}, {config.model.num_classes} classes\n"
+        f"steps     {config.steps:,} of {config.batch_size} {kind} ({epochs:,.1f} epochs)\n"
         f"run       {config.run}{'; no pictures, which need --vae to decode latents' if undrawn else ''}"
     )
 

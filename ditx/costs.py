@@ -63,6 +63,13 @@ def count_macs(jaxpr: Any) -> int:
     return total
 
 
+def scaled(count: int) -> str:
+    """A count in words: 118.64 G."""
+    units = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+    unit = next((unit for unit, size in units.items() if count >= size), "k")
+    return f"{count / units[unit]:,.2f} {unit}"
+
+
 def training_step(config: DiTConfig, batch_size: int) -> int:
     """FLOPs of a training step: two for a multiply-add, and a backward pass costs two forward passes."""
     return 6 * batch_size * macs(config)

@@ -52,7 +52,9 @@ def assert_same_run(run, other, step=40):
 
 def test_a_run_is_a_folder_of_plain_files(finished):
     run, output = finished
-    said = ("parameters", "multiply-adds", "5,000 images of 28x28x1, 10 classes", "devices   1 x", str(run), "compiled")
+    said = ["parameters", "44.29 k multiply-adds", "5,000 images of 28x28x1, 10 classes", "devices   1 x", "compiled"]
+    said += ["loading   JAX and ditx for: train.py digits", "reading   digits", "compiling the step\n"]
+    said += [f"done      {run} (samples/, loss.png); draw samples with: sample.py {run}"]
     assert all(words in output for words in said), output
     assert [step for step, _, _ in losses(run)] == list(range(4, 41, 4))
     assert checkpoint.steps(run / "checkpoints") == [30, 35, 40]
@@ -325,7 +327,9 @@ def test_another_configuration_is_refused_by_field(finished, monkeypatch, capsys
     assert code == 2 and "model.depth was 1 and is 2" in said and "seed was 0 and is 1" in said
 
 
-def test_a_run_resumes_without_flags_and_its_refusal_names_the_command_for_more_steps(copy, monkeypatch, capsys):
+def test_a_run_resumes_without_flags_and_its_refusal_names_the_command_for_more_steps(
+    copy, finished, monkeypatch, capsys
+):
     code, said = call(train, monkeypatch, capsys, "digits", "--resume", copy)
     assert code == 2 and f"--resume takes the preset of {copy}; leave out digits" in said, said
     code, said = call(train, monkeypatch, capsys, "--resume", copy, "--steps", 41)
@@ -336,6 +340,7 @@ def test_a_run_resumes_without_flags_and_its_refusal_names_the_command_for_more_
     assert code == 0 and f"init {copy} at step 35" in said and losses(copy.with_name("copy-longer"))[-1][0] == 1, said
     code, said = call(train, monkeypatch, capsys, "--resume", copy)
     assert code == 0 and "resume from step 35" in said and losses(copy)[-1][0] == 40, said
+    assert f"compiling the step; it took {runs.read_config(finished[0])['compile_seconds']} s last time" in said
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, monkeypatch, capsys):

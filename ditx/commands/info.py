@@ -131,8 +131,8 @@ def table(config: Config, figures: dict[str, Any]) -> str:
         f"{name}{changed}: {model.block}, {model.depth} blocks of width {model.hidden_size}, {model.num_heads} heads,"
         f" {model.num_tokens} tokens of {model.input_size}x{model.input_size}x{model.in_channels}",
         f"parameters                   {figures['parameters']:>14,}",
-        f"multiply-adds of an image    {_scaled(figures['multiply_adds']):>14}  (the paper's Gflops)",
-        f"training step, batch {config.batch_size:<8,}{_scaled(figures['training_step_flops']):>14}FLOP"
+        f"multiply-adds of an image    {costs.scaled(figures['multiply_adds']):>14}  (the paper's Gflops)",
+        f"training step, batch {config.batch_size:<8,}{costs.scaled(figures['training_step_flops']):>14}FLOP"
         "  (6 for each multiply-add)",
         "memory of all devices, float32, one copy",
         *(f"  {name:<27}{size:>14}" for name, size in bytes_of.items()),
@@ -141,11 +141,6 @@ def table(config: Config, figures: dict[str, Any]) -> str:
         *(f"  {name.replace('_', ' '):<27}{_binary(size):>14}" for name, size in figures["device_bytes"].items()),
     ]
     return "\n".join(lines)
-
-
-def _scaled(count: int) -> str:
-    unit, size = next(((unit, size) for unit, size in (("T", 1e12), ("G", 1e9)) if count >= size), ("M", 1e6))
-    return f"{count / size:,.2f} {unit}"
 
 
 def _binary(count: int) -> str:

@@ -1,5 +1,6 @@
 """The paper's runs: each preset built by shapes alone, with the paper's hyperparameters."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 import pytest
 from references import load
 
+import train
 from ditx.diffusion.objective import make_objective
 from ditx.nn.dit import DiTConfig
 from ditx.sampling import SamplingConfig
 from ditx.training import run as runs
-from ditx.training.config import CHANGEABLE_ON_RESUME, PRESETS
+from ditx.training.config import CHANGEABLE_ON_RESUME, PRESETS, PRESETS_HELP
 from ditx.training.step import TrainState, adamw, train_step
 
 ROWS = load("paper_tables.json")["table4"]
@@ -120,3 +122,13 @@ def test_the_model_takes_channels_and_classes_of_the_data_unless_flags_differ():
     ]:
         with pytest.raises(ValueError, match=sentence):
             replace(preset, model=replace(preset.model, **changes)).matched_to(dataset(28, 28, 1), preset)
+
+
+def test_help_names_every_preset_on_two_screens(capsys):
+    words = set(re.findall(r"[\w-]+", PRESETS_HELP))
+    for name in PRESETS:
+        assert {name, name.removeprefix("imagenet256-"), name.removeprefix("imagenet256-xl2")} & words, name
+    with pytest.raises(SystemExit):
+        train.parse(["digits", "--help"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert len(lines) <= 90  # and on a terminal, borders of five boxes
