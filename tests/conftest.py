@@ -22,6 +22,14 @@ install_import_hook("ditx", "beartype.beartype")
 # Eight devices in every test, so that sharding is tested anywhere. Other tests run on the first device.
 jax.config.update("jax_num_cpu_devices", 8)
 
+
+def pytest_configure():
+    """Keep freed memory, as train.py does: a step of a small network takes 0.16 CPU-seconds instead of 0.29."""
+    from ditx.parallel.compile import tune_malloc  # not before the hook
+
+    tune_malloc()
+
+
 # Every run draws the same examples, and no deadline counts a compilation as slowness.
 settings.register_profile("ditx", deadline=None, derandomize=True, max_examples=15)
 settings.load_profile("ditx")
