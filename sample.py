@@ -22,6 +22,7 @@ with install_import_hook("ditx", "beartype.beartype"):
 
     from ditx import cli, pictures
     from ditx.data import imagenet
+    from ditx.files import check_writable, make_folder
     from ditx.kernels.block import KernelConfig
     from ditx.nn.dit import DiT
     from ditx.parallel import distributed
@@ -125,7 +126,8 @@ def reserve_outputs(source: Path, config: Config) -> dict[str, Path]:
     for path in paths.values():
         if path.exists():
             raise ValueError(f"{path} exists already; choose another --out")
-    grid.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(grid.parent)
+    check_writable(grid.parent)
     try:
         grid.open("xb").close()
     except FileExistsError as error:

@@ -1,7 +1,7 @@
 """Checks of names and of shapes: unknown names, and batches given to functions of one example."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,9 +9,13 @@ import jax.numpy as jnp
 
 def unknown(kind: str, name: Any, choices: Collection[str]) -> ValueError:
     """The error for a name that does not exist, with the nearest existing one."""
-    near = difflib.get_close_matches(str(name), choices, n=1)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"unknown {kind} {name!r}; {guess}choose from {', '.join(choices)}")
+    return ValueError(f"unknown {kind} {name!r}; {suggestion(name, choices)}choose from {', '.join(choices)}")
+
+
+def suggestion(name: Any, choices: Iterable[str]) -> str:
+    """A question with the choice nearest to a name, empty if none is near."""
+    near = difflib.get_close_matches(str(name), list(choices), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def check_choice(kind: str, name: Any, choices: Collection[str]) -> None:

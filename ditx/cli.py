@@ -1,6 +1,7 @@
 """Command lines: presets, checks of fields, output streams, exit codes. Shared by both scripts and all verbs."""
 
 import errno
+import math
 import os
 import sys
 import time
@@ -162,13 +163,14 @@ def given_fields(arguments: list[str]) -> set[str]:
 
 
 def at_least(config: Any, least: int, *names: str) -> None:
-    """Raise ValueError for the first field of `config` that is below `least`, or not a number; `a.b` is nested."""
+    """Raise ValueError for the first field of `config` that is below `least`, or not finite; `a.b` is nested."""
     for name in names:
         value = config
         for part in name.split("."):
             value = getattr(value, part)
-        if not value >= least:
+        if not least <= value < math.inf:
             bound = "not be negative" if least == 0 else f"be at least {least}"
+            bound = bound if math.isfinite(value) else "be a finite number"
             raise ValueError(f"{name} is {value}; it must {bound}")
 
 

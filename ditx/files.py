@@ -38,6 +38,21 @@ def cache_folder() -> Path:
         raise ValueError("this user has no home folder to keep downloads in; set XDG_CACHE_HOME to a folder") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises ValueError where that is not allowed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder} ({error.strerror}); give another place") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError if a folder, or the nearest existing one above it, cannot be written to; writes nothing."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise ValueError(f"cannot write {folder}, since {nearest} is read-only or no folder; give another place")
+
+
 def lock(file: Path, busy: str | None = None) -> IO[str]:
     """Lock a file until the result is closed or the process ends.
 

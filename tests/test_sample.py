@@ -128,8 +128,9 @@ SAMPLE_MISTAKES = {
     "seed is 4294967296; it goes from 0": ["--seed", 2**32],
     "unknown class 'cat'; choose from 0 to 9: 0, 1": ["--labels", "cat"],
     "unknown class '10'": ["--labels", 10],
+    "cannot make the folder pyproject.toml (File exists); give another place": ["--out", "pyproject.toml/grid.png"],
     "guidance_interval is 800.0 to 200.0; give two rising times": ["--guidance-interval", 800, 200],
-    "steps is 0": ["--steps", 0],
+    "steps is -1": ["--steps", -1],
     "guidance_channels is 3; the network has 1": ["--guidance-channels", 3],
     "num_samples is -1; it must not be negative": ["--num-samples", -1],
     "give a name that ends in .png": ["--out", "grid.jpg"],
@@ -152,6 +153,9 @@ def test_a_run_that_is_not_there_is_said(run, tmp_path, monkeypatch):
     assert code == 2 and "there is no run under runs/" in said
     code, said = run.sample("nowhere")
     assert code == 2 and "nowhere: there is no such file or folder" in said
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    code, said = run.sample("runs/digit")
+    assert code == 2 and "there is no such file or folder; did you mean 'runs/digits'?" in said, said
 
 
 def test_guidance_needs_a_null_label(copy, run):

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     to = config.to if config.to != "auto" else "authors" if target.suffix == ".pt" else "ditx"
     if target.suffix not in SUFFIXES[to]:
         suffixes = " or ".join(suffix or "no suffix, for a folder" for suffix in SUFFIXES[to])
-        raise ValueError(f"the target is {target}; a name for the layout of {to} has {suffixes}")
+        raise ValueError(f"the target is {target}; give a name with {suffixes}, as the layout of {to} has")
     if target.exists():
         raise ValueError(f"{target} already exists; choose another name")
     described = pretrained.describe(source, **config.origin.facts())

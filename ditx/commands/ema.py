@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
     if target.suffix != ".safetensors" or target.exists():
         raise ValueError(f"the target is {target}; give a new name that ends in .safetensors")
     if not stored:
-        raise ValueError(f"{run} has no stored averages; train it with --ema-every")
+        runs.read_config(run)  # raises for a folder that is no run
+        raise ValueError(f"{run} has no stored averages; train with --ema-every in another --run")
     steps = sorted({step for step, _ in stored})
     step = config.step or steps[-1]
     if step not in steps:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from ditx import cli, costs
+from ditx import checks, cli, costs
 from ditx.nn.dit import DIT_CONFIGS, BlockName, DiTConfig
 from ditx.parallel.mesh import MeshConfig
 from ditx.training.step import Remat
@@ -81,7 +81,7 @@ def network(source: str) -> DiTConfig:
     if source in DIT_CONFIGS:
         return DIT_CONFIGS[source]
     if not Path(source).exists() and not hub.is_name(source):
-        raise ValueError(f"unknown network {source!r}; give {', '.join(DIT_CONFIGS)}, a run, or a file of weights")
+        raise checks.unknown("network", source, [*DIT_CONFIGS, "a run", "a file of weights"])
     return pretrained.describe(Path(source)).model
 
 

@@ -132,7 +132,8 @@ def load_newest(folder: Path, abstract: dict[str, Any]) -> tuple[int, dict[str, 
                 damaged.append((step, str(error)))
         if damaged and sound < 0:
             raise ValueError(
-                f"no checkpoint in {folder} can be read: " + "; ".join(sentence for _, sentence in damaged)
+                f"no checkpoint in {folder} can be read: {'; '.join(sentence for _, sentence in damaged)}; bring back a"
+                " copy, or train in another --run"
             )
     sound = broadcast_from_main(sound)
     return None if sound < 0 else (sound, _read(folder, sound, abstract), damaged)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ditx import pictures
 from ditx.cli import script
-from ditx.files import lock, write_atomically
+from ditx.files import check_writable, lock, make_folder, write_atomically
 from ditx.parallel.distributed import assert_same_everywhere, broadcast_from_main, is_main_process, sync_errors
 from ditx.training import checkpoint
 from ditx.training.config import Config
@@ -44,6 +44,7 @@ class Run:
         with sync_errors():
             if is_main_process():
                 check_run(folder, described, changeable=config.changeable_on_resume)
+                check_writable(folder)
                 reached = max(checkpoint.steps(folder / "checkpoints"), default=0)
                 if reached > config.steps:
                     raise ValueError(f"{folder} has come to step {reached:,}; give at least --steps {reached}")
@@ -194,7 +195,7 @@ def open_run(run: Path, described: dict[str, Any], *, changeable: Collection[str
     process holds the lock.
     """
     check_run(run, described, changeable=changeable)
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     held = lock(run / "lock", f"another process is training in {run}; wait for it, or choose another --run")
     versions = {name: version(name) for name in ("ditx", "jax", "equinox", "optax", "orbax-checkpoint")}
     write(run / CONFIG, json.dumps(described | {"versions": versions}, indent=2) + "\n")

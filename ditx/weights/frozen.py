@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from ditx.checks import unknown
 from ditx.files import checksum_arrays
 from ditx.nn.inception import Inception
 from ditx.nn.vae import AutoencoderKL, VAEConfig
@@ -43,7 +44,7 @@ def load_vae(source: str) -> tuple[AutoencoderKL, str]:
     """
     name = str(Path(source).absolute()) if Path(source).exists() else source
     if name == source and source not in VAES and not hub.is_name(source) and "/" not in source:
-        raise ValueError(f"unknown autoencoder {source!r}; choose from {', '.join(VAES)}, or give a file or folder")
+        raise unknown("autoencoder", source, [*VAES, "a file", "a folder"])
     file, config = open_weights(VAES.get(name, source), part="vae")
     config = VAEConfig() if config is None else _vae_config(source, config)
     model = convert.vae_from_torch(file.tensors, config)

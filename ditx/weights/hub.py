@@ -6,6 +6,7 @@ import re
 import urllib.request
 from pathlib import Path
 
+from ditx.checks import suggestion
 from ditx.files import cache_folder, first_line, write_atomically
 
 # The authors publish no checksums of their files.
@@ -39,9 +40,11 @@ def find(source: str | Path, part: str) -> Path:
     if str(source) in AUTHORS:
         return download(AUTHORS[str(source)])
     if not is_name(source):
+        beside = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
+        guess = suggestion(source, [*beside, *AUTHORS])
         raise ValueError(
-            f"{source}: there is no such file or folder; give a run or weights, OWNER/NAME of the Hugging Face hub, or"
-            f" {' or '.join(AUTHORS)}"
+            f"{source}: there is no such file or folder; {guess}give a run or weights,"
+            f" OWNER/NAME of the Hugging Face hub, or {' or '.join(AUTHORS)}"
         )
     owner, name, *file = path.parts
     return fetch(f"{owner}/{name}", "/".join(file), part=part)

@@ -272,7 +272,9 @@ def open_weights(source: Path | str, part: str = "transformer") -> tuple[WeightF
     if path.is_dir():
         found = hub.find_in(path, part)
         if found is None:
-            raise ValueError(f"{source} is neither a run nor a folder with diffusion_pytorch_model.safetensors or .bin")
+            raise ValueError(
+                f"{source} is neither a run nor a folder with diffusion_pytorch_model.safetensors or .bin; give one"
+            )
         path, variant = found
     file, config = files.read(path), _read_json(path.with_name("config.json"))
     if variant:

@@ -129,8 +129,8 @@ def test_mistakes_are_one_sentence(run, released, tmp_path):
     for arguments, sentence in [
         ((released, new), "width 48, whose number of heads is unknown; give --num-heads"),
         ((released, tmp_path / "taken.safetensors"), "already exists; choose another name"),
-        ((released, tmp_path / "new.bin"), "a name for the layout of ditx has .safetensors"),
-        ((released, tmp_path / "new.pt", "--to", "diffusers"), "has no suffix, for a folder"),
+        ((released, tmp_path / "new.bin"), "give a name with .safetensors, as the layout of ditx has"),
+        ((released, tmp_path / "new.pt", "--to", "diffusers"), "with no suffix, for a folder"),
         ((tmp_path / "missing.pt", new), "there is no such file"),
         ((tmp_path / "empty", new), "is neither a run nor a folder with diffusion_pytorch_model.safetensors"),
         ((tmp_path / "other.safetensors", new), "has no DiT of ditx, of the authors or of diffusers"),

@@ -71,7 +71,7 @@ def test_any_length_is_made_from_two_that_a_run_stored(run, tmp_path):
         ([folder, tmp_path / "a.pt", "--length", 0.08], "a.pt; give a new name that ends in .safetensors"),
         ([folder, tmp_path / "a.safetensors", "--length", 0.3], "length is 0.3 of the run"),
         ([folder, tmp_path / "a.safetensors", "--length", 0.1, "--step", 12], "step is 12; averages are stored at 5, "),
-        ([tmp_path, tmp_path / "a.safetensors", "--length", 0.1], "has no stored averages; train it with --ema-every"),
+        ([tmp_path, tmp_path / "a.safetensors", "--length", 0.1], "is not a readable run"),
     ]:
         code, output = run.ditx("ema", *arguments)
         assert code == 2 and sentence in output and "Traceback" not in output, output

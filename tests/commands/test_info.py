@@ -68,7 +68,7 @@ def test_memory_of_one_device_of_a_mesh_that_does_not_exist(run):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["info", "DiT-XXL/2"], "unknown network 'DiT-XXL/2'; give DiT-S/8"),
+        (["info", "DiT-XXL/2"], "unknown network 'DiT-XXL/2'; did you mean 'DiT-XL/2'? choose from DiT-S/8"),
         (["info", "--patch-size", 5], "patch_size 5 does not divide input_size 32"),
         (["info", "--batch-size", 0], "batch_size is 0"),
         (["info", "--accumulate", 0], "accumulate is 0; it must be at least 1"),

@@ -34,6 +34,13 @@ def test_a_damaged_configuration_is_a_sentence():
         Config.of({"run": "runs/a", "model": {"depth": "many"}})
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = replace(PRESETS["digits"], run=str(tmp_path / "file" / "runs" / "a"))
+    with pytest.raises(ValueError, match=r"cannot write .*runs/a, since .*file is read-only or no folder"):
+        Run.check(config, config.describe("digits", DATA))
+
+
 def test_more_steps_go_on_at_a_constant_rate_and_fewer_are_refused(stored, tmp_path):
     config, _ = stored
     before = (tmp_path / "config.json").read_bytes()

@@ -199,7 +199,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(run, released, vae, tmp_pat
     monkeypatch.chdir(tmp_path)
     for arguments, sentence in [
         ([released], "the network makes latents of 4 channels; decode them with --vae ft-mse, as the paper, or a path"),
-        ([released, "--vae", "ft-eme"], "unknown autoencoder 'ft-eme'; choose from original, ft-ema, ft-mse, or give"),
+        ([released, "--vae", "ft-eme"], "unknown autoencoder 'ft-eme'; did you mean 'ft-mse'? choose from"),
         ([released, "--vae", vae, "--labels", "crane"], "'crane' is the name of several classes; give one of 134, 517"),
         ([released, "--vae", vae, "--labels", "1000"], "unknown class '1000'; choose from 0 to 999: tench, goldfish"),
         ([released, "--vae", vae, "--decode-batch", 0], "decode_batch is 0"),
