@@ -39,7 +39,9 @@ def find_labels(names: tuple[str, ...], class_names: tuple[str, ...]) -> list[in
         if not matches:
             known = ", ".join(usual_name(known) for known in class_names[:20])
             known += ", ..." if len(class_names) > 20 else ""
-            guess = suggestion(name, (own for known in class_names for own in names_of(known)))
+            guess = (
+                "" if name.isdigit() else suggestion(name, (own for names in class_names for own in names_of(names)))
+            )
             raise ValueError(f"unknown class {name!r}; {guess}choose from 0 to {len(class_names) - 1}: {known}")
         if len(matches) > 1:
             raise ValueError(f"{name!r} is the name of several classes; give one of {', '.join(map(str, matches))}")
