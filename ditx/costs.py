@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from ditx.kernels.block import KernelConfig
 from ditx.nn.dit import DiT, DiTConfig
+from ditx.parallel.compile import resolve_dtype
 from ditx.parallel.fsdp import bytes_per_device, with_shardings
 from ditx.parallel.mesh import MeshConfig, check_batch, check_mesh, data_parallel_size
 
@@ -93,6 +94,7 @@ def step_memory(
     """
     from ditx.training.step import recompute  # imports optax, which `import ditx` does not
 
+    dtype = resolve_dtype(dtype)
     axes, types = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
     devices = Mesh(np.full(astuple(mesh), jax.devices()[0]), axes, axis_types=types)
     check_mesh(devices, num_heads=config.num_heads, mlp_size=config.mlp_size)

@@ -13,6 +13,7 @@ from einops import rearrange
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer, Key, UInt8
 
+from ditx.checks import check_names
 from ditx.diffusion import guidance, samplers
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.diffusion.schedule import Schedule
@@ -84,6 +85,7 @@ class SamplingConfig:
 
     def check(self, model: DiTConfig, objective: ObjectiveConfig, *, guided_by_network: bool = False) -> None:
         """Raise ValueError where this cannot work with a network, guided by its null label or by another network."""
+        check_names(self)
         limit = 1000 if not objective.is_flow and self.spacing == "time" else 10_000
         if not 0 <= self.steps <= limit:
             raise ValueError(f"steps is {self.steps}; schedule {objective.schedule} samples in 1 to {limit} steps")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from ditx.checks import branch, check_example
 from ditx.diffusion.parameterization import Image, Predict, Scalar
 
 Interval: TypeAlias = tuple[Scalar, Scalar]
@@ -50,6 +51,8 @@ def classifier_free(
             " label_dropout 0; use scale 1"
         )
 
+    check_example(0, y=y)
+
     def both(x, t):
         return tuple(jax.vmap(lambda label: predict(x, t, label))(jnp.array([y, null_label], jnp.int32)))
 
@@ -71,7 +74,11 @@ def _guided(plain: Predict, both: Callable, scale: Scalar, channels: int | None,
         first = weak[..., :count] + scale * (strong[..., :count] - weak[..., :count])
         return jnp.concatenate([first.astype(strong.dtype), strong[..., count:]], -1)
 
-    if interval is None:
-        return guided
-    low, high = interval
-    return lambda x, t: jax.lax.cond((low <= t) & (t <= high), guided, plain, x, t)
+    def of_one_example(x, t):
+        check_example(3, x=x)
+        check_example(0, t=t)
+        if interval is None:
+            return guided(x, t)
+        return branch((interval[0] <= t) & (t <= interval[1]), guided, plain, x, t)
+
+    return of_one_example

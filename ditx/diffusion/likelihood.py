@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ditx.checks import check_example
 from ditx.diffusion.gaussian import predict_x0_eps, prior_bpd, q_sample, variational_bound
 from ditx.diffusion.parameterization import Image, Predict, one_example
 from ditx.diffusion.schedule import Index, Schedule, at
@@ -53,6 +54,13 @@ def ode_log_density(
     Integrates from `x` to noise by Heun's method. The divergence is the mean of `probe . J probe` over `probes` of mean
     0 and covariance 1 (Grathwohl et al. 2019), in reverse mode, which every attention kernel has.
     """
+    check_example(4, probes=probes)
+    return _ode_log_density(schedule, predict, x, [probes])
+
+
+@one_example
+def _ode_log_density(schedule, predict, x, stacked):
+    (probes,) = stacked  # not an image, in a list
 
     def change(x, i, j):
         """Change of x from level i to level i + 1, with the prediction of level j, and its divergence."""
@@ -71,7 +79,7 @@ def ode_log_density(
         second, divergence2 = change(x + first, i, i + 1)
         return (x + (first + second) / 2, total + (divergence1 + divergence2) / 2), None
 
-    start = (x, jnp.zeros((), x.dtype))
+    start = (x, jnp.zeros_like(x[0, 0, 0]))  # with the sharding of x on Explicit axes
     (noise, total), _ = jax.lax.scan(body, start, jnp.arange(len(schedule) - 1))
     return norm.logpdf(noise).sum() + total
 

@@ -1,14 +1,14 @@
 """Training objectives by name: the path from data to noise, the prediction, and the weights of the loss."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias, get_args
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ditx.checks import check_choice
+from ditx.checks import check_choice, check_names
 from ditx.diffusion import flow, gaussian, loss_weights
 from ditx.diffusion.parameterization import Image, Predict
 from ditx.diffusion.schedule import Schedule, Spacing, at, cosine_schedule, linear_schedule, respace, sampling_grid
@@ -45,9 +45,9 @@ class ObjectiveConfig:
 
     def check(self, learn_sigma: bool) -> None:
         """Raise ValueError if the fields do not fit each other, or a network that predicts the variance or not."""
-        for field in fields(ObjectiveConfig)[:3]:
-            value = getattr(self, field.name)
-            check_choice(field.name, value, get_args(field.type))
+        check_names(self)
+        if isinstance(self.flow_times, str):
+            check_choice("flow_times", self.flow_times, ("uniform", "a mean and a standard deviation"))
         if self.is_flow and learn_sigma:
             raise ValueError("schedule flow trains no variance; add --model.no-learn-sigma")
         if self.is_flow and self.loss_weight != "none":

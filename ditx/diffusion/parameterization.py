@@ -36,11 +36,11 @@ def one_example(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        images = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, jax.Array) and jnp.ndim(arg) > 2]
+        images = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Array | np.ndarray) and arg.ndim > 2]
         check_example(3, **{f"image {number}": image for number, image in enumerate(images, 1)})
         if not images:
             return function(*args, **kwargs)
-        dtype = images[0].dtype
+        dtype = jnp.result_type(images[0])
         wide = jnp.promote_types(dtype, jnp.float32)
 
         def cast(leaf: Any) -> Any:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ditx.checks import check_example
+from ditx.checks import branch, check_example
 from ditx.diffusion.gaussian import p_mean_variance, predict_x0_eps
 from ditx.diffusion.parameterization import Image, Predict, Scalar, one_example
 from ditx.diffusion.schedule import Index, Schedule, at
@@ -62,7 +62,7 @@ def heun_step(predict: Predict, schedule: Schedule, x: Image, i: Index, noise: I
 
     first = change(x, i)
     # The whole batch has the same index, so this stays a branch under vmap.
-    second = jax.lax.cond(i > 0, lambda: change(x + first, i - 1), lambda: first)
+    second = branch(i > 0, lambda: change(x + first, i - 1), lambda: first)
     return x + (first + second) / 2
 
 

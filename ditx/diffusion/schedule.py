@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ditx.checks import check_choice, check_example
+from ditx.checks import any_mesh, check_choice, check_example
 from ditx.diffusion.parameterization import NoiseLevel, Prediction, Scalar
 
 Table: TypeAlias = Float[Array | np.ndarray, " T"]
@@ -58,6 +58,7 @@ class Schedule(eqx.Module):
         return self.alpha**2
 
 
+@any_mesh
 def at(table: Table, i: Index) -> Float[Array, ""]:
     """Entry `i` of a schedule's table, in JAX's default type; `i` may be traced."""
     check_example(0, i=i)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
+from ditx.checks import check_choice, check_names
 from ditx.cli import at_least, check_seed
 from ditx.evaluation import metrics
 from ditx.evaluation.features import FeatureNetwork, FeatureStore
@@ -57,6 +58,7 @@ class GenerationConfig:
         """Raise ValueError for impossible values."""
         if self.num_samples < 2:
             raise ValueError(f"num_samples is {self.num_samples}; it must be at least 2, since a covariance needs 2")
+        check_names(self)
         at_least(self, 1, "batch", "decode_batch", "unroll")
         at_least(self, 0, "step")
         check_seed(self.seed)
@@ -122,6 +124,8 @@ def compute_metrics(
     The Inception Score is of the samples in a fixed random order, because its splits need all classes. Raises
     ValueError for fewer than 2 samples or features that are not finite.
     """
+    for name in names:
+        check_choice("metric", name, METRICS)
     values: dict[str, float] = {}
     missing: dict[str, str] = {}
     pool, spatial = store.moments()

@@ -10,10 +10,10 @@ plain block in four ways:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from einops import rearrange
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ditx.checks import check_choice
+from ditx.checks import check_names
 from ditx.kernels import fp8, matmul
 from ditx.nn import layers
 from ditx.nn.blocks import AdaLNBlock, AdaLNZeroBlock, CrossAttentionBlock, InContextBlock
@@ -44,9 +44,8 @@ class KernelConfig:
 
     def apply_block(self) -> ApplyBlock:
         """The function of a block, its tokens and its condition. Raises ValueError for an unknown name."""
-        for field in fields(KernelConfig):
-            check_choice(field.name, getattr(self, field.name), get_args(field.type))
         own = KernelConfig(self.kernels, self.attention, self.matmul_dtype)  # hashable, unlike some subclasses
+        check_names(own)
         return partial(_apply_block, config=own)
 
     def check_kernels(self, mesh: Mesh, dtype: str, model: DiTConfig) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Real
 
-from ditx.checks import check_example
+from ditx.checks import any_mesh, check_example
 from ditx.nn.blocks import BLOCKS, BlockName, check_block
 from ditx.nn.embeddings import LabelEmbedding, TimeEmbedding, grid_positions
 from ditx.nn.layers import Linear
@@ -181,6 +181,7 @@ class DiT(eqx.Module):
         tokens, condition = self.embed(x, t, y)
         return self.unembed(self.run(tokens, condition, apply_block=apply_block, unroll=unroll), condition)
 
+    @any_mesh
     def embed(
         self, x: Float[Array, "h w c"], t: Real[ArrayLike, ""], y: Int[ArrayLike, ""] | None = None
     ) -> tuple[Float[Array, "n d"], Float[Array, "*m d"]]:
@@ -198,6 +199,7 @@ class DiT(eqx.Module):
         tokens = tokens + jnp.asarray(grid_positions(config.input_size // p, config.hidden_size), tokens.dtype)
         return self.blocks.enter(tokens, self.time(1 - t / 1000 if config.sit else t), self.label(jnp.asarray(y)))
 
+    @any_mesh
     def run(
         self,
         tokens: Float[Array, "n d"],
@@ -216,6 +218,7 @@ class DiT(eqx.Module):
 
         return jax.lax.scan(body, tokens, stack, unroll=unroll)[0]
 
+    @any_mesh
     def unembed(self, tokens: Float[Array, "n d"], condition: Float[Array, "*m d"]) -> Float[Array, "h w o"]:
         """The output image of the tokens, by the last layer. Ignores tokens behind the image's own."""
         check_example(2, tokens=tokens, condition=condition)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ditx.checks import any_mesh
 from ditx.nn.layers import Linear, at_least_float32
 
 
@@ -37,6 +38,7 @@ class LabelEmbedding(eqx.Module):
     def __init__(self, num_classes: int, hidden_size: int, *, null_label: bool, key: PRNGKeyArray):
         self.table = 0.02 * jax.random.normal(key, (num_classes + null_label, hidden_size))
 
+    @any_mesh
     def __call__(self, y: Int[Array, ""]) -> Float[Array, " d"]:
         return self.table[y]
 

@@ -15,6 +15,7 @@ import numpy as np
 from einops import reduce
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
+from ditx.checks import any_mesh, check_choice, check_example
 from ditx.nn.layers import at_least_float32, with_bias
 
 Resize = Literal["adm", "pytorch-fid"]
@@ -185,6 +186,7 @@ class Inception(eqx.Module):
         self.blocks = tuple(blocks)
         self.logits = jax.random.normal(logits_key, (channels, 1008)) / channels**0.5 if logits else None
 
+    @any_mesh
     def __call__(self, image: Float[Array, "h w c"] | UInt8[Array, "h w c"], *, resize: Resize = "adm") -> Features:
         """Features of an image in 0..255; `resize` as in `prepare`."""
         x = prepare(image, resize).astype(self.stem[0].weight.dtype)
@@ -209,10 +211,10 @@ def prepare(image: Float[Array, "h w c"] | UInt8[Array, "h w c"], resize: Resize
     "adm" is the TensorFlow graph's resize, also used by the ADM suite: output position i is input position i h / 299,
     and values become (x - 128) / 128. "pytorch-fid" aligns pixel centres and scales to (x - 127.5) / 127.5.
     """
+    check_example(3, image=image)
     if image.ndim != 3 or image.shape[-1] != 3 or not image.size:
         raise ValueError(f"the image has shape {image.shape}; give height, width and 3 channels (repeat a grey one)")
-    if resize not in get_args(Resize):
-        raise ValueError(f"resize is {resize!r}; it must be one of {', '.join(get_args(Resize))}")
+    check_choice("resize", resize, get_args(Resize))
     x = jnp.asarray(image).astype(at_least_float32(image.dtype))
     for axis in (1, 0):
         x = _resized(x, axis, shift=0.0 if resize == "adm" else 0.5)

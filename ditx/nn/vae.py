@@ -9,6 +9,7 @@ import numpy as np
 from einops import rearrange, repeat
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ditx.checks import any_mesh, check_example
 from ditx.nn.layers import Attention, Linear, at_least_float32, with_bias
 
 
@@ -242,10 +243,12 @@ class AutoencoderKL(eqx.Module):
         self.decoder = Decoder(config, key=decoder_key)
         self.config = config
 
+    @any_mesh
     def encode(self, image: Float[Array, "h w c"]) -> tuple[Float[Array, "h8 w8 z"], Float[Array, "h8 w8 z"]]:
         """Mean and log variance of the latent of an image in [-1, 1], for `sample_posterior`."""
         factor, channels = self.config.downsampling, self.config.in_channels
-        if image.shape[0] % factor or image.shape[1] % factor or image.shape[2] != channels:
+        check_example(3, image=image)
+        if image.ndim < 3 or image.shape[0] % factor or image.shape[1] % factor or image.shape[2] != channels:
             raise ValueError(
                 f"the image has shape {image.shape}; its sides must be multiples of {factor}, its channels {channels}"
             )
@@ -255,9 +258,11 @@ class AutoencoderKL(eqx.Module):
         # The reference's bounds, beyond which the standard deviation is meaningless.
         return (mean - offset) * factor, jnp.clip(log_variance, -30, 20) + 2 * jnp.log(factor)
 
+    @any_mesh
     def decode(self, latent: Float[Array, "h8 w8 z"]) -> Float[Array, "h w c"]:
         """Image of a latent, in about [-1, 1]."""
-        if latent.shape[-1] != self.config.latent_channels:
+        check_example(3, latent=latent)
+        if latent.ndim < 3 or latent.shape[-1] != self.config.latent_channels:
             raise ValueError(
                 f"the latent has shape {latent.shape}; the autoencoder has {self.config.latent_channels} channels"
             )

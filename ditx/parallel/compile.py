@@ -3,10 +3,12 @@
 import ctypes
 import os
 import time
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from jax.sharding import Mesh
+
+from ditx.checks import check_choice
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -45,7 +47,8 @@ def device_memory() -> int:
 
 
 def resolve_dtype(dtype: str) -> str:
-    """The dtype that `auto` means on these devices: float32 on CPUs, else bfloat16."""
+    """The dtype that `auto` means on these devices: float32 on CPUs, else bfloat16. Raises ValueError for others."""
+    check_choice("dtype", dtype, get_args(Dtype))
     return dtype if dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from ditx.checks import check_choice
+from ditx.checks import any_mesh, check_choice
 from ditx.diffusion.objective import Objective, Terms
 from ditx.nn.dit import ApplyBlock, DiT, DiTConfig, call_block
 from ditx.parallel import fsdp
@@ -84,6 +84,7 @@ def _is_product(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
     return primitive.name == "product" or of_batch(primitive, *arguments, **parameters)
 
 
+@any_mesh
 def train_step(
     state: TrainState,
     batch: dict[str, Array],

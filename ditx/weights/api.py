@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from ditx.checks import check_options
 from ditx.data import imagenet
 from ditx.diffusion import samplers
 from ditx.nn.dit import DiT
@@ -27,6 +28,7 @@ def load(source: str | Path, *, block: type | None = None, **options: Any) -> tu
     `block` is the class of blocks of one's own. `options` are the fields of `SourceConfig`: `weights="live"`,
     `step=5000`, `input_size=32`. Raises ValueError if there is no such network.
     """
+    check_options(options, SourceConfig)
     config = SourceConfig(**options)
     info = pretrained.describe(source, block=block, **config.facts())
     return pretrained.load(source, info, **config.choice())[0], info
@@ -54,6 +56,7 @@ def sample(
     one's own (`ditx.diffusion.samplers`). `vae` decodes latents, by default with the autoencoder of `info`. Image k is
     that of sample.py with the same seed. Raises ValueError for samples that cannot be drawn.
     """
+    check_options(sampling, SamplingConfig)
     found = imagenet.find_labels(tuple(map(str, labels)), info.class_names or ("any",))
     y = np.resize(np.array(found, np.int32), len(found) if num is None else num)
     step = sampling.pop("sampler") if callable(sampling.get("sampler")) else None
@@ -61,7 +64,8 @@ def sample(
     sampler = _sampler(replace(info, model=model.config, vae=vae or info.vae), config, min(batch, max(len(y), 1)), step)
     mesh = make_mesh(MeshConfig())
     placed = with_shardings(jax.eval_shape(lambda: model), mesh)
-    return sampler(jax.device_put(model, jax.tree.map(lambda leaf: leaf.sharding, placed)), y, seed=seed)
+    with jax.set_mesh(mesh):  # instead of one that the caller has set
+        return sampler(jax.device_put(model, jax.tree.map(lambda leaf: leaf.sharding, placed)), y, seed=seed)
 
 
 @lru_cache(maxsize=2)  # Calls that differ in labels and seed share a compiled program.

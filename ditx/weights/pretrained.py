@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ditx.checks import check_choice
 from ditx.data import imagenet
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.files import first_line
@@ -38,6 +39,7 @@ DIFFUSERS_DIT: dict[str, Any] = {
 # The class of DiTs in diffusers before 2024, and the defaults of its fields that say otherwise.
 _OLD_CLASS = {"_class_name": "Transformer2DModel", "norm_type": "layer_norm", "activation_fn": "geglu"}
 _POSITIONS = {"authors": "pos_embed", "diffusers": "pos_embed.pos_embed"}  # tensors that ditx computes
+Weights: TypeAlias = Literal["ema", "live"]
 _METADATA = "ditx"  # key of the description in the metadata of our files
 
 
@@ -45,7 +47,7 @@ _METADATA = "ditx"  # key of the description in the metadata of our files
 class SourceConfig:
     """Which of a run's weights to take, and facts that files of other programs do not tell."""
 
-    weights: Literal["ema", "live"] = "ema"
+    weights: Weights = "ema"
     """of a run: the averaged weights, or the live ones that training updates"""
     step: int = 0
     """of a run: the step of a kept checkpoint; 0: the newest"""
@@ -156,12 +158,7 @@ def describe(source: Path | str, *, block: type | None = None, **overrides: Any)
 
 
 def load(
-    source: Path | str,
-    description: Description,
-    shapes: Any = None,
-    *,
-    step: int = 0,
-    weights: Literal["ema", "live"] = "ema",
+    source: Path | str, description: Description, shapes: Any = None, *, step: int = 0, weights: Weights = "ema"
 ) -> tuple[DiT, str]:
     """Read the weights of a source that `describe` described, and a sentence on where they come from.
 
@@ -169,6 +166,7 @@ def load(
     averaged or the live weights of the newest sound checkpoint, or of the one at `step`. Raises ValueError if the
     source is damaged or does not fit.
     """
+    check_choice("weights", weights, get_args(Weights))
     if shapes is None:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = jax.jit(lambda key: DiT(description.model, key=key), out_shardings=first).eval_shape(jax.random.key(0))
