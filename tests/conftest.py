@@ -9,8 +9,6 @@ from pathlib import Path
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / ".pytest_cache" / "ditx"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Arrays of different ranks meet only where the code says so; users of the library run under this setting, too.
-os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # The tests mostly compile small programs; less optimisation saves a third of their time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 

@@ -1,7 +1,4 @@
-"""The public API under other people's settings of JAX: dtype promotion, x64, half precision, NaNs, Explicit axes.
-
-All tests run under `jax_numpy_rank_promotion=raise` (conftest.py).
-"""
+"""The public API under other people's settings of JAX: ranks, dtypes, x64, half precision, NaNs, Explicit axes."""
 
 import contextlib
 
@@ -29,7 +26,11 @@ from ditx.weights.frozen import load_vae
 KEY = jax.random.key(0)
 BLOCKS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 STEPS = (samplers.ddpm_step, samplers.ddim_step, samplers.heun_step, samplers.euler_maruyama_step)
-FLAGS = {"strict": {"jax_numpy_dtype_promotion": "strict"}, "debug_nans": {"jax_debug_nans": True}}
+FLAGS = {
+    "rank_promotion": {"jax_numpy_rank_promotion": "raise"},
+    "strict": {"jax_numpy_dtype_promotion": "strict"},
+    "debug_nans": {"jax_debug_nans": True},
+}
 
 
 def dit(block="adaln-zero"):

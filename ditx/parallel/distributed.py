@@ -146,7 +146,7 @@ def assert_same_everywhere(described: Any) -> None:
 
 
 @contextmanager
-def stop_signals(notice: str = "") -> Iterator[list[int]]:
+def stop_signals(notice: str = "stopping within two steps, with a checkpoint") -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGHUP, so that a loop can end between two steps; a later SIGINT ends it at once.
 
     Preempted machines, Kubernetes and SLURM send SIGTERM. A closed terminal sends SIGHUP, which stays ignored under
@@ -154,8 +154,6 @@ def stop_signals(notice: str = "") -> Iterator[list[int]]:
     """
     received: list[int] = []
     at_once = 0.0
-    step = "this step" if jax.process_count() == 1 else "the next step"
-    notice = notice or f"stopping after {step}, with a checkpoint"
 
     def receive(number, _):
         nonlocal at_once

@@ -65,7 +65,7 @@ def test_batches_end_at_a_signal_and_at_a_failure_after_those_before():
             taken.append(batch)
             if batch == 4:
                 signal.raise_signal(signal.SIGTERM)
-        assert received == [signal.SIGTERM] and taken == [0, 1, 2, 3, 4]  # "stopping after this step"
+        assert received == [signal.SIGTERM] and taken == [0, 1, 2, 3, 4]
 
     def failing():
         yield from range(3)
@@ -94,7 +94,7 @@ def test_a_closed_terminal_stops_as_sigterm_does_unless_it_is_ignored(monkeypatc
     with stop_signals() as received:
         signal.raise_signal(signal.SIGHUP)
         assert received == [signal.SIGHUP]
-    assert "stopping after this step, with a checkpoint; Ctrl-C stops at once" in capfd.readouterr().err
+    assert "stopping within two steps, with a checkpoint; Ctrl-C stops at once" in capfd.readouterr().err
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     with stop_signals() as received:
         signal.raise_signal(signal.SIGHUP)
