@@ -114,7 +114,7 @@ def parse(argv: list[str]) -> tuple[Config, Description | None]:
 def _has_weights(source: Path) -> bool:
     if source.is_dir():
         return pretrained.is_run(source) or any(source.glob("**/diffusion_pytorch_model.*"))
-    return source.suffix in (".pt", ".pth", ".bin", ".safetensors") or hub.is_name(source)
+    return source.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors") or hub.is_name(source)
 
 
 def make_statistics(config: Config) -> None:

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,8 +40,8 @@ class Checkpoints:
         best: str = "loss",
         described: dict[str, Any] | None = None,
     ):
-        # Orbax logs a lot, including every failed read, which we report ourselves in one sentence.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs a lot, with a traceback in each thread of a failed write. We report failures in one sentence.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder, self._described = folder.absolute(), described or {}
         policies: Any = ocp.training.preservation_policies
         kept = [policies.LatestN(keep)]
@@ -67,7 +69,6 @@ class Checkpoints:
     def save(self, step: int, trees: dict[str, Any], *, metrics: Mapping[str, float | None] | None = None) -> None:
         """Start to write `trees` as step `step`; waits only for the previous save. Raises OSError if that failed."""
         with self._failing():
-            # Checked first, because Orbax's threads print tracebacks when a write fails half-way.
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
             with sync_errors():
                 free = shutil.disk_usage(self.folder).free
@@ -87,9 +88,10 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise many types for a full disk.
             kept = ", ".join(map(str, steps(self.folder))) or "none"
-            raise OSError(
-                f"no checkpoint could be written to {self.folder} ({first_line(error)}); there are: {kept}"
-            ) from error
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            cause = os.strerror(int(code[1])) if code else first_line(error)
+            remedy = f"the older ones are whole: {kept}; make room, then run the same command to resume"
+            raise OSError(f"no checkpoint could be written to {self.folder} ({cause}); {remedy}") from error
 
     def _seal(self) -> None:
         # Orbax calls this in process 0 when all processes have written their parts, just before it renames the folder.

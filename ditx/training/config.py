@@ -151,7 +151,8 @@ class Config(KernelConfig, ObjectiveConfig, Common):
             values["num_classes"] = len(dataset.class_names)
         for name, value in values.items():
             if getattr(self.model, name) not in (value, getattr(preset.model, name)):
-                raise ValueError(f"model.{name} is {getattr(self.model, name)}, but the data has {value}; leave it out")
+                mismatch = f"model.{name} is {getattr(self.model, name)}, but the data has {value}"
+                raise ValueError(f"{mismatch}; leave it out, or bring back the data of --resume")
         matched = replace(self, model=replace(self.model, **values))
         if not dataset.class_names and self.sampling == preset.sampling:  # guidance needs classes
             matched = replace(matched, sampling=replace(self.sampling, guidance_scale=1.0))

@@ -164,12 +164,12 @@ def check_run(run: Path, described: dict[str, Any], *, changeable: Collection[st
     if (run / CONFIG).exists():
         before, now = read_config(run), json.loads(json.dumps(described))
         changed = diff(before, now, ignore=changeable)
-        data = diff(before, now, ignore=now.keys() - {"data_checksum", "class_names", "latents"})
+        data = {"data_checksum", "class_names", "latents", "model.num_classes"}
         if not changed:
             return
         remedy = "give its flags to resume it, or another --run"
         more = described["steps"] - before["steps"]
-        if changed == data:
+        if "data_checksum" in changed and not diff(before, now, ignore={*changeable, *data}):
             remedy = f"bring the data back, or train in another --run, which --init-from {run} can start from"
         elif diff(before, now, ignore=now.keys() - {"jax"}):
             remedy = "set JAX_ENABLE_X64 and JAX_DEFAULT_PRNG_IMPL as they were, or give another --run"
@@ -256,10 +256,10 @@ def diff(before: dict[str, Any], now: dict[str, Any], *, ignore: Collection[str]
     """The fields that differ between two descriptions, with both values; empty if none but those in `ignore` do."""
     was = _flatten(before)
     return ", ".join(
-        f"{name} was {was[name]!r} and is {value!r}"
+        f"{name} was {was[name]!r:.200} and is {value!r:.200}"
         for name, value in _flatten(now).items()
         # A field that an older version did not write could not be set in that version.
-        if name in was and was[name] != value and name.split(".")[0] not in ignore
+        if name in was and was[name] != value and not {name, name.split(".")[0]} & set(ignore)
     )
 
 

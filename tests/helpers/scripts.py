@@ -60,11 +60,11 @@ class Runner:
         return call(ditx.__main__, self.monkeypatch, self.capsys, *arguments)
 
 
-def start(*arguments, devices=1, **environment):
-    """A script in a process of its own, with `devices` devices."""
+def start(*arguments, devices=1, group=None, **environment):
+    """A script in a process of its own, with `devices` devices; with `group` 0, as the first of a process group."""
     command, output = [sys.executable, *map(str, arguments)], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment
-    return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **output)
+    return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, process_group=group, **output)
 
 
 def start_together(*arguments, devices=4, launcher=""):

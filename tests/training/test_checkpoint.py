@@ -107,7 +107,7 @@ def test_a_checkpoint_of_other_trees_is_refused(folder):
 def test_a_full_disk_is_said_before_anything_is_written(folder, monkeypatch):
     manager = checkpoint.Checkpoints(folder, keep=3)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1000))
-    with pytest.raises(OSError, match=r"takes 2,\d{3} bytes, and the disk has 1,000 left.*there are: 10, 20, 30"):
+    with pytest.raises(OSError, match=r"takes 2,\d{3} bytes, and the disk has 1,000 left.*whole: 10, 20, 30"):
         manager.save(40, trees(40))
     manager.close()
     assert checkpoint.steps(folder) == [10, 20, 30]

@@ -68,5 +68,8 @@ def test_what_no_flag_cures_gets_a_remedy_of_its_own(stored, tmp_path):
             jax.config.update(name, before)
     with pytest.raises(ValueError, match="data_checksum was '0123' and is '4567'; bring the data back, or train in"):
         check_run(tmp_path, described | {"data_checksum": "4567"}, changeable=config.changeable_on_resume)
+    grown = {"data_checksum": "4567", "model": described["model"] | {"num_classes": 11}}
+    with pytest.raises(ValueError, match=r"model\.num_classes was 10 and is 11, .*; bring the data back, or train in"):
+        check_run(tmp_path, described | grown, changeable=config.changeable_on_resume)
     with pytest.raises(ValueError, match="seed was 0 and is 1; give its flags to resume it, or another --run"):
         check_run(tmp_path, described | {"seed": 1, "steps": 30}, changeable=config.changeable_on_resume)

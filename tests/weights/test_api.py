@@ -35,7 +35,7 @@ def test_mistakes_are_value_errors(tmp_path):
     for call, sentence in [
         (lambda: ditx.load(tmp_path / "none.pt"), "there is no such file or folder"),
         (lambda: ditx.sample(model, info, ["bird"]), "unknown class 'bird'"),
-        (lambda: ditx.sample(model, info, [0], steps=0), "steps is 0"),
+        (lambda: ditx.sample(model, info, [0], steps=-1), "steps is -1"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             call()

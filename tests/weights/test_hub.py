@@ -3,14 +3,19 @@
 import hashlib
 import http.server
 import json
+import shutil
 import sys
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
-from references import load
+from references import GOLDEN, load
 
+from ditx.commands import evaluate
+from ditx.evaluation.evaluate import generate_samples
+from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.weights import frozen, hub
 from ditx.weights.files import write_safetensors, write_torch
 from ditx.weights.frozen import load_inception
@@ -196,6 +201,19 @@ def test_errors_of_the_hub_are_one_sentence(monkeypatch):
     ) as error:
         describe("facebook/a")
     assert "\n" not in str(error.value)
+
+
+def test_commands_take_names_of_the_hub(monkeypatch, tmp_path, run):
+    publish(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path / "..")
+    folder = tmp_path / "someone" / "some-dit" / "transformer"
+    folder.mkdir(parents=True)
+    shutil.copy(GOLDEN / "first_edition_eps.safetensors", folder / "diffusion_pytorch_model.safetensors")
+    code, output = run.ditx("info", "someone/some-dit", "--json")
+    assert code == 0 and json.loads(output)["config"]["input_size"] == 4
+    config, described = evaluate.parse(["someone/some-dit", "reference.npz"])
+    samples = generate_samples(Path(config.source), described, config.generation, make_mesh(MeshConfig()))
+    assert samples.image_shape == (4, 4, 1) and len(samples.fingerprint["weights"]) == 8
 
 
 def test_the_hub_needs_its_package(monkeypatch):
