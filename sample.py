@@ -199,7 +199,7 @@ def sample(argv: list[str]) -> int:
     print(
         f"sampling {len(labels):,} samples by {sampling.sampler} in {sampling.steps} steps, guidance"
         f" {sampling.guidance_scale} on {sampling.guidance_channels or channels} of {channels} channels, computing in"
-        f" {dtype}",
+        f" {dtype}; the first batch is compiled",
         flush=True,
     )
     try:
