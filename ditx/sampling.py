@@ -57,7 +57,7 @@ class SamplingConfig:
     """How samples are drawn. Any sampler works with any objective."""
 
     sampler: SamplerName = "auto"
-    """auto: heun for a flow, else ddpm. ddim, dpm-solver (DPM-Solver++(2M)), heun and euler are deterministic"""
+    """auto: dpm-solver for a flow, else ddpm. ddim, dpm-solver (DPM-Solver++(2M)), heun and euler are deterministic"""
     steps: int = 0
     """steps from noise to image; 0: 25 for a flow, else the paper's 250"""
     spacing: Literal["time", "log-snr", "karras"] = "time"
@@ -73,7 +73,7 @@ class SamplingConfig:
 
     def resolved(self, objective: ObjectiveConfig) -> "SamplingConfig":
         """The same with the sampler and the number of steps that `auto` and 0 stand for."""
-        sampler, steps = ("heun", 25) if objective.is_flow else ("ddpm", 250)
+        sampler, steps = ("dpm-solver", 25) if objective.is_flow else ("ddpm", 250)
         return replace(self, sampler=sampler if self.sampler == "auto" else self.sampler, steps=self.steps or steps)
 
     def params(self, objective: ObjectiveConfig) -> SamplerParams:

@@ -255,6 +255,6 @@ def test_auto_is_the_usual_choice():
         return config.sampler, config.steps
 
     assert chosen("linear") == chosen("cosine") == ("ddpm", 250)
-    assert chosen("flow") == ("heun", 25)
-    assert chosen("flow", sampler="dpm-solver", steps=4) == ("dpm-solver", 4)
+    assert chosen("flow") == ("dpm-solver", 25)
+    assert chosen("flow", sampler="heun", steps=4) == ("heun", 4)
     assert len(SamplingConfig().params(ObjectiveConfig("flow", "velocity")).grid) == 25

@@ -40,6 +40,8 @@ class GenerationConfig:
     """draw every class equally often instead of labels uniform at random, the paper's protocol"""
     step: int = 0
     """checkpoint of a run, by its step; 0 is the newest"""
+    weights: Literal["ema", "live"] = "ema"
+    """of a run: the averaged weights, or the live ones that training updates"""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     vae: str = ""
     """decoder of latents: ft-ema, ft-mse, original, or a path; default from the run"""
@@ -91,12 +93,12 @@ def generate_samples(source: Path, described: Description, config: GenerationCon
     model, objective, dtype = described.model, described.objective, resolve_dtype(config.dtype)
     config.sampling.check(model, objective)
     check_mesh(mesh, num_heads=model.num_heads, mlp_size=model.mlp_size)
-    step, weights = _identify(source, config.step)
+    step, weights = _identify(source, config.step, config.weights)
     vae, vae_name = load_decoder(config.vae, model.in_channels, described.latent_scale)
     side = model.input_size * (vae.config.downsampling if vae else 1)
     fingerprint = {
         "step": step,
-        "weights": weights,
+        "weights": weights if config.weights == "ema" else f"{weights}, live",
         "vae": vae_name,
         "seed": config.seed,
         "labels": "balanced" if config.balanced else "uniform at random",
@@ -105,7 +107,7 @@ def generate_samples(source: Path, described: Description, config: GenerationCon
     }
 
     def batches(start):
-        network, _ = pretrained.load_on_mesh(source, described, mesh, dtype, step=step)
+        network, _ = pretrained.load_on_mesh(source, described, mesh, dtype, step=step, weights=config.weights)
         decode = make_decode(vae, mesh, config.decode_batch)
         batch = min(config.batch, config.num_samples)
         options: Any = {"batch_size": batch, "decode": decode, "unroll": config.unroll}
@@ -155,7 +157,7 @@ def compute_metrics(
     return values, missing
 
 
-def _identify(source: Path, step: int) -> tuple[int, str]:
+def _identify(source: Path, step: int, weights: str) -> tuple[int, str]:
     """The step of a run's checkpoint (0 for a file of weights), and a checksum of the weights."""
     if pretrained.is_run(source):
         folder = source / "checkpoints"
@@ -167,7 +169,9 @@ def _identify(source: Path, step: int) -> tuple[int, str]:
         step = broadcast_from_main(step or steps[-1])
         manifest = json.loads((folder / str(step) / checkpoint.MANIFEST).read_text())
         return step, checksum_arrays([np.frombuffer(json.dumps(manifest["files"]).encode(), np.uint8)])
-    if step:
-        raise ValueError(f"step is {step}, but {source} is not a run; leave it out")
+    if step or weights == "live":
+        raise ValueError(
+            f"{source} is not a run, so it has no steps and no live weights; leave --step and --weights out"
+        )
     tensors = pretrained.open_weights(source)[0].tensors
     return 0, checksum_arrays(tensor for _, tensor in sorted(tensors.items()))

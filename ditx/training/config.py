@@ -237,7 +237,7 @@ PRESETS = {
         log_every=20,
         checkpoint_every=500,
         sample_every=1000,
-        sampling=SamplingConfig(steps=25, sampler="euler", guidance_scale=2.5),
+        sampling=SamplingConfig(guidance_scale=2.5),
     ),
     # 32x32 colour pixels in the token grid of the paper's latents, 200 epochs. Objective, sampler and average were the
     # best on small stand-ins (ditx/evaluation/README.md); the rate is U-ViT's, and falls to 0 in so short a run.
@@ -251,7 +251,6 @@ PRESETS = {
         warmup=1000,
         decay="cosine",
         ema_decay=0.9995,
-        sampling=SamplingConfig(sampler="dpm-solver", steps=25),
     ),
     # Any folder of images, as pixels. `fit.py` fits sizes, batch and lengths to the images and the devices.
     "images": Config(
@@ -275,7 +274,6 @@ PRESETS = {
         learning_rate=2e-4,
         warmup=1250,
         weight_decay=0.03,
-        sampling=SamplingConfig(sampler="dpm-solver", steps=25),
     ),
     # The paper's Table 4, with the FID-50K it reports: no guidance, 250 DDPM steps, the ft-MSE decoder.
     "imagenet256-s8": paper("DiT-S/8"),  # 153.60

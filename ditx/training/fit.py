@@ -61,7 +61,7 @@ def fit_fields(config: Config, given: set[str], facts: Facts) -> tuple[Config, l
     choose(f"no more than the {images:,} images, and a multiple of the devices", batch_size=max(batch, parts))
     steps = min(max(200 * images // config.batch_size, 10_000), 400_000)
     reason = "minutes on two cores; more steps make better samples" if cpu else "200 epochs, at least 10,000 steps"
-    choose(reason, steps=1_200 if cpu else steps)
+    choose(reason, steps=1_500 if cpu else steps)
     steps, small = config.steps, config.model.hidden_size <= TINY.hidden_size
     choose(
         "as on the digits" if small else "the paper's",

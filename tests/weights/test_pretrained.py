@@ -74,7 +74,7 @@ def test_fields_that_old_files_lack_have_their_defaults():
         "steps": 25, "eta": 0.0, "guidance_scale": 2.5, "guidance_channels": 0}}""")
     described = pretrained.Description.of(fields, "run")
     assert described.objective == ObjectiveConfig("flow", "velocity", flow_times=(0.5, 1.0))
-    assert described.sampling == SamplingConfig("euler", 25, guidance_scale=2.5)
+    assert described.sampling == SamplingConfig(guidance_scale=2.5)
     for wrong in ({"objective": "noise"}, {"sampling": {"sampler": "euler", "colour": "red"}}):
         with pytest.raises(ValueError, match="run was written by another version of ditx, or is damaged"):
             pretrained.Description.of(fields | wrong, "run")
