@@ -41,7 +41,7 @@ def fit_fields(config: Config, given: set[str], facts: Facts) -> tuple[Config, l
         flags = [f"--{'model.' * (name in sizes)}{name.replace('_', '-')} {value}" for name, value in values.items()]
         lines.extend([f"  {' '.join(flags)}: {reason}"] if flags else [])
 
-    limit, across, largest_batch = (32, 8, 32) if cpu else (64, 16, 256)
+    limit, across, largest_batch = (32, 8, 16) if cpu else (64, 16, 256)
     unit = config.model.patch_size if "model.patch_size" in given else 4
     choose(
         f"the images have {side} pixels, and a {platform} trains on up to {limit}",

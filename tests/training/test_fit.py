@@ -17,7 +17,7 @@ def fit(images, side, platform="cpu", devices=1, **own):
 def test_a_cpu_trains_a_small_network_for_minutes_and_an_accelerator_a_large_one_for_epochs():
     config, lines = fit(120, 96)
     model = config.model
-    assert (model.input_size, model.patch_size, model.hidden_size, config.batch_size) == (32, 4, 128, 32)
+    assert (model.input_size, model.patch_size, model.hidden_size, config.batch_size) == (32, 4, 128, 16)
     assert config.dtype == "float32" and config.steps < 2_000 and config.checkpoint_every <= config.steps // 4
     assert any("--model.input-size 32: the images have 96 pixels" in line for line in lines), lines
     for count, name, steps in ((120, "DiT-S/4", 10_000), (50_000, "DiT-B/4", 39_062), (2_000_000, "DiT-B/4", 400_000)):
