@@ -86,7 +86,7 @@ def fit_to_images(config: Config, given: set[str]) -> Config:
         folder = folders.find_images(config.data_path, quiet=True).undamaged(strict=config.strict)
         facts = Facts(len(folder.files), folder.median_side, jax.default_backend(), jax.device_count())
         config, lines = fit_fields(config, given, facts)
-    head = f"fitted    to {facts.images:,} images and {facts.devices} x {facts.platform}; your own flags go first"
+    head = f"fitted    to {facts.images:,} images and {facts.devices} x {facts.platform}; flags of your own win"
     print("\n".join([head, *lines]), flush=True)
     return config
 

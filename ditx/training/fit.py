@@ -44,12 +44,14 @@ def fit_fields(config: Config, given: set[str], facts: Facts) -> tuple[Config, l
     limit, across, largest_batch = (32, 8, 16) if cpu else (64, 16, 256)
     unit = config.model.patch_size if "model.patch_size" in given else 4
     choose(
-        f"the images have {side} pixels, and a {platform} trains on up to {limit}",
+        f"the images have {side} pixels; on a {platform.upper()} at most {limit} are affordable",
         input_size=max(unit, min(limit, side) // unit * unit),
     )
     size = config.model.input_size
     patch = next(patch for patch in range(1, size + 1) if size % patch == 0 and size // patch <= across)
-    choose(f"{(size // patch) ** 2} tokens; a {platform} has time for {across**2}", patch_size=patch)
+    choose(
+        f"{(size // patch) ** 2} tokens; on a {platform.upper()} at most {across**2} are affordable", patch_size=patch
+    )
     name = "DiT-B/4" if images >= WIDE_FROM else "DiT-S/4"
     network, reason = (
         (TINY, "small enough for a CPU") if cpu else (DIT_CONFIGS[name], f"{name[:-2]}, for {images:,} images")
@@ -80,7 +82,7 @@ def fit_fields(config: Config, given: set[str], facts: Facts) -> tuple[Config, l
         log_every=max(1, min(steps // 50, 100)),
     )
     choose(
-        f"the faster one on a {platform}",
+        f"the faster choice on a {platform.upper()}",
         dtype="float32" if cpu else "bfloat16",
         unroll=config.model.depth if cpu and small else 1,
     )

@@ -50,7 +50,8 @@ def test_preset_builds_and_is_the_papers(name):
         0.1,
     )
     assert config.steps >= 1000 * row["steps_thousands"]
-    assert (config.sampling.steps, config.sampling.guidance_channels) == (250, 3)
+    sampling = config.sampling.resolved(config)
+    assert (sampling.steps, sampling.guidance_channels) == (250, 3)
 
     state = jax.eval_shape(lambda key: TrainState.create(config.model, optimizer, key=key), jax.random.key(0))
     assert round(sum(leaf.size for leaf in jax.tree.leaves(state.model)) / 1e6) == row["params_millions"]

@@ -19,7 +19,7 @@ def test_a_cpu_trains_a_small_network_for_minutes_and_an_accelerator_a_large_one
     model = config.model
     assert (model.input_size, model.patch_size, model.hidden_size, config.batch_size) == (32, 4, 128, 16)
     assert config.dtype == "float32" and config.steps < 2_000 and config.checkpoint_every <= config.steps // 4
-    assert any("--model.input-size 32: the images have 96 pixels" in line for line in lines), lines
+    assert any("--model.input-size 32: the images have 96 pixels; on a CPU" in line for line in lines), lines
     for count, name, steps in ((120, "DiT-S/4", 10_000), (50_000, "DiT-B/4", 39_062), (2_000_000, "DiT-B/4", 400_000)):
         config, _ = fit(count, 500, "gpu")
         assert (config.model.hidden_size, config.model.depth) == (DIT_CONFIGS[name].hidden_size, 12)
