@@ -376,6 +376,9 @@ def _plot(
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
     axes = figure.add_subplot(xlabel=x_label, ylabel="FID", xscale="linear" if x == "step" else "log")
     axes.set_title(title, fontsize=10)
+    if x != "step":
+        axes.xaxis.set_major_locator(importlib.import_module("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.margins(x=0.1)
     axes.grid(alpha=0.3)
