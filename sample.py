@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]  # Their imports take seconds.
-    print(f"loading  JAX and ditx for: {' '.join(words)}", file=sys.stderr, flush=True)
+    print("loading  JAX and ditx for:", *sys.argv, file=sys.stderr, flush=True)  # Their imports take seconds.
 
 from jaxtyping import install_import_hook
 
@@ -38,7 +37,7 @@ with install_import_hook("ditx", "beartype.beartype"):
 
 @dataclass(frozen=True)
 class Config(KernelConfig):
-    """The samples to draw. Sampler, steps and guidance default to those of the run's own pictures.
+    """Samples from a run or from weights. Sampler, steps and guidance default to those of the run's own pictures.
 
     For the authors' weights they default to the paper's: 250 DDPM steps, guidance on the first 3 of 4 channels.
     """
@@ -91,9 +90,7 @@ def parse(argv: list[str]) -> tuple[Config, tuple[Path, Description]]:
             described = pretrained.describe(source, **first.origin.facts())
         return Config(sampling=described.sampling, vae=described.vae), (source, described)
 
-    description = "Draw samples from a run or from released weights."
-    parse = partial(tyro.cli, Config, args=argv, prog=cli.script("sample"), description=description)
-    return cli.parse_with_defaults(parse, defaults)
+    return cli.parse_with_defaults(partial(tyro.cli, Config, args=argv, prog=cli.script("sample")), defaults)
 
 
 def check(config: Config, described: Description, guide: Description | None, mesh: Mesh) -> None:
@@ -154,13 +151,12 @@ def draw(
 
 def write(paths: dict[str, Path], images: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> None:
     """Write the images in every form asked for; `names` are those of the classes."""
-    moments = images.swapaxes(0, 1) if images.ndim == 5 else images[None]
-    images = moments[-1]
+    *moments, images = images.swapaxes(0, 1) if images.ndim == 5 else images[None]
     pictures.grid(images, labels, names).save(paths["grid"])
     if "npz" in paths:
         np.savez_compressed(paths["npz"], arr_0=images, labels=labels)
     if "animate" in paths:
-        first, *others = [pictures.grid(moment, labels, names) for moment in [*moments, *[images] * 15]]
+        first, *others = [pictures.grid(moment, labels, names) for moment in [*moments, *[images] * 16]]
         first.save(paths["animate"], save_all=True, append_images=others, duration=60, loop=0)
     if "separate" in paths:
         paths["separate"].mkdir()
@@ -203,8 +199,7 @@ def sample(argv: list[str]) -> int:
         flush=True,
     )
     try:
-        decode = make_decode(vae, mesh, config.decode_batch)
-        images = draw((network, guide), decode, described, config, labels)
+        images = draw((network, guide), make_decode(vae, mesh, config.decode_batch), described, config, labels)
     except BaseException:
         if paths:
             paths["grid"].unlink()  # still empty
@@ -216,9 +211,8 @@ def sample(argv: list[str]) -> int:
 
 def main() -> int:
     """Run the command line."""
-    return cli.run(
-        cli.script("sample"), partial(sample, sys.argv[1:]), out_of_memory="try a smaller --batch or --decode-batch"
-    )
+    remedy = "try a smaller --batch or --decode-batch"
+    return cli.run(cli.script("sample"), partial(sample, sys.argv[1:]), out_of_memory=remedy)
 
 
 if __name__ == "__main__":

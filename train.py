@@ -4,7 +4,6 @@ Reads from top to bottom: configuration, data, step, state, loop. A run is a fol
 resumes from its newest checkpoint as if it had never stopped.
 """
 
-import argparse
 import signal
 import sys
 from contextlib import closing
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__" and not {"-h", "--help", "-H", "--help-verbose"} & {*sys.argv}:
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]  # Their imports take seconds.
-    print(f"loading   JAX and ditx for: {' '.join(words)}", file=sys.stderr, flush=True)
+    print("loading   JAX and ditx for:", *sys.argv, file=sys.stderr, flush=True)  # Their imports take seconds.
 
 from jaxtyping import install_import_hook
 
@@ -25,8 +23,8 @@ with install_import_hook("ditx", "beartype.beartype"):
     from jax.sharding import Mesh
     from jaxtyping import Array
 
-    from ditx import cli, costs
-    from ditx.data import folders, loader, sources
+    from ditx import cli, costs, flags
+    from ditx.data import loader, sources
     from ditx.diffusion.objective import Objective, make_objective
     from ditx.evaluation.hooks import Hooks, make_hooks
     from ditx.parallel import distributed
@@ -36,59 +34,13 @@ with install_import_hook("ditx", "beartype.beartype"):
     from ditx.training import checkpoint
     from ditx.training import run as runs
     from ditx.training.compile import AbstractStep
-    from ditx.training.config import PRESETS, PRESETS_HELP, Config
-    from ditx.training.fit import Facts, fit_fields
+    from ditx.training.config import PRESETS, Config
     from ditx.training.logger import MetricsLogger, Profiler
     from ditx.training.run import Run, Sums
     from ditx.training.step import TrainState, adamw, train_step
     from ditx.weights import pretrained
 
 REMEDY = "--remat full, a higher --accumulate, --mesh.fsdp, or a smaller --batch-size"
-
-
-def parse(argv: list[str]) -> tuple[str, Config]:
-    """The preset named first, and the configuration: the preset's, changed by the flags."""
-    parser = argparse.ArgumentParser(cli.script("train"), add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", default="")
-    resume, argv = parser.parse_known_args(argv)
-    preset, flags = cli.split_preset(cli.expand_model(argv), PRESETS, default="digits")
-    default = replace(PRESETS[preset], run=f"runs/{preset}")
-    if resume.resume:
-        if flags != argv:
-            raise ValueError(f"--resume takes the preset of {resume.resume}; leave out {preset}")
-        described = runs.read_config(Path(resume.resume))
-        own = " and ".join(f"{kind} {name}" for kind, name in described.get("own", {}).items() if name)
-        if own:
-            raise ValueError(
-                f"{resume.resume} was trained by your own {own}; resume it by the program that passes them"
-            )
-        preset, default = described["preset"], replace(Config.of(described), run=resume.resume)
-    usage = (
-        f"--help-verbose explains the flags; their defaults are those of {preset}. --model DiT-S/4 sets the sizes of a"
-    )
-    usage += f" network by its name. --resume RUN goes on with a run.\n{PRESETS_HELP}"
-    options: Any = {"prog": f"{cli.script('train')} {preset}", "description": usage, "compact_help": True}
-    config = cli.parse(Config, default=default, args=flags, **options)
-    if (preset, config.dataset, resume.resume) == ("images", "images", "") and config.data_path:
-        if not (Path(config.run) / runs.CONFIG).exists():
-            return preset, fit_to_images(config, cli.given_fields(flags))
-        # The same command resumes: the choices of its first start are in the run.
-        chosen = replace(Config.of(runs.read_config(Path(config.run))), run=config.run)
-        config = cli.parse(Config, default=chosen, args=flags, **options)
-    return preset, config
-
-
-def fit_to_images(config: Config, given: set[str]) -> Config:
-    """The configuration fitted to its images and to the devices, except `given` fields; prints what it chooses."""
-    distributed.initialize(config.distributed)
-    tune_malloc()
-    with sync_errors():
-        folder = folders.find_images(config.data_path, quiet=True).undamaged(strict=config.strict)
-        facts = Facts(len(folder.files), folder.median_side, jax.default_backend(), jax.device_count())
-        config, lines = fit_fields(config, given, facts)
-    head = f"fitted    to {facts.images:,} images and {facts.devices} x {facts.platform}; flags of your own win"
-    print("\n".join([head, *lines]), flush=True)
-    return config
 
 
 def train(
@@ -245,13 +197,9 @@ def summary(config: Config, dataset: sources.Source, step: AbstractStep, name: s
     shape, epochs = "x".join(map(str, dataset.image_shape)), config.steps * config.batch_size / len(dataset)
     kind = "latents" if dataset.latents else "images"
     undrawn = dataset.latents and config.sample_every and not config.vae
-    try:
-        products = f"{costs.scaled(costs.macs(config.model))} multiply-adds"
-    except ValueError as error:  # of a block of one's own
-        products = f"unknown multiply-adds ({error})"
     return (
-        f"model     DiT of {costs.parameters(config.model):,} parameters, {products}, {config.model.num_tokens} tokens,"
-        f" {config.dtype}\n"
+        f"model     DiT of {costs.parameters(config.model):,} parameters, {costs.describe_macs(config.model)},"
+        f" {config.model.num_tokens} tokens, {config.dtype}\n"
         f"{step.summary()}\n"
         f"data      {name}: {len(dataset):,} {kind} of {shape}, {config.model.num_classes} classes\n"
         f"steps     {config.steps:,} of {config.batch_size} {kind} ({epochs:,.1f} epochs)\n"
@@ -261,12 +209,7 @@ def summary(config: Config, dataset: sources.Source, step: AbstractStep, name: s
 
 def main() -> int:
     """Run the command line; a mistake is one sentence and exit code 2."""
-
-    def command() -> int:
-        preset, config = parse(sys.argv[1:])
-        return train(config, preset=preset)
-
-    return cli.run(cli.script("train"), command, out_of_memory=f"try {REMEDY}")
+    return cli.run(cli.script("train"), lambda: train(**flags.parse(sys.argv[1:])), out_of_memory=f"try {REMEDY}")
 
 
 if __name__ == "__main__":

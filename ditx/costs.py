@@ -71,6 +71,14 @@ def scaled(count: int) -> str:
     return f"{count / units[unit]:,.2f} {unit}"
 
 
+def describe_macs(config: DiTConfig) -> str:
+    """The multiply-adds of a forward pass in words, also where a block of one's own does not tell them."""
+    try:
+        return f"{scaled(macs(config))} multiply-adds"
+    except ValueError as error:
+        return f"unknown multiply-adds ({error})"
+
+
 def training_step(config: DiTConfig, batch_size: int) -> int:
     """FLOPs of a training step: two for a multiply-add, and a backward pass costs two forward passes."""
     return 6 * batch_size * macs(config)

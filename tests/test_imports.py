@@ -23,7 +23,7 @@ ROOMS = [
     {"cli", "pictures", "sampling"},
     {"training"},
     {"data", "costs"},
-    {"weights"},
+    {"weights", "flags"},
     {"evaluation"},
     {"train", "sample"},
     {"commands"},

@@ -11,7 +11,7 @@ import pytest
 
 import ditx
 import train
-from ditx import costs
+from ditx import costs, flags
 from ditx.diffusion import flow
 from ditx.nn.blocks import AdaLNBlock
 from ditx.nn.layers import Linear
@@ -99,7 +99,7 @@ def test_own_pieces_train_resume_and_are_sampled(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"own.objective was 'plain' and is None; resume it by the program"):
         train.train(config, source=Stripes())
     with pytest.raises(ValueError, match="run was trained by your own block Mixer and objective plain and source Stri"):
-        train.parse(["--resume", str(run)])
+        flags.parse(["--resume", str(run)])
     with pytest.raises(ValueError, match=r"run has blocks of your own class Mixer; load it in Python: ditx.load"):
         ditx.load(run)
 
@@ -128,8 +128,8 @@ def test_a_source_without_a_member_is_refused():
 
 
 def test_a_block_is_chosen_by_name_on_the_command_line(capsys):
-    assert train.parse(["digits", "--model.block", "adaln"])[1].model.block == "adaln"
+    assert flags.parse(["digits", "--model.block", "adaln"])["config"].model.block == "adaln"
     with pytest.raises(SystemExit):
-        train.parse(["digits", "--model.block", "Mixer"])
+        flags.parse(["digits", "--model.block", "Mixer"])
     assert "in-context" in capsys.readouterr().err
     assert json.dumps(MODEL.described())

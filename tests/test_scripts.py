@@ -54,7 +54,7 @@ def assert_same_run(run, other, step=40):
 def test_a_run_is_a_folder_of_plain_files(finished):
     run, output = finished
     said = ["parameters", "44.29 k multiply-adds", "5,000 images of 28x28x1, 10 classes", "devices   1 x", "compiled"]
-    said += ["loading   JAX and ditx for: train.py digits", "reading   digits", "compiling the step\n"]
+    said += [f"loading   JAX and ditx for: {ROOT / 'train.py'} digits", "reading   digits", "compiling the step\n"]
     said += [f"done      {run} (samples/, loss.png); draw samples with: sample.py {run}"]
     assert all(words in output for words in said), output
     assert [step for step, _, _ in losses(run)] == list(range(4, 41, 4))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from references import load
 
-import train
+from ditx import flags
 from ditx.diffusion.objective import make_objective
 from ditx.nn.dit import DiTConfig
 from ditx.sampling import SamplingConfig
@@ -131,6 +131,6 @@ def test_help_names_every_preset_on_two_screens(capsys):
     for name in PRESETS:
         assert {name, name.removeprefix("imagenet256-"), name.removeprefix("imagenet256-xl2")} & words, name
     with pytest.raises(SystemExit):
-        train.parse(["digits", "--help"])
+        flags.parse(["digits", "--help"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert len(lines) <= 100
