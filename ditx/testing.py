@@ -91,6 +91,15 @@ def _level_at(schedule: Schedule, t: Float[Array, ""]) -> NoiseLevel:
     return NoiseLevel(t, alpha, 1 - alpha, -jnp.ones_like(alpha), jnp.ones_like(alpha))
 
 
+def mean_oracle(x: Image, t: Scalar, duration: Scalar) -> Image:
+    """The exact mean velocity of the flow over `duration` training steps, from `t` towards the data."""
+    s, r = t / 1000, (t - duration) / 1000
+    std, std_after = (jnp.sqrt((1 - time) ** 2 * STD**2 + time**2) for time in (s, r))
+    # (std - std_after) / (s - r), in a form that also holds at s = r.
+    slope = ((s + r) * (1 + STD**2) - 2 * STD**2) / (std + std_after)
+    return (x - (1 - s) * MEAN) / std * slope - MEAN
+
+
 def outcome(
     step: Step, predict: Predict, schedule: Schedule, mean: float, variance: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -46,7 +46,8 @@ def one_example(function: Callable[P, R]) -> Callable[P, R]:
         def cast(leaf: Any) -> Any:
             if callable(leaf):
                 predict: Any = leaf
-                return lambda x, t: predict(x.astype(dtype), t).astype(wide)
+                widen = functools.partial(jax.tree.map, lambda output: output.astype(wide))
+                return lambda x, *times: widen(predict(x.astype(dtype), *times))
             floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
             return leaf.astype(wide) if floating else leaf
 
