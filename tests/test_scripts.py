@@ -294,7 +294,7 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(sentence, tmp_path, monk
 
 
 def test_too_little_memory_is_said_with_what_helps(monkeypatch, capsys):
-    def short(*_):
+    def short(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
 
     monkeypatch.setattr(train, "train", short)
