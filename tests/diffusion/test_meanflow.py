@@ -156,6 +156,6 @@ def test_any_number_of_steps_draws_exactly_the_data(steps):
 
 
 def test_times_are_ordered_and_a_share_is_equal():
-    s, r = meanflow.order_times(jnp.array([0.2, 0.9]), jnp.array([0.7, 0.1]), jnp.array([False, True]))
+    s, r = jax.vmap(meanflow.order_times)(jnp.array([0.2, 0.9]), jnp.array([0.7, 0.1]), jnp.array([False, True]))
     np.testing.assert_array_equal(s, np.float32([0.7, 0.9]))
     np.testing.assert_array_equal(r, np.float32([0.2, 0.9]))
