@@ -57,8 +57,8 @@ def train(
         config.check_fields()
         if source is None:
             print(f"reading   {config.data_path or config.dataset}", flush=True)
-            size = config.model.input_size
-            dataset = sources.open_dataset(config.dataset, config.data_path, size, strict=config.strict)
+            side = config.model.side
+            dataset = sources.open_dataset(config.dataset, config.data_path, side, strict=config.strict)
         else:
             dataset = sources.check_source(source)
         config = config.matched_to(dataset, PRESETS.get(preset, config))

@@ -137,7 +137,7 @@ def step_memory(
         "weights": weights,
         "ema": (1 + power_emas) * weights,
         "moments": 2 * weights,
-        "batch": 4 * images * (config.input_size**2 * config.in_channels + 1),
+        "batch": 4 * images * (math.prod(config.input_shape) + 1),
         "gradients": weights * (2 if accumulate > 1 else 1),  # of one part, and their sum
         "activations": activations,
         "working_memory": everything // config.depth + cast,
@@ -150,8 +150,7 @@ def _shapes(config: DiTConfig) -> DiT:
 
 
 def _example(config: DiTConfig, batch: tuple[int, ...] = (), dtype: Any = jnp.float32) -> Any:
-    shape = (*batch, config.input_size, config.input_size, config.in_channels)
-    shapes = ((shape, dtype), (batch, jnp.float32), (batch, jnp.int32))
+    shapes = (((*batch, *config.input_shape), dtype), (batch, jnp.float32), (batch, jnp.int32))
     return tuple(jax.ShapeDtypeStruct(*each) for each in shapes)
 
 

@@ -169,7 +169,6 @@ def make_sampler(
     config = config.resolved(objective)
     if step is None:
         step = partial(samplers.ddim_step, eta=config.eta) if config.sampler == "ddim" else STEPS[config.sampler]
-    shape = (model_config.input_size, model_config.input_size, model_config.in_channels)
     batch = -(-batch_size // data_parallel_size(mesh)) * data_parallel_size(mesh)
 
     def sample(network, guide, y, key, params, blocks):
@@ -182,13 +181,14 @@ def make_sampler(
             return output.astype(x.dtype)
 
         start_key, noise_key = jax.random.split(key)
+        start = jax.random.normal(start_key, model_config.input_shape)
         if guide is None:
             predict = guidance.classifier_free(apply, y, null_label=network.config.null_label, **options)
         else:
             guide_label = y if guide.config.num_classes else None
             strong, weak = (lambda x, t: apply(x, t, y)), (lambda x, t: apply(x, t, guide_label, guide, blocks[1]))
             predict = guidance.guide(strong, weak, **options)
-        return samplers.sample(step, predict, params.grid, jax.random.normal(start_key, shape), key=noise_key)
+        return samplers.sample(step, predict, params.grid, start, key=noise_key)
 
     def run_batch(network, guide, labels, seed, first, params):
         gather, gather_guide = make_gather(network, mesh), make_gather(guide, mesh)

@@ -1,10 +1,13 @@
 import dataclasses
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
+from networks import abstract_dit
 from references import load
 
 import ditx
@@ -15,7 +18,9 @@ from ditx.nn.dit import DiTConfig
 from ditx.parallel.mesh import MeshConfig, make_mesh
 from ditx.testing import dit_configs
 from ditx.training.compile import AbstractStep
+from ditx.training.config import PRESETS
 from ditx.training.step import adamw, train_step
+from ditx.weights.convert import dit_to_torch
 
 TABLES = load("paper_tables.json")
 ROWS = TABLES["table4"]
@@ -58,6 +63,39 @@ def test_macs_are_those_of_the_closed_formula(config):
     block += {"adaln-zero": 6, "adaln": 4}.get(config.block, 0) * d * d
     final = (2 * d * d if config.block in ("adaln-zero", "adaln") else 0) + tokens * d * patch * config.out_channels
     assert costs.macs(config) == embeddings + config.depth * block + final
+
+
+def test_the_modern_layers_are_counted():
+    config = ditx.DiTConfig(8, 2, 3, 24, 3, 2, num_classes=5, learn_sigma=False, norm="rms", qk_norm=True, mlp="swiglu")
+    config = dataclasses.replace(config, positions="rotary", context_tokens=4, context_start=1, patch_bottleneck=5)
+    assert config.mlp_size == 64
+    blocks = sum(n * (4 * 24**2 + 3 * 24 * 64) + 2 * n * n * 24 + 6 * 24**2 for n in (16, 20, 20))
+    assert costs.macs(config) == 16 * (12 * 5 + 5 * 24) + 256 * 24 + 24**2 + blocks + 2 * 24**2 + 16 * 24 * 12
+    options = {"batch_size": 8, "dtype": "bfloat16"}
+    whole = costs.step_memory(config, mesh=MeshConfig(data=1), **options)
+    split = costs.step_memory(config, mesh=MeshConfig(data=1, fsdp=2, tensor=2), **options)
+    assert split["weights"] < 0.4 * whole["weights"] and split["activations"] < whole["activations"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "file", "name"),
+    [
+        ("lightningdit-xl1", "lightningdit", "LightningDiT-XL/1"),
+        ("jit-b16", "jit", "JiT-B/16"),
+        ("jit-l16", "jit", "JiT-L/16"),
+    ],
+)
+def test_parameters_of_later_networks_are_their_authors(preset, file, name):
+    model, reference = PRESETS[f"imagenet256-{preset}"].model, load(f"{file}_state_dict_shapes.json")[name]
+    assert costs.parameters(model) == reference["count"]["trainable"]
+    fixed = model.num_tokens * model.hidden_size
+    assert costs.parameters(model) + fixed == reference["count"]["all_parameters"]
+    if "shapes" in reference:  # of all names, in one of the blocks
+        small = abstract_dit(dataclasses.replace(model, depth=1, context_start=0))
+        written = dit_to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), small))
+        written = {name: list(array.shape) for name, array in written.items()}
+        kept = r"(?!blocks\.)|blocks\.0\."
+        assert written == {name: shape for name, shape in reference["shapes"].items() if re.match(kept, name)}
 
 
 def test_macs_of_loops_branches_and_convolutions_are_counted():

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ditx.diffusion.schedule import linear_schedule, respace
-from ditx.nn.dit import DiTConfig
+from ditx.nn.dit import LAYER_FIELDS, DiTConfig
 
 
 def check(config: Any) -> None:
@@ -20,7 +20,7 @@ def check(config: Any) -> None:
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--compare needs {' and '.join(missing)}; try uv pip install torch diffusers")
-    for name in ("block", "mlp_ratio"):
+    for name in ("mlp_ratio", *LAYER_FIELDS):
         ours, theirs = getattr(config.model, name), getattr(DiTConfig(), name)
         if ours != theirs:
             raise ValueError(f"{name} is {ours}; the network of diffusers has {theirs} only")
@@ -85,7 +85,7 @@ def make_network(model: DiTConfig) -> Any:
         in_channels=model.in_channels,
         out_channels=model.out_channels,
         num_layers=model.depth,
-        sample_size=model.input_size,
+        sample_size=model.side,
         patch_size=model.patch_size,
         num_embeds_ada_norm=model.num_classes,
     )
@@ -97,7 +97,7 @@ def make_network(model: DiTConfig) -> Any:
 
 def make_train(torch: Any, config: Any, network: Any, call: Any, device: Any, dtype: str) -> Callable[[], None]:
     """The training step: mixed precision, fused AdamW, and one fused operation for the average of the weights."""
-    model, size = config.model, config.model.input_size
+    model, size = config.model, config.model.side
     weights = list(network.parameters())
     average = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=True)
@@ -130,7 +130,7 @@ def make_train(torch: Any, config: Any, network: Any, call: Any, device: Any, dt
 
 def make_sample(torch: Any, config: Any, network: Any, call: Any, device: Any, dtype: str) -> Callable[[], None]:
     """A batch of samples by deterministic DDIM, with guidance: as many forward passes as ours."""
-    model, sampling, size = config.model, config.sampling.resolved(config.objective), config.model.input_size
+    model, sampling, size = config.model, config.sampling.resolved(config.objective), config.model.side
     network.to(getattr(torch, dtype)).eval()
     schedule = respace(linear_schedule(), sampling.steps)
     tables = (schedule.alpha, schedule.sigma, schedule.time)

@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"{target} already exists; choose another name")
     described = pretrained.describe(source, **config.origin.facts())
     objective = described.objective
-    if to != "ditx" and (objective.schedule, objective.prediction) != ("linear", "eps"):
+    published, _ = pretrained.published(described.model)
+    if to != "ditx" and (objective.schedule, objective.prediction) != (published.schedule, published.prediction):
         raise ValueError(
             f"{source} was trained with schedule {objective.schedule} and prediction {objective.prediction}, which the"
             f" layout of {to} does not tell; write a .safetensors in the layout of ditx"

@@ -129,7 +129,7 @@ def table(config: Config, figures: dict[str, Any]) -> str:
     bytes_of = {name: _binary(size) for name, size in figures["bytes"].items() if name != "gradients"}
     lines = [
         f"{name}{changed}: {model.block}, {model.depth} blocks of width {model.hidden_size}, {model.num_heads} heads,"
-        f" {model.num_tokens} tokens of {model.input_size}x{model.input_size}x{model.in_channels}",
+        f" {model.num_tokens} tokens of {'x'.join(map(str, model.input_shape))}",
         f"parameters                   {figures['parameters']:>14,}",
         f"multiply-adds of an image    {costs.scaled(figures['multiply_adds']):>14}  (the paper's Gflops)",
         f"training step, batch {config.batch_size:<8,}{costs.scaled(figures['training_step_flops']):>14}FLOP"

@@ -46,10 +46,9 @@ def main(argv: list[str]) -> int:
     at_least(config, 2, "steps")
     described = pretrained.describe(Path(config.source))
     model = described.model
-    source = open_images(config.data, model.input_size)
-    shape = (model.input_size, model.input_size, model.in_channels)
-    if source.image_shape != shape:
-        sizes = ["x".join(map(str, each)) for each in (source.image_shape, shape)]
+    source = open_images(config.data, model.side)
+    if source.image_shape != model.input_shape:
+        sizes = ["x".join(map(str, each)) for each in (source.image_shape, model.input_shape)]
         raise ValueError(f"the images are {sizes[0]}, but the network's are {sizes[1]}; give images of that size")
     if model.num_classes and source.class_names != described.class_names:
         raise ValueError(f"the classes of {config.data} are not those of {config.source}; give images of the same")

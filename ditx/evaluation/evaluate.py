@@ -95,7 +95,7 @@ def generate_samples(source: Path, described: Description, config: GenerationCon
     check_mesh(mesh, num_heads=model.num_heads, mlp_size=model.mlp_size)
     step, weights = _identify(source, config.step, config.weights)
     vae, vae_name = load_decoder(config.vae, model.in_channels, described.latent_scale)
-    side = model.input_size * (vae.config.downsampling if vae else 1)
+    side = model.side * (vae.config.downsampling if vae else 1)
     fingerprint = {
         "step": step,
         "weights": weights if config.weights == "ema" else f"{weights}, live",

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from ditx.checks import check_names
 from ditx.kernels import fp8, matmul
 from ditx.nn import layers
-from ditx.nn.blocks import AdaLNBlock, AdaLNZeroBlock, CrossAttentionBlock, InContextBlock
+from ditx.nn.blocks import AdaLNBlock, AdaLNZeroBlock, CrossAttentionBlock, InContextBlock, split_modulation
 from ditx.nn.dit import ApplyBlock, DiTConfig
 
 Tokens: TypeAlias = Float[Array, "n d"]
@@ -50,6 +50,8 @@ class KernelConfig:
 
     def check_kernels(self, mesh: Mesh, dtype: str, model: DiTConfig) -> None:
         """Raise ValueError if the devices of `mesh` cannot compute the blocks of `model` like this in `dtype`."""
+        if self.kernels == "fused" and (model.norm, model.mlp) != ("layer", "gelu"):
+            raise _no_fused_layers(f"norm {model.norm} and mlp {model.mlp}")
         device, tensor = mesh.devices.flat[0], mesh.shape["tensor"]
         for name, choice, other in (("kernels", self.kernels, "xla"), ("attention", self.attention, "auto")):
             if choice == "fused" and tensor > 1:
@@ -70,6 +72,9 @@ class KernelConfig:
 
 def _apply_block(block: Any, x: Float[Array, "n d"], c: Float[Array, "*m d"], config: KernelConfig) -> Tokens:
     function = _BLOCKS.get(type(block))
+    modern = isinstance(block.mlp, layers.SwiGLU) or isinstance(block.norm1, layers.RMSNorm) if function else False
+    if modern and config.kernels == "fused":
+        raise _no_fused_layers(f"a {type(block.norm1).__name__} and a {type(block.mlp).__name__}")
     if function:
         return function(block, x, c, operations(config))
     if config.kernels == "fused" or config.attention == "fused" or config.matmul_dtype == "fp8":
@@ -79,22 +84,22 @@ def _apply_block(block: Any, x: Float[Array, "n d"], c: Float[Array, "*m d"], co
     return block(x, c)
 
 
+def _no_fused_layers(layers: str) -> ValueError:
+    return ValueError(f"kernels is fused, which has layer norms and MLPs with a GELU, not {layers}; use xla")
+
+
 def _adaln_zero(block, x, c, ops):
-    shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(_modulation(block, c), 6)
-    x, y = ops.norm_modulate(x, shift1, scale1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = split_modulation(_modulation(block, c), 6, c.size)
+    x, y = ops.norm_modulate(x, shift1, scale1, norm=block.norm1)
     branch = _attention(block.attention, y, ops)
-    if block.mlp_norm_eps == 1e-6:
-        x, y = ops.gate_norm_modulate(x, gate1, *branch, shift2, scale2)
-    else:  # the fused pass computes eps 1e-6 only
-        x = ops.gate_residual(x, gate1, *branch)
-        y = _modulated(x, shift2, scale2, block.mlp_norm_eps)
+    x, y = ops.gate_norm_modulate(x, gate1, *branch, shift2, scale2, norm=block.norm2)
     return ops.gate_residual(x, gate2, *_mlp(block.mlp, y, ops))
 
 
 def _adaln(block, x, c, ops):
-    shift1, scale1, shift2, scale2 = jnp.split(_modulation(block, c), 4)
-    x, y = ops.norm_modulate(x, shift1, scale1)
-    x, y = ops.norm_modulate(x + _summed(*_attention(block.attention, y, ops)), shift2, scale2)
+    shift1, scale1, shift2, scale2 = split_modulation(_modulation(block, c), 4, c.size)
+    x, y = ops.norm_modulate(x, shift1, scale1, norm=block.norm1)
+    x, y = ops.norm_modulate(x + _summed(*_attention(block.attention, y, ops)), shift2, scale2, norm=block.norm2)
     return x + _summed(*_mlp(block.mlp, y, ops))
 
 
@@ -104,6 +109,7 @@ def _cross_attention(block, x, c, ops):
     q, k, v = (
         _summed(ops.product(z, part.weight), part.bias) for z, part in ((y, layer.q), (c, layer.k), (c, layer.v))
     )
+    q, k = (_head_by_head(z, norm, layer.num_heads) for z, norm in ((q, layer.q_norm), (k, layer.k_norm)))
     x = x + _summed(ops.product(ops.attend(q, k, v, layer.num_heads), layer.out.weight), layer.out.bias)
     return x + _summed(*_mlp(block.mlp, _norm(block.norm3, x), ops))
 
@@ -139,20 +145,28 @@ def _attention(layer, x, ops):
         return q + bias[None], k, v
 
     # Two biases need no pass over the tokens. The keys' bias moves all logits of a query alike, and softmax ignores
-    # it. The values' bias passes through softmax, whose weights add up to 1.
-    q_bias, _, v_bias = layer.qkv.bias
-    mixed = ops.attend(*project(layer.qkv.weight, q_bias, x), layer.num_heads)
+    # it, unless a norm or a rotation is between the two. The values' bias passes through softmax, whose weights add up
+    # to 1.
+    q_bias, k_bias, v_bias = layer.qkv.bias
+    q, k, v = project(layer.qkv.weight, q_bias, x)
+    k = k if layer.k_norm is None and layer.grid is None else _summed(k, k_bias)
+    q, k = (_head_by_head(z, norm, layer.num_heads, layer.grid) for z, norm in ((q, layer.q_norm), (k, layer.k_norm)))
+    mixed = ops.attend(q, k, v, layer.num_heads)
     return ops.product(mixed, layer.out.weight), v_bias @ layer.out.weight + layer.out.bias
 
 
 def _mlp(layer, x, ops):
     """The MLP before its output bias is added, and that bias."""
-    hidden = ops.bias_gelu(ops.product(x, layer.up.weight), layer.up.bias)
+    if isinstance(layer, layers.SwiGLU):
+        hidden = _swiglu(*(ops.product(x, layer.up.weight[:, half]) for half in range(2)), layer.up.bias)
+    else:
+        hidden = ops.bias_gelu(ops.product(x, layer.up.weight), layer.up.bias)
     return ops.product(hidden, layer.down.weight), layer.down.bias
 
 
 # Element-wise passes by XLA. Each saves its inputs only.
 _saving_inputs = partial(jax.checkpoint, prevent_cse=False)
+_PLAIN_NORM = layers.LayerNorm(0, affine=False)
 
 
 @_saving_inputs
@@ -160,18 +174,24 @@ def _norm(norm, x):
     return norm(x)
 
 
-@partial(_saving_inputs, static_argnums=(3,))
-def _modulated(x, shift, scale, eps):
-    return layers.modulate(layers.layer_norm(x, eps), shift, scale)
+def _head_by_head(x, norm, num_heads, grid=None):
+    if norm is None and grid is None:
+        return x
+    return partial(_saving_inputs, static_argnums=(2, 3))(layers.head_by_head)(x, norm, num_heads, grid)
 
 
-def _norm_modulate(x, shift, scale):
+@_saving_inputs
+def _modulated(x, shift, scale, norm):
+    return layers.modulate(norm(x), shift, scale)
+
+
+def _norm_modulate(x, shift, scale, norm=_PLAIN_NORM):
     """The residual input and the modulated branch input."""
-    return x, _modulated(x, shift, scale, 1e-6)
+    return x, _modulated(x, shift, scale, norm)
 
 
-def _gate_norm_modulate(x, gate, branch, bias, shift, scale):
-    return _norm_modulate(_gate_residual(x, gate, branch, bias), shift, scale)
+def _gate_norm_modulate(x, gate, branch, bias, shift, scale, norm=_PLAIN_NORM):
+    return _norm_modulate(_gate_residual(x, gate, branch, bias), shift, scale, norm)
 
 
 @_saving_inputs
@@ -182,6 +202,11 @@ def _gate_residual(x, gate, branch, bias):
 @jax.checkpoint  # with its barrier: XLA would otherwise save the derivative's parts in the forward pass
 def _bias_gelu(x, bias):
     return jax.nn.gelu(x + bias[None], approximate=True)
+
+
+@jax.checkpoint
+def _swiglu(gate, value, bias):
+    return jax.nn.silu(gate + bias[0][None]) * (value + bias[1][None])
 
 
 _XLA = SimpleNamespace(
@@ -196,11 +221,16 @@ def operations(config: KernelConfig) -> SimpleNamespace:
     """The functions that a block is composed of. Imports Pallas, which takes a while, only for fused kernels."""
     passes: Any = _XLA
     if config.kernels == "fused":
-        from ditx.kernels import elementwise as passes
-    names = ("norm_modulate", "gate_norm_modulate", "gate_residual", "bias_gelu")
+        from ditx.kernels import elementwise
+
+        def fused(name):  # with the norm of the paper only; diffusers' eps is computed by XLA
+            pair = getattr(elementwise, name), getattr(_XLA, name)
+            return lambda *xs, norm=_PLAIN_NORM: pair[0](*xs) if norm == _PLAIN_NORM else pair[1](*xs, norm)
+
+        norms = {name: fused(name) for name in ("norm_modulate", "gate_norm_modulate")}
+        passes = SimpleNamespace(gate_residual=elementwise.gate_residual, bias_gelu=elementwise.bias_gelu, **norms)
     product = fp8.product if config.matmul_dtype == "fp8" else matmul.product
-    operations = {name: getattr(passes, name) for name in names}
-    return SimpleNamespace(**operations, product=product, attend=_attend(config.attention))
+    return SimpleNamespace(**vars(passes), product=product, attend=_attend(config.attention))
 
 
 def _attend(choice: str) -> Callable[..., Any]:

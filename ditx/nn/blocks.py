@@ -2,7 +2,7 @@
 
 A block is a module with these members; the rest of ditx uses no others:
 
-* `__init__(hidden_size, num_heads, mlp_size, *, key)`;
+* `__init__(hidden_size, num_heads, mlp_size, *, key)`, and `style=BlockStyle()` if it has layers beyond the paper's;
 * `__call__(x, c) -> x`, for the tokens `x` and the condition `c`;
 * `enter(tokens, time, label) -> tokens, c`: how the embeddings of time and label enter the network;
 * `final`: the class of the network's last layer;
@@ -14,6 +14,9 @@ command line, add it to `BLOCKS` and `BlockName`. Parameters and multiply-adds a
 `ditx.kernels.block` runs it as it is.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 import equinox as eqx
@@ -22,35 +25,81 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ditx.checks import check_choice
-from ditx.nn.layers import MLP, Attention, CrossAttention, LayerNorm, Linear, layer_norm, modulate
+from ditx.nn.layers import MLP, Attention, CrossAttention, LayerNorm, Linear, RMSNorm, SwiGLU, modulate
 
 Tokens: TypeAlias = Float[Array, "n d"]
 Vector: TypeAlias = Float[Array, " d"]
+NormName: TypeAlias = Literal["layer", "rms"]
+MLPName: TypeAlias = Literal["gelu", "swiglu"]
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """The kinds of layers in a block; the defaults are the paper's. `DiTConfig` explains the fields."""
+
+    norm_kind: NormName = "layer"
+    qk_norm: bool = False
+    mlp_kind: MLPName = "gelu"
+    grid: tuple[int, int] | None = None
+    """rows and columns of the tokens with rotary positions"""
+    modulation_shift: bool = True
+    mlp_norm_eps: float = 1e-6
+
+    def norm(self, hidden_size: int, *, affine: bool = True, eps: float = 1e-6) -> LayerNorm | RMSNorm:
+        """A norm. RMSNorm always has a weight."""
+        return LayerNorm(hidden_size, affine=affine, eps=eps) if self.norm_kind == "layer" else RMSNorm(hidden_size)
+
+    def head_norm(self) -> Callable[[int], LayerNorm | RMSNorm] | None:
+        """The norm of queries and keys, from the width of a head."""
+        return partial(self.norm, eps=1e-5) if self.qk_norm else None
+
+    def attention(self, hidden_size: int, num_heads: int, *, key: PRNGKeyArray) -> Attention:
+        """Self-attention."""
+        return Attention(hidden_size, num_heads, qk_norm=self.head_norm(), grid=self.grid, key=key)
+
+    def mlp(self, hidden_size: int, mlp_size: int, *, key: PRNGKeyArray) -> MLP | SwiGLU:
+        """The MLP."""
+        return (MLP if self.mlp_kind == "gelu" else SwiGLU)(hidden_size, mlp_size, key=key)
+
+    def modulation(self, hidden_size: int, count: int, *, key: PRNGKeyArray) -> Linear:
+        """The map from the condition to the `count` vectors of `split_modulation`, two of which are shifts."""
+        return Linear(hidden_size, (count if self.modulation_shift else count - 2) * hidden_size, std=0.0, key=key)
+
+
+def split_modulation(vector: Float[Array, " m"], count: int, width: int) -> list[Float[Array, " d"]]:
+    """The `count` vectors of a block's modulation; shifts are zeros in a block without them."""
+    parts = jnp.split(vector, vector.size // width)
+    if len(parts) < count:
+        zeros, half = jnp.zeros_like(parts[0]), len(parts) // 2
+        parts = [zeros, *parts[:half], zeros, *parts[half:]]
+    return parts
 
 
 class AdaLNFinalLayer(eqx.Module):
     """Last norm, modulated by the condition, and the map from a token to its output patch. Starts at zero."""
 
+    norm: LayerNorm | RMSNorm
     modulation: Linear
     linear: Linear
 
-    def __init__(self, hidden_size: int, out_size: int, *, key: PRNGKeyArray):
+    def __init__(self, hidden_size: int, out_size: int, *, style: BlockStyle = BlockStyle(), key: PRNGKeyArray):
+        self.norm = style.norm(hidden_size, affine=False)
         self.modulation = Linear(hidden_size, 2 * hidden_size, std=0.0, key=key)
         self.linear = Linear(hidden_size, out_size, std=0.0, key=key)
 
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n o"]:
         shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 class FinalLayer(eqx.Module):
     """Plain last norm and the map from a token to its output patch, which starts at zero. Ignores the condition."""
 
-    norm: LayerNorm
+    norm: LayerNorm | RMSNorm
     linear: Linear
 
-    def __init__(self, hidden_size: int, out_size: int, *, key: PRNGKeyArray):
-        self.norm = LayerNorm(hidden_size)
+    def __init__(self, hidden_size: int, out_size: int, *, style: BlockStyle = BlockStyle(), key: PRNGKeyArray):
+        self.norm = style.norm(hidden_size)
         self.linear = Linear(hidden_size, out_size, std=0.0, key=key)
 
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, "*m d"] | None = None) -> Float[Array, "n o"]:
@@ -61,25 +110,27 @@ class AdaLNZeroBlock(eqx.Module):
     """The condition modulates the norms and gates the residual branches. A new block is the identity."""
 
     attention: Attention
-    mlp: MLP
+    mlp: MLP | SwiGLU
+    norm1: LayerNorm | RMSNorm
+    norm2: LayerNorm | RMSNorm
     modulation: Linear
-    mlp_norm_eps: float = eqx.field(static=True)
     final: ClassVar = AdaLNFinalLayer
     tensor_split: ClassVar = {"modulation": "whole"}
 
     def __init__(
-        self, hidden_size: int, num_heads: int, mlp_size: int, *, mlp_norm_eps: float = 1e-6, key: PRNGKeyArray
+        self, hidden_size: int, num_heads: int, mlp_size: int, *, style: BlockStyle = BlockStyle(), key: PRNGKeyArray
     ):
         attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
-        self.attention = Attention(hidden_size, num_heads, key=attention_key)
-        self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
-        self.modulation = Linear(hidden_size, 6 * hidden_size, std=0.0, key=modulation_key)
-        self.mlp_norm_eps = mlp_norm_eps
+        self.attention = style.attention(hidden_size, num_heads, key=attention_key)
+        self.mlp = style.mlp(hidden_size, mlp_size, key=mlp_key)
+        self.norm1 = style.norm(hidden_size, affine=False)
+        self.norm2 = style.norm(hidden_size, affine=False, eps=style.mlp_norm_eps)
+        self.modulation = style.modulation(hidden_size, 6, key=modulation_key)
 
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6)
-        x = x + gate1[None] * self.attention(modulate(layer_norm(x), shift1, scale1))
-        return x + gate2[None] * self.mlp(modulate(layer_norm(x, self.mlp_norm_eps), shift2, scale2))
+        shift1, scale1, gate1, shift2, scale2, gate2 = split_modulation(self.modulation(jax.nn.silu(c)), 6, c.size)
+        x = x + gate1[None] * self.attention(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
     @staticmethod
     def enter(tokens: Tokens, time: Vector, label: Vector) -> tuple[Tokens, Vector]:
@@ -91,22 +142,27 @@ class AdaLNBlock(eqx.Module):
     """The condition modulates the norms."""
 
     attention: Attention
-    mlp: MLP
+    mlp: MLP | SwiGLU
+    norm1: LayerNorm | RMSNorm
+    norm2: LayerNorm | RMSNorm
     modulation: Linear
     final: ClassVar = AdaLNFinalLayer
     tensor_split: ClassVar = {"modulation": "whole"}
     enter = staticmethod(AdaLNZeroBlock.enter)
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, *, key: PRNGKeyArray):
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_size: int, *, style: BlockStyle = BlockStyle(), key: PRNGKeyArray
+    ):
         attention_key, mlp_key, modulation_key = jax.random.split(key, 3)
-        self.attention = Attention(hidden_size, num_heads, key=attention_key)
-        self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
-        self.modulation = Linear(hidden_size, 4 * hidden_size, std=0.0, key=modulation_key)
+        self.attention = style.attention(hidden_size, num_heads, key=attention_key)
+        self.mlp = style.mlp(hidden_size, mlp_size, key=mlp_key)
+        self.norm1, self.norm2 = (style.norm(hidden_size, affine=False) for _ in range(2))
+        self.modulation = style.modulation(hidden_size, 4, key=modulation_key)
 
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"]) -> Float[Array, "n d"]:
-        shift1, scale1, shift2, scale2 = jnp.split(self.modulation(jax.nn.silu(c)), 4)
-        x = x + self.attention(modulate(layer_norm(x), shift1, scale1))
-        return x + self.mlp(modulate(layer_norm(x), shift2, scale2))
+        shift1, scale1, shift2, scale2 = split_modulation(self.modulation(jax.nn.silu(c)), 4, c.size)
+        x = x + self.attention(modulate(self.norm1(x), shift1, scale1))
+        return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class CrossAttentionBlock(eqx.Module):
@@ -114,18 +170,20 @@ class CrossAttentionBlock(eqx.Module):
 
     attention: Attention
     cross_attention: CrossAttention
-    mlp: MLP
-    norm1: LayerNorm
-    norm2: LayerNorm
-    norm3: LayerNorm
+    mlp: MLP | SwiGLU
+    norm1: LayerNorm | RMSNorm
+    norm2: LayerNorm | RMSNorm
+    norm3: LayerNorm | RMSNorm
     final: ClassVar = FinalLayer
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, *, key: PRNGKeyArray):
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_size: int, *, style: BlockStyle = BlockStyle(), key: PRNGKeyArray
+    ):
         attention_key, cross_key, mlp_key = jax.random.split(key, 3)
-        self.attention = Attention(hidden_size, num_heads, key=attention_key)
-        self.cross_attention = CrossAttention(hidden_size, num_heads, key=cross_key)
-        self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
-        self.norm1, self.norm2, self.norm3 = (LayerNorm(hidden_size) for _ in range(3))
+        self.attention = style.attention(hidden_size, num_heads, key=attention_key)
+        self.cross_attention = CrossAttention(hidden_size, num_heads, qk_norm=style.head_norm(), key=cross_key)
+        self.mlp = style.mlp(hidden_size, mlp_size, key=mlp_key)
+        self.norm1, self.norm2, self.norm3 = (style.norm(hidden_size) for _ in range(3))
 
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, "m d"]) -> Float[Array, "n d"]:
         x = x + self.attention(self.norm1(x))
@@ -142,16 +200,18 @@ class InContextBlock(eqx.Module):
     """A plain block (Dosovitskiy et al. 2021). The condition is among the tokens; `c` is not used."""
 
     attention: Attention
-    mlp: MLP
-    norm1: LayerNorm
-    norm2: LayerNorm
+    mlp: MLP | SwiGLU
+    norm1: LayerNorm | RMSNorm
+    norm2: LayerNorm | RMSNorm
     final: ClassVar = FinalLayer
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, *, key: PRNGKeyArray):
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_size: int, *, style: BlockStyle = BlockStyle(), key: PRNGKeyArray
+    ):
         attention_key, mlp_key = jax.random.split(key)
-        self.attention = Attention(hidden_size, num_heads, key=attention_key)
-        self.mlp = MLP(hidden_size, mlp_size, key=mlp_key)
-        self.norm1, self.norm2 = LayerNorm(hidden_size), LayerNorm(hidden_size)
+        self.attention = style.attention(hidden_size, num_heads, key=attention_key)
+        self.mlp = style.mlp(hidden_size, mlp_size, key=mlp_key)
+        self.norm1, self.norm2 = style.norm(hidden_size), style.norm(hidden_size)
 
     def __call__(self, x: Float[Array, "n d"], c: Float[Array, " d"] | None = None) -> Float[Array, "n d"]:
         x = x + self.attention(self.norm1(x))

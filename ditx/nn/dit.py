@@ -1,9 +1,10 @@
 """The diffusion transformer (Peebles and Xie 2022) and its twelve published configurations."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax
@@ -11,17 +12,26 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Real
 
-from ditx.checks import any_mesh, check_example
-from ditx.nn.blocks import BLOCKS, BlockName, check_block
+from ditx.checks import any_mesh, check_choice, check_example
+from ditx.nn.blocks import BLOCKS, BlockName, BlockStyle, MLPName, NormName, check_block
 from ditx.nn.embeddings import LabelEmbedding, TimeEmbedding, grid_positions
 from ditx.nn.layers import Linear
 
+Positions: TypeAlias = Literal["sincos", "rotary", "both"]
+Convention: TypeAlias = Literal["dit", "sit", "repa", "jit"]
 ApplyBlock: TypeAlias = Callable[[Any, Float[Array, "n d"], Float[Array, "*m d"]], Float[Array, "n d"]]
 
 
 def call_block(block: Any, tokens: Float[Array, "n d"], condition: Float[Array, "*m d"]) -> Float[Array, "n d"]:
     """The plain block. `apply_block` arguments default to it; faster or distributed blocks take its place."""
     return block(tokens, condition)
+
+
+# Fields for kinds of layers, with the paper's as defaults.
+LAYER_FIELDS = (
+    *("block", "norm", "qk_norm", "mlp", "positions", "modulation_shift"),
+    *("context_tokens", "context_start", "patch_bottleneck"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +41,8 @@ class DiTConfig:
     Raises ValueError if the sizes do not fit each other.
     """
 
-    input_size: int = 32
-    """side of the square input, in latent or image pixels"""
+    input_size: int | tuple[int, int] = 32
+    """side of a square input, or height and width, in latent or image pixels"""
     patch_size: int = 2
     """side of the square patch that becomes one token"""
     in_channels: int = 4
@@ -55,22 +65,40 @@ class DiTConfig:
     """how time and label enter: by norms and gates, by norms only, by cross-attention, or as two more tokens"""
     frequency_shift: int = 0
     """spacing of the time frequencies: 0 as in the authors' code, 1 as in diffusers (from 1 to exactly 1/10000)"""
-    sit: bool = False
-    """SiT's conventions, for its released weights: layers see 1 - t / 1000 and predict x_0 - noise (Ma et al. 2024)"""
+    convention: Convention = "dit"
+    """time that the layers see and what they predict: t (dit, and what ditx trains); 1 - t / 1000 and x_0 - noise (sit,
+    also LightningDiT); t / 1000 and noise - x_0 (repa); 1 - t / 1000 and x_0 (jit)"""
     mlp_norm_eps: float = 1e-6
     """added to the variance by the norm before the MLP (adaln-zero): 1e-6 as in the authors' code, 1e-5 in diffusers"""
+    norm: NormName = "layer"
+    """layer norms, or RMS norms with a learned scale (rms)"""
+    qk_norm: bool = False
+    """normalise the queries and keys of each head"""
+    mlp: MLPName = "gelu"
+    """MLP with a GELU, or SwiGLU of two thirds of the width"""
+    positions: Positions = "sincos"
+    """fixed sine-cosine positions added to the tokens, rotary positions in the attention, or both"""
+    modulation_shift: bool = True
+    """the condition shifts the normalised tokens of a block; without it, it only scales them (adaln-zero and adaln)"""
+    context_tokens: int = 0
+    """tokens of the label that enter at block context_start (32 in JiT)"""
+    context_start: int = 0
+    """block, counted from 0, before which the context tokens enter"""
+    patch_bottleneck: int = 0
+    """width of a linear map between patch and token (128 in JiT); 0: none"""
 
     def __post_init__(self):
-        sizes = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
-        for name in sizes:
+        for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if min(self.input_shape) < 1:
+            raise ValueError(f"input_size is {self.input_size}; it must be at least 1")
         if self.num_classes < (0 if self.label_dropout > 0 else 1):
             raise ValueError(
                 f"num_classes is {self.num_classes}; it must be at least 1, or, for a network without labels, 0 with"
                 " label_dropout above 0"
             )
-        if self.input_size % self.patch_size:
+        if any(side % self.patch_size for side in self.input_shape[:2]):
             raise ValueError(
                 f"patch_size {self.patch_size} does not divide input_size {self.input_size}; choose a divisor of it"
             )
@@ -78,7 +106,7 @@ class DiTConfig:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; change one of the two"
             )
-        if self.hidden_size % 4:
+        if self.hidden_size % 4 and self.positions != "rotary":
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by 4, as the sine-cosine positions need;"
                 f" try {self.hidden_size // 4 * 4 + 4}"
@@ -89,10 +117,69 @@ class DiTConfig:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} gives the MLP a width of 0; the paper uses 4.0")
         if self.frequency_shift not in (0, 1):
             raise ValueError(f"frequency_shift is {self.frequency_shift}; give 0 (the authors') or 1 (diffusers')")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Raise ValueError for kinds of layers that are unknown or do not fit each other."""
         check_block(self.block)
-        if not 0 < self.mlp_norm_eps < 1 or (self.mlp_norm_eps != 1e-6 and self.block != "adaln-zero"):
-            name = self.described()["block"]
-            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps} in blocks {name}; give 1e-6 (the authors')")
+        choices = {"convention": Convention, "norm": NormName, "mlp": MLPName, "positions": Positions}
+        for name, options in choices.items():
+            check_choice(name, getattr(self, name), get_args(options))
+        plain = self.block == "adaln-zero" and self.norm == "layer"
+        if not 0 < self.mlp_norm_eps < 1 or (self.mlp_norm_eps != 1e-6 and not plain):
+            kind = "adaln-zero with layer norms"
+            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps}; give 1e-6 (the authors'), or a value for {kind}")
+        if self.positions != "sincos" and self.hidden_size // self.num_heads % 4:
+            raise ValueError(
+                f"positions are {self.positions}, which needs heads whose width is a multiple of 4, and"
+                f" {self.num_heads} heads of hidden_size {self.hidden_size} are {self.hidden_size // self.num_heads}"
+                " wide; change one of the two"
+            )
+        if not self.modulation_shift and self.block in ("cross-attention", "in-context"):
+            raise ValueError(f"modulation_shift is off, but blocks {self.block} have no modulation; leave it on")
+        if min(self.context_tokens, self.patch_bottleneck) < 0:
+            raise ValueError(
+                f"context_tokens is {self.context_tokens} and patch_bottleneck {self.patch_bottleneck}; give at least 0"
+            )
+        if self.context_tokens and self.block == "in-context":
+            raise ValueError(
+                f"context_tokens is {self.context_tokens}, but in blocks in-context the label is a token already; give"
+                " 0, or another block"
+            )
+        if not 0 <= self.context_start < (self.depth if self.context_tokens else 1):
+            raise ValueError(
+                f"context_start is {self.context_start} in {self.depth} blocks with {self.context_tokens} context"
+                " tokens; give 0 to depth - 1, and 0 without context tokens"
+            )
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the input."""
+        height, width = (self.input_size,) * 2 if isinstance(self.input_size, int) else self.input_size
+        return height, width, self.in_channels
+
+    @property
+    def side(self) -> int:
+        """Side of a square input. Raises ValueError for a rectangle."""
+        height, width, _ = self.input_shape
+        if height != width:
+            raise ValueError(
+                f"input_size is {height} x {width}, but data sets have square images; give one side, or use ditx.DiT in"
+                " a program of your own"
+            )
+        return height
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the image tokens."""
+        height, width, _ = self.input_shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def style(self) -> BlockStyle:
+        """The kinds of layers in the blocks."""
+        grid = None if self.positions == "sincos" else self.grid
+        return BlockStyle(self.norm, self.qk_norm, self.mlp, grid, self.modulation_shift, self.mlp_norm_eps)
 
     def described(self) -> dict[str, Any]:
         """The fields for a JSON file, a block class by its name."""
@@ -114,14 +201,20 @@ class DiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def trains_variance(self) -> bool:
+        """Whether training uses the channels of `learn_sigma`, which released flows have but never trained."""
+        return self.learn_sigma and self.convention == "dit"
+
+    @property
     def num_tokens(self) -> int:
         """Number of image tokens, without tokens of the condition."""
-        return (self.input_size // self.patch_size) ** 2
+        return self.grid[0] * self.grid[1]
 
     @property
     def mlp_size(self) -> int:
-        """Width of the MLP in each block."""
-        return int(self.hidden_size * self.mlp_ratio)
+        """Width of the MLP in each block. SwiGLU has two thirds of it, for as many weights."""
+        size = int(self.hidden_size * self.mlp_ratio)
+        return size if self.mlp == "gelu" else int(2 / 3 * size)
 
 
 _WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -146,20 +239,29 @@ class DiT(eqx.Module):
     label: LabelEmbedding
     blocks: Any
     final: Any
+    bottleneck: Linear | None
+    context: Float[Array, "m d"] | None
     config: DiTConfig = eqx.field(static=True)
 
     def __init__(self, config: DiTConfig, *, block: type | None = None, key: PRNGKeyArray):
         config = config if block is None else dataclasses.replace(config, block=block)
         patch_key, time_key, label_key, blocks_key, final_key = jax.random.split(key, 5)
         width, out_size = config.hidden_size, config.patch_size**2 * config.out_channels
-        self.patch = Linear(config.patch_size**2 * config.in_channels, width, key=patch_key)
+        in_size, narrow = config.patch_size**2 * config.in_channels, config.patch_bottleneck
+        self.patch = Linear(narrow or in_size, width, key=patch_key)
         self.time = TimeEmbedding(width, frequency_shift=config.frequency_shift, key=time_key)
         self.label = LabelEmbedding(config.num_classes, width, null_label=config.null_label is not None, key=label_key)
-        eps = {} if config.mlp_norm_eps == 1e-6 else {"mlp_norm_eps": config.mlp_norm_eps}
         kind: Any = BLOCKS[config.block] if isinstance(config.block, str) else config.block
-        create = partial(kind, width, config.num_heads, config.mlp_size, **eps)
+        style: Any = {} if config.style == BlockStyle() else {"style": config.style}
+        if style and "style" not in inspect.signature(kind).parameters:
+            raise ValueError(f"{kind.__name__} takes no style, so it has the paper's layers only, not {config.style}")
+        create = partial(kind, width, config.num_heads, config.mlp_size, **style)
         self.blocks = jax.vmap(lambda key: create(key=key))(jax.random.split(blocks_key, config.depth))
-        self.final = self.blocks.final(width, out_size, key=final_key)
+        self.final = self.blocks.final(width, out_size, **style, key=final_key)
+        narrow_key, context_key = jax.random.fold_in(key, 5), jax.random.fold_in(key, 6)
+        shape = (config.context_tokens, width)
+        self.bottleneck = Linear(in_size, narrow, bias=False, key=narrow_key) if narrow else None
+        self.context = 0.02 * jax.random.normal(context_key, shape) if config.context_tokens else None
         self.config = config
 
     def __call__(
@@ -185,19 +287,26 @@ class DiT(eqx.Module):
     def embed(
         self, x: Float[Array, "h w c"], t: Real[ArrayLike, ""], y: Int[ArrayLike, ""] | None = None
     ) -> tuple[Float[Array, "n d"], Float[Array, "*m d"]]:
-        """Tokens of the image patches with their positions, and the condition of time and label."""
+        """Tokens of the image patches with their positions, and the condition of time and label.
+
+        Context tokens are behind those of the image, and `run` leaves them unchanged up to block `context_start`.
+        """
         config = self.config
-        expected = (config.input_size, config.input_size, config.in_channels)
-        if x.shape != expected:
-            raise ValueError(f"the input has shape {x.shape}, but the network was built for {expected}")
+        if x.shape != config.input_shape:
+            raise ValueError(f"the input has shape {x.shape}, but the network was built for {config.input_shape}")
         y = config.null_label if y is None else y
         if y is None:
             raise ValueError("the network was built without a null label (label_dropout 0); give a label")
         p, t = config.patch_size, jnp.asarray(t)
         check_example(0, t=t, y=y)
-        tokens = self.patch(rearrange(x, "(h p) (w q) c -> (h w) (p q c)", p=p, q=p))
-        tokens = tokens + jnp.asarray(grid_positions(config.input_size // p, config.hidden_size), tokens.dtype)
-        return self.blocks.enter(tokens, self.time(1 - t / 1000 if config.sit else t), self.label(jnp.asarray(y)))
+        patches = rearrange(x, "(h p) (w q) c -> (h w) (p q c)", p=p, q=p)
+        tokens = self.patch(patches if self.bottleneck is None else self.bottleneck(patches))
+        if config.positions != "rotary":
+            tokens = tokens + jnp.asarray(grid_positions(config.grid, config.hidden_size), tokens.dtype)
+        t = t if config.convention == "dit" else t / 1000 if config.convention == "repa" else 1 - t / 1000
+        label = self.label(jnp.asarray(y))
+        tokens, condition = self.blocks.enter(tokens, self.time(t), label)
+        return tokens if self.context is None else jnp.concatenate([tokens, label[None] + self.context]), condition
 
     @any_mesh
     def run(
@@ -211,12 +320,20 @@ class DiT(eqx.Module):
     ) -> Float[Array, "n d"]:
         """Run the blocks, or a slice of them, over the tokens."""
         check_example(2, tokens=tokens, condition=condition)
-        stack = self.blocks if blocks == slice(None) else jax.tree.map(lambda leaf: leaf[blocks], self.blocks)
 
         def body(tokens, block):
             return apply_block(block, tokens, condition), None
 
-        return jax.lax.scan(body, tokens, stack, unroll=unroll)[0]
+        def run(tokens, blocks):
+            stack = self.blocks if blocks == slice(None) else jax.tree.map(lambda leaf: leaf[blocks], self.blocks)
+            return jax.lax.scan(body, tokens, stack, unroll=unroll)[0]
+
+        start, order = self.config.context_start, range(self.config.depth)[blocks]
+        if start <= order.start:
+            return run(tokens, blocks)
+        image, context = jnp.split(tokens, [len(tokens) - self.config.context_tokens])
+        tokens = jnp.concatenate([run(image, slice(order.start, min(start, order.stop))), context])
+        return run(tokens, slice(start, order.stop))
 
     @any_mesh
     def unembed(self, tokens: Float[Array, "n d"], condition: Float[Array, "*m d"]) -> Float[Array, "h w o"]:
@@ -224,6 +341,6 @@ class DiT(eqx.Module):
         check_example(2, tokens=tokens, condition=condition)
         config = self.config
         patches = self.final(tokens[: config.num_tokens], condition)
-        p, side = config.patch_size, config.input_size // config.patch_size
-        output = rearrange(patches, "(h w) (p q o) -> (h p) (w q) o", h=side, p=p, q=p)
-        return -output if config.sit else output
+        p, rows = config.patch_size, config.grid[0]
+        output = rearrange(patches, "(h w) (p q o) -> (h p) (w q) o", h=rows, p=p, q=p)
+        return -output if config.convention == "sit" else output

@@ -55,15 +55,17 @@ def sinusoids(t: Float[Array, ""] | Int[Array, ""], width: int, shift: int = 0) 
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
 
 
-def grid_positions(side: int, hidden_size: int) -> Float[np.ndarray, "n d"]:
-    """Fixed sine-cosine positions of a square grid of tokens in row-major order, in float64.
+def grid_positions(grid: int | tuple[int, int], hidden_size: int) -> Float[np.ndarray, "n d"]:
+    """Fixed sine-cosine positions of a grid of tokens in row-major order, in float64.
 
-    The first half of the channels encodes the column, the second half the row. Each half holds sines, then cosines, at
-    frequencies `10000 ** (-i / (d / 4))` (the two-dimensional form of Vaswani et al. 2017).
+    `grid` is the side of a square, or rows and columns. The first half of the channels encodes the column, the second
+    half the row. Each half holds sines, then cosines, at frequencies `10000 ** (-i / (d / 4))` (the two-dimensional
+    form of Vaswani et al. 2017).
     """
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
     frequencies = 10000.0 ** (-np.arange(hidden_size // 4) / (hidden_size // 4))
-    angles = np.arange(side)[:, None] * frequencies
+    angles = np.arange(max(rows, columns))[:, None] * frequencies
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    column = np.tile(axis, (side, 1))
-    row = np.repeat(axis, side, axis=0)
+    column = np.tile(axis[:columns], (rows, 1))
+    row = np.repeat(axis[:rows], columns, axis=0)
     return np.concatenate([column, row], axis=1)

@@ -53,7 +53,7 @@ class AbstractStep:
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch."""
         model, place = self.model, partial(jax.ShapeDtypeStruct, sharding=batch_sharding(self.mesh))
-        shape = (self.batch_size, model.input_size, model.input_size, model.in_channels)
+        shape = (self.batch_size, *model.input_shape)
         dtypes: dict[str, Any] = {"x": jnp.float16, "std": jnp.float16} if self.latent else {"x": jnp.float32}
         return {name: place(shape, dtype) for name, dtype in dtypes.items()} | {"y": place(shape[:1], jnp.int32)}
 

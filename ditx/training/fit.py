@@ -47,7 +47,7 @@ def fit_fields(config: Config, given: set[str], facts: Facts) -> tuple[Config, l
         f"the images have {side} pixels; on a {platform.upper()} at most {limit} are affordable",
         input_size=max(unit, min(limit, side) // unit * unit),
     )
-    size = config.model.input_size
+    size = config.model.side
     patch = next(patch for patch in range(1, size + 1) if size % patch == 0 and size // patch <= across)
     choose(
         f"{(size // patch) ** 2} tokens; on a {platform.upper()} at most {across**2} are affordable", patch_size=patch

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from ditx.nn.dit import DiT, DiTConfig
+from ditx.nn.dit import LAYER_FIELDS, DiT, DiTConfig
 from ditx.nn.embeddings import grid_positions
 from ditx.nn.inception import ConvUnit, Inception
+from ditx.nn.layers import rotary_angles
 from ditx.nn.vae import AutoencoderKL, VAEConfig
 
 StateDict = Mapping[str, np.ndarray]
@@ -43,19 +44,39 @@ _conv = partial(_layer, weight="h w i o -> o i h w")
 _pointwise = partial(_layer, weight="i o -> o i 1 1")
 _norm = partial(_layer, weight="o -> o")
 
-_DIT: Layout = [
-    *_layer("x_embedder.proj", "patch", "(p q c) o -> o c p q"),
-    *_linear("t_embedder.mlp.0", "time.up"),
-    *_linear("t_embedder.mlp.2", "time.down"),
-    ("y_embedder.embedding_table.weight", "label.table", "rows d -> rows d"),
-    *_layer("blocks.{n}.attn.qkv", "blocks.attention.qkv", "n i qkv o -> n (qkv o) i", "n qkv o -> n (qkv o)"),
-    *_linear("blocks.{n}.attn.proj", "blocks.attention.out", "n"),
-    *_linear("blocks.{n}.mlp.fc1", "blocks.mlp.up", "n"),
-    *_linear("blocks.{n}.mlp.fc2", "blocks.mlp.down", "n"),
-    *_linear("blocks.{n}.adaLN_modulation.1", "blocks.modulation", "n"),
-    *_linear("final_layer.linear", "final.linear"),
-    *_linear("final_layer.adaLN_modulation.1", "final.modulation"),
-]
+
+def _authors(config: DiTConfig) -> Layout:
+    """The layout of the authors' checkpoints, and of LightningDiT's and JiT's, which add to it."""
+    layout = [
+        *_linear("t_embedder.mlp.0", "time.up"),
+        *_linear("t_embedder.mlp.2", "time.down"),
+        ("y_embedder.embedding_table.weight", "label.table", "rows d -> rows d"),
+        *_layer("blocks.{n}.attn.qkv", "blocks.attention.qkv", "n i qkv o -> n (qkv o) i", "n qkv o -> n (qkv o)"),
+        *_linear("blocks.{n}.attn.proj", "blocks.attention.out", "n"),
+        *_linear("blocks.{n}.adaLN_modulation.1", "blocks.modulation", "n"),
+        *_linear("final_layer.linear", "final.linear"),
+        *_linear("final_layer.adaLN_modulation.1", "final.modulation"),
+    ]
+    if config.patch_bottleneck:
+        layout.append(("x_embedder.proj1.weight", "bottleneck.weight", "(p q c) o -> o c p q"))
+        layout += _pointwise("x_embedder.proj2", "patch")
+    else:
+        layout += _layer("x_embedder.proj", "patch", "(p q c) o -> o c p q")
+    if config.mlp == "swiglu":
+        layout += _layer("blocks.{n}.mlp.w12", "blocks.mlp.up", "n i two o -> n (two o) i", "n two o -> n (two o)")
+        layout += _linear("blocks.{n}.mlp.w3", "blocks.mlp.down", "n")
+    else:
+        layout += _linear("blocks.{n}.mlp.fc1", "blocks.mlp.up", "n")
+        layout += _linear("blocks.{n}.mlp.fc2", "blocks.mlp.down", "n")
+    if config.norm == "rms":
+        layout += [(f"blocks.{{n}}.norm{k}.weight", f"blocks.norm{k}.weight", "n o -> n o") for k in (1, 2)]
+        layout.append(("final_layer.norm_final.weight", "final.norm.weight", "o -> o"))
+    if config.qk_norm:
+        for norm in ("q_norm", "k_norm"):
+            rows = _layer(f"blocks.{{n}}.attn.{norm}", f"blocks.attention.{norm}", "n o -> n o", "n o -> n o")
+            layout += rows if config.norm == "layer" else rows[:1]  # RMS norms have no bias
+    return layout + ([("in_context_posemb", "context", "m d -> 1 m d")] if config.context_tokens else [])
+
 
 _BLOCK = "transformer_blocks.{n}"
 _EMBEDDERS = f"{_BLOCK}.norm1.emb"  # We have one; diffusers has a copy in every block.
@@ -140,21 +161,31 @@ _OLD_VAE_FIELDS = {"qkv": ("query", "key", "value"), "out": ("proj_attn",)}
 
 
 def dit_from_torch(state_dict: StateDict, config: DiTConfig) -> DiT:
-    """Read a network from the layout of the authors' checkpoints; ignores their `pos_embed` (`fixed_positions`).
+    """Read a network from the layout of the authors' checkpoints, of LightningDiT's or of JiT's.
 
-    SiT's checkpoints (Ma et al. 2024) have the same names and shapes, so the file does not tell; read them with
-    `DiTConfig(sit=True)`. Raises ValueError with all missing, surplus and mis-shaped names at once, or if `config` has
-    a block that the layout lacks.
+    Positions are computed, not read (`fixed_tables`). SiT's and REPA's checkpoints (Ma et al. 2024; Yu et al. 2025)
+    have the same names and shapes as the authors', so the file does not tell; read them with `convention="sit"` or
+    `"repa"` in `config`, and LightningDiT's and JiT's with `"sit"` and `"jit"`. REPA's projectors are ignored. Raises
+    ValueError with all missing, surplus and mis-shaped names at once, or if `config` has a block that the layout lacks.
     """
-    return _read(state_dict, _abstract(DiT, config), _DIT, _dit_fields(config), ignored={"pos_embed"})
+    projectors = [name for name in state_dict if name.startswith("projectors.") and config.convention == "repa"]
+    fields, ignored = _dit_fields(config), {*fixed_tables(config), *projectors}
+    return _read(state_dict, _abstract(DiT, config), _authors(config), fields, ignored=ignored)
 
 
 def dit_to_torch(model: DiT) -> dict[str, np.ndarray]:
-    """Write a network in the layout of the authors' checkpoints; arrays may be views of the network's.
+    """Write a network in the layout of the authors' checkpoints, of LightningDiT's or of JiT's.
 
-    Raises ValueError if the network has a block that the layout lacks.
+    Arrays may be views of the network's. Raises ValueError if the network has a block or positions that the layout
+    lacks.
     """
-    return {"pos_embed": fixed_positions(model.config), **_write(model, _DIT, _dit_fields(model.config))}
+    config = model.config
+    if config.positions == "rotary":
+        raise ValueError("positions are rotary; the layout of the authors needs sincos or both, use the layout of ditx")
+    tables = fixed_tables(config)
+    if config.convention == "jit":  # stores no tables of rotary positions
+        tables = {"pos_embed": tables["pos_embed"]}
+    return {**tables, **_write(model, _authors(config), _dit_fields(config))}
 
 
 def dit_from_diffusers(state_dict: StateDict, config: DiTConfig, *, frequency_shift: int = 1) -> DiT:
@@ -165,11 +196,13 @@ def dit_from_diffusers(state_dict: StateDict, config: DiTConfig, *, frequency_sh
     Raises ValueError as `dit_from_torch` does, and if the blocks' copies of the embedders differ.
     """
     config = dataclasses.replace(config, frequency_shift=frequency_shift)
+    _check_diffusers(config)
     return _read(state_dict, _abstract(DiT, config), _DIFFUSERS, _dit_fields(config), ignored={"pos_embed.pos_embed"})
 
 
 def dit_to_diffusers(model: DiT) -> dict[str, np.ndarray]:
     """Write a network in the layout of diffusers' `DiTTransformer2DModel`; arrays may be views of the network's."""
+    _check_diffusers(model.config)
     return _write(model, _DIFFUSERS, _dit_fields(model.config))
 
 
@@ -221,14 +254,22 @@ def inception_from_torch(state_dict: StateDict) -> Inception:
     return _read(state_dict, template, layout, {}, ignored=ignored)
 
 
-def dit_tensor_names(layout: str) -> dict[str, str]:
+def dit_tensor_names(layout: str, config: DiTConfig) -> dict[str, str]:
     """Tensor names of the layout "authors" or "diffusers" by our attribute paths; of block 0 for stacked arrays."""
-    return {path: name.replace("{n}", "0") for name, path, _ in (_DIT if layout == "authors" else _DIFFUSERS)}
+    rows = _authors(config) if layout == "authors" else _DIFFUSERS
+    return {path: name.replace("{n}", "0") for name, path, _ in rows}
 
 
-def fixed_positions(config: DiTConfig) -> np.ndarray:
-    """The `pos_embed` of the authors' checkpoints, of shape (1, n, d), which ditx computes and does not store."""
-    return grid_positions(config.input_size // config.patch_size, config.hidden_size)[None].astype(np.float32)
+def fixed_tables(config: DiTConfig) -> dict[str, np.ndarray]:
+    """The positions in the authors' layout, which ditx computes and does not store.
+
+    `pos_embed` has shape (1, n, d). LightningDiT's rotary tables have shape (n, k), and every value twice in a row.
+    """
+    tables = {"pos_embed": grid_positions(config.grid, config.hidden_size)[None]}
+    if config.positions != "sincos":
+        angles = np.repeat(rotary_angles(config.grid, config.hidden_size // config.num_heads), 2, axis=1)
+        tables |= {"feat_rope.freqs_cos": np.cos(angles), "feat_rope.freqs_sin": np.sin(angles)}
+    return {name: table.astype(np.float32) for name, table in tables.items()}
 
 
 def _abstract(module: Callable[..., Model], *args: Any, **options: Any) -> Model:
@@ -238,6 +279,13 @@ def _abstract(module: Callable[..., Model], *args: Any, **options: Any) -> Model
 def _own(model: DiT) -> Layout:
     paths = [jax.tree_util.keystr(key, simple=True, separator=".") for key, _ in jax.tree.leaves_with_path(model)]
     return [(path, path, "... -> ...") for path in paths]
+
+
+def _check_diffusers(config: DiTConfig) -> None:
+    changes = {name: getattr(config, name) for name in (*LAYER_FIELDS[1:], "convention")}
+    for name, value in changes.items():
+        if value != getattr(DiTConfig(), name):
+            raise ValueError(f"{name} is {value!r}, which diffusers' DiT lacks; use the layout of ditx")
 
 
 def _dit_fields(config: DiTConfig) -> Fields:

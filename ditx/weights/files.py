@@ -275,7 +275,7 @@ def _pick(top: Any) -> tuple[dict[str, _Tensor], str]:
 
 
 # Keys of a training checkpoint that map names to weights, averages first.
-_PARTS = "ema ema_model model_ema ema_state_dict state_dict_ema model model_state_dict state_dict module net"
+_PARTS = "ema ema_model model_ema model_ema1 ema_state_dict state_dict_ema model model_state_dict state_dict module net"
 
 
 def _loader(path: PathLike, name: str, tensor: _Tensor, locate: Locate) -> Load:

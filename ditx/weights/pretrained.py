@@ -18,13 +18,14 @@ from ditx.checks import check_choice
 from ditx.data import imagenet
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.files import first_line
-from ditx.nn.blocks import find_block
-from ditx.nn.dit import DIT_CONFIGS, DiT, DiTConfig
+from ditx.nn.blocks import BlockStyle, find_block
+from ditx.nn.dit import DIT_CONFIGS, Convention, DiT, DiTConfig
 from ditx.parallel.fsdp import with_shardings
 from ditx.parallel.mesh import shard_host_array
 from ditx.sampling import SamplingConfig
 from ditx.training import checkpoint
 from ditx.training import run as runs
+from ditx.training.config import PRESETS
 from ditx.weights import convert, files, hub
 from ditx.weights.files import WeightFile
 
@@ -38,8 +39,9 @@ DIFFUSERS_DIT: dict[str, Any] = {
 }
 # The class of DiTs in diffusers before 2024, and the defaults of its fields that say otherwise.
 _OLD_CLASS = {"_class_name": "Transformer2DModel", "norm_type": "layer_norm", "activation_fn": "geglu"}
-_POSITIONS = {"authors": "pos_embed", "diffusers": "pos_embed.pos_embed"}  # tensors that ditx computes
+_POSITIONS = {"authors": "pos_embed", "diffusers": "pos_embed.pos_embed"}
 Weights: TypeAlias = Literal["ema", "live"]
+_CONTEXT_START = {768: 4, 1024: 8, 1280: 10}  # of JiT's published widths
 _METADATA = "ditx"  # key of the description in the metadata of our files
 
 
@@ -51,21 +53,23 @@ class SourceConfig:
     """of a run: the averaged weights, or the live ones that training updates"""
     step: int = 0
     """of a run: the step of a kept checkpoint; 0: the newest"""
-    sit: bool = False
-    """the source is a checkpoint of SiT; the file does not tell, since DiT's have the same tensors"""
+    convention: Convention | None = None
+    """sit for a checkpoint of SiT, repa for one of REPA; the file does not tell, since DiT's have the same tensors"""
+    context_start: int | None = None
+    """for a JiT of a width that was never published: block, from 0, before which the context tokens enter"""
     num_heads: int | None = None
     """for a source of a width that was never published"""
     num_classes: int | None = None
     """for a source without a null label; otherwise classes are one fewer than rows of the label table"""
-    input_size: int | None = None
-    """for a file without positions and without diffusers' config.json: side of the latents"""
+    input_size: int | tuple[int, int] | None = None
+    """for a rectangle, or a file without positions and without diffusers' config.json: side, or height and width"""
     frequency_shift: int | None = None
     """for a source of diffusers: 0 if its weights were trained in the authors' program and then converted"""
 
     def facts(self) -> dict[str, Any]:
         """The facts given, for `describe`."""
         facts = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
-        return {name: value for name, value in facts.items() if value is not None and value is not False}
+        return {name: value for name, value in facts.items() if value is not None}
 
     def choice(self) -> dict[str, Any]:
         """The choice of weights, for `load`."""
@@ -101,16 +105,17 @@ class Description:
         try:
             config = _first_edition(config) if isinstance(config.get("objective"), str) else config
             objective = {field.name: config[field.name] for field in fields(ObjectiveConfig) if field.name in config}
-            latents = config.get("latents", {})
+            latents, model = config.get("latents", {}), tuples(config["model"])
+            sit: Any = {"convention": "sit"} if model.pop("sit", False) else {}  # a field of older files
             description = cls(
-                DiTConfig(**config["model"]),
+                DiTConfig(**model, **sit),
                 ObjectiveConfig(**tuples(objective)),
                 SamplingConfig(**tuples(config["sampling"])),
                 tuple(config["class_names"]),
                 config.get("vae") or latents.get("vae", "").rsplit(" (CRC-32", 1)[0],
                 config.get("latent_scale") or latents.get("scale"),
             )
-            description.objective.check(description.model.learn_sigma and not description.model.sit)
+            description.objective.check(description.model.trains_variance)
             names, classes = len(description.class_names), description.model.num_classes
             if names != classes:
                 raise ValueError(f"{names} class names for {classes} classes")
@@ -147,7 +152,8 @@ def describe(source: Path | str, *, block: type | None = None, **overrides: Any)
         if layout != "ditx":
             pipeline = diffusers_config or {}
             model = _infer(source, layout, file.tensors, pipeline, overrides)
-            described = _published(model, _class_names(source, pipeline.get("id2label"), model.num_classes))
+            names = _class_names(source, pipeline.get("id2label"), model.num_classes)
+            described = Description(model, *published(model), names)
             own_vae = "vae" in pipeline and (hub.is_name(source) or (Path(source) / "vae").is_dir())
             return replace(described, vae=str(source) if own_vae else "ft-mse" if str(source) in hub.AUTHORS else "")
         with suppress(ValueError):  # `Description.of` raises for None.
@@ -184,12 +190,13 @@ def load(
         model = convert.dit_from_diffusers(file.tensors, config, frequency_shift=config.frequency_shift)
     else:
         model = convert.dit_from_torch(file.tensors, config)
-    if layout != "ditx" and _POSITIONS[layout] in file.tensors:
-        positions, fixed = file.tensors[_POSITIONS[layout]].astype(np.float32), convert.fixed_positions(config)
-        if positions.shape != fixed.shape or not np.allclose(positions, fixed, atol=4e-3):  # room for bfloat16
+    for name, fixed in convert.fixed_tables(config).items() if layout != "ditx" else ():
+        table = file.tensors.get(name if layout == "authors" else _POSITIONS[layout], fixed).astype(np.float32)
+        kind = "rotary" if "rope" in name else "sine-cosine"
+        if table.shape != fixed.shape or not np.allclose(table, fixed, atol=4e-3):  # room for bfloat16
             raise ValueError(
-                f"{source} has a pos_embed of {positions.shape} that is not the sine-cosine one of {fixed.shape};"
-                " networks with other positions are not supported"
+                f"{source} has a {name} of {table.shape} that is not the {kind} one of {fixed.shape}; networks with"
+                " other positions are not supported"
             )
     model = jax.tree.map(lambda leaf, shape: shard_host_array(leaf, shape.sharding), model, shapes)
     return model, f"{source} in the layout of {layout}{', ' + file.note if file.note else ''}"
@@ -303,7 +310,7 @@ def _layout(source: object, file: WeightFile) -> str:
     if _METADATA in file.metadata:
         return "ditx"
     for layout in ("authors", "diffusers"):
-        if any(name in file.tensors for name in convert.dit_tensor_names(layout).values()):
+        if any(name in file.tensors for name in convert.dit_tensor_names(layout, DiTConfig()).values()):
             return layout
     names = ", ".join(list(file.tensors)[:3])
     raise ValueError(f"{source} has no DiT of ditx, of the authors or of diffusers; its tensors are {names}, ...")
@@ -336,15 +343,54 @@ def _class_names(source: object, id2label: Any, num_classes: int) -> tuple[str, 
     return tuple(ours) if firsts == [own[0] for own in ours.values()] else names
 
 
-def _published(model: DiTConfig, class_names: tuple[str, ...]) -> Description:
-    """The objective and sampler of a published network."""
-    # The settings of the authors' sample.py, and of SiT's for the SDE.
-    sampler = "euler-maruyama" if model.sit else "ddpm"
-    sampling = SamplingConfig(sampler=sampler, steps=250, guidance_scale=4.0, guidance_channels=3)
-    if model.null_label is None or not model.learn_sigma or model.in_channels < 3:
-        sampling = SamplingConfig()
-    objective = ObjectiveConfig("flow", "velocity") if model.sit else ObjectiveConfig()
-    return Description(model, objective, sampling, class_names)
+def published(model: DiTConfig) -> tuple[ObjectiveConfig, SamplingConfig]:
+    """The objective of a published network, and its sampler with the published settings."""
+    if model.convention == "jit" or (model.convention == "sit" and model.style != BlockStyle()):
+        alike = [preset for preset in PRESETS.values() if preset.model.convention == model.convention]
+        nearest = min(alike, key=lambda preset: abs(preset.model.hidden_size - model.hidden_size))
+        objective = ObjectiveConfig(**{field.name: getattr(nearest, field.name) for field in fields(ObjectiveConfig)})
+        sampling = nearest.sampling
+    elif model.convention == "dit":
+        objective = ObjectiveConfig()
+        sampling = SamplingConfig("ddpm", 250, guidance_scale=4.0, guidance_channels=3)
+    else:
+        objective = ObjectiveConfig("flow", "velocity")
+        sampling = SamplingConfig("euler-maruyama", 250, guidance_scale=4.0, guidance_channels=3)
+        if model.convention == "repa":
+            sampling = SamplingConfig("euler-maruyama", 250, guidance_scale=1.8, guidance_interval=(0.0, 700.0))
+    unpublished = model.convention == "dit" and not model.learn_sigma
+    guided = model.null_label is not None and model.in_channels >= 3 and not unpublished
+    return objective, sampling if guided else SamplingConfig()
+
+
+def _infer_layers(source: object, tensors: Mapping[str, np.ndarray], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The kinds of layers in a file of the authors, LightningDiT, JiT, SiT or REPA, by the names of its tensors."""
+
+    def size(name: str, axis: int = 0) -> int:
+        shape = tensors[name].shape if name in tensors else ()
+        return shape[axis] if len(shape) > axis else 0
+
+    names = ("blocks.0.norm1.weight", "blocks.0.mlp.w12.weight", "feat_rope.freqs_cos", "x_embedder.proj1.weight")
+    rms, swiglu, rope, jit = (name in tensors for name in names)
+    qk_norm, lightning = "blocks.0.attn.q_norm.weight" in tensors, rms or swiglu or rope
+    if qk_norm and not lightning and "convention" not in overrides:
+        raise ValueError(f"{source} has a q_norm, as LightningDiT's and REPA's networks; give --convention sit or repa")
+    context_tokens = size("in_context_posemb", 1)
+    start = _CONTEXT_START.get(size("t_embedder.mlp.0.bias"), overrides.get("context_start"))
+    if context_tokens and start is None:
+        raise ValueError(f"{source} does not tell where its context tokens enter; give --context-start, a block")
+    modulation = size("blocks.0.adaLN_modulation.1.bias")
+    return {
+        "norm": "rms" if rms else "layer",
+        "qk_norm": qk_norm,
+        "mlp": "swiglu" if swiglu else "gelu",
+        "positions": "both" if rope or jit else "sincos",
+        "modulation_shift": not modulation or modulation != 2 * size("final_layer.adaLN_modulation.1.bias"),
+        "context_tokens": context_tokens,
+        "context_start": start if context_tokens else 0,
+        "patch_bottleneck": size("x_embedder.proj1.weight"),
+        "convention": "jit" if jit else "sit" if lightning else "dit",
+    }
 
 
 def _infer(
@@ -354,35 +400,41 @@ def _infer(
 
     A tensor that is missing or mis-shaped is taken to be DiT-XL/2's, so that `load` can name all faults at once.
     """
-    names = {"positions": _POSITIONS[layout], **convert.dit_tensor_names(layout)}
+    layers = _infer_layers(source, tensors, overrides) if layout == "authors" else {}
+    kinds = DiTConfig(**layers)  # of another size
+    names = {"positions": _POSITIONS[layout], **convert.dit_tensor_names(layout, kinds)}
     if config.get("_class_name") == "Transformer2DModel":
         config = _OLD_CLASS | config | {"_class_name": "DiTTransformer2DModel"}
 
     def shape(path: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        actual = tensors[names[path]].shape if names[path] in tensors else ()
+        name = names.get(path, path)
+        actual = tensors[name].shape if name in tensors else ()
         return actual if len(actual) == len(default) and all(actual) else default
 
     (width,) = shape("time.down.bias", (1152,))
-    _, channels, side, _ = shape("patch.weight", (width, 4, 2, 2))
+    patches = "bottleneck.weight" if kinds.patch_bottleneck else "patch.weight"
+    _, channels, side, _ = shape(patches, (width, 4, 2, 2))
     rows, _ = shape("label.table", (1001, width))
-    (mlp_size,) = shape("blocks.mlp.up.bias", (4 * width,))
+    _, mlp_size = shape("blocks.mlp.down.weight", (width, 4 * width))
     (out,) = shape("final.linear.bias", (2 * channels * side**2,))
     _, tokens, _ = shape("positions", (1, (32 // side) ** 2, width))
     eps = config.get("norm_eps", 1e-5) if layout == "diffusers" and overrides.get("frequency_shift") != 0 else 1e-6
     blocks = [int(match[1]) for name in tensors if (match := re.match(r"(?:transformer_)?blocks\.(\d{1,4})\.", name))]
-    heads = {published.hidden_size: published.num_heads for published in DIT_CONFIGS.values()}.get(width)
+    (head_width,) = shape("blocks.attention.q_norm.weight", (shape("feat_rope.freqs_cos", (tokens, 0))[1],))
+    heads = {published.hidden_size: published.num_heads for published in DIT_CONFIGS.values()} | {1280: 16}
     model: dict[str, Any] = {
         "patch_size": side,
         "in_channels": channels,
         "hidden_size": width,
         "depth": max(blocks, default=27) + 1,
-        "mlp_ratio": mlp_size / width,
+        "mlp_ratio": _mlp_ratio(mlp_size, width, kinds.mlp),
         "learn_sigma": out == 2 * channels * side**2,
         "frequency_shift": int(layout == "diffusers"),
-        "num_heads": config.get("num_attention_heads", heads),
+        "num_heads": config.get("num_attention_heads", width // head_width if head_width else heads.get(width)),
         "input_size": math.isqrt(tokens) * side if names["positions"] in tensors else config.get("sample_size"),
         "num_classes": config.get("num_embeds_ada_norm", rows - 1),
         "mlp_norm_eps": eps,
+        **layers,
         **overrides,
     }
     if model["num_heads"] is None:
@@ -395,7 +447,7 @@ def _infer(
     if not isinstance(eps, float):
         raise ValueError(f"{source} has norm_eps {eps!r}, not a number; correct its config.json")
     for name in ("num_heads", "input_size", "num_classes"):
-        if not isinstance(model[name], int):
+        if not isinstance(model[name], int | tuple):
             raise ValueError(f"{source} has {name} {model[name]!r}, not a whole number; correct its config.json")
     supported = DIFFUSERS_DIT | {
         "num_layers": model["depth"],
@@ -405,3 +457,10 @@ def _infer(
     }
     check_config(source, config, supported)
     return DiTConfig(**model, label_dropout=0.1 if rows > model["num_classes"] else 0.0)
+
+
+def _mlp_ratio(mlp_size: int, width: int, kind: str) -> float:
+    """The `mlp_ratio` of an MLP of this width; SwiGLU rounds, so that several ratios give it."""
+    if kind == "gelu":
+        return mlp_size / width
+    return 4.0 if int(2 / 3 * (4 * width)) == mlp_size else (math.ceil(1.5 * mlp_size) + 0.5) / width

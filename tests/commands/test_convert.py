@@ -72,13 +72,13 @@ def test_a_difference_of_diffusers_is_noted(run, released, tmp_path):
 
 def test_sit_weights_are_read_with_their_flag(run, released, tmp_path):
     ours = tmp_path / "sit.safetensors"
-    code, output = run.ditx("convert", released, ours, "--num-heads", 3, "--sit")
+    code, output = run.ditx("convert", released, ours, "--num-heads", 3, "--convention", "sit")
     assert code == 0, output
     described = pretrained.describe(ours)
-    assert described.objective == ObjectiveConfig("flow", "velocity") and described.model.sit
+    assert described.objective == ObjectiveConfig("flow", "velocity") and described.model.convention == "sit"
     assert described.sampling.sampler == "euler-maruyama"
-    code, output = run.ditx("convert", ours, tmp_path / "again.safetensors", "--sit")
-    assert code == 2 and "tells sit itself; leave that out" in output
+    code, output = run.ditx("convert", ours, tmp_path / "again.safetensors", "--convention", "sit")
+    assert code == 2 and "tells convention itself; leave that out" in output
 
 
 @pytest.mark.parametrize("block", ["adaln", "cross-attention", "in-context"])

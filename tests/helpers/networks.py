@@ -35,5 +35,5 @@ def random_dit(config, *, seed=0, scale=0.3):
 
 def example(config, *, seed=0):
     """An input, a time and a label for a network."""
-    shape = (config.input_size, config.input_size, config.in_channels)
-    return jax.random.normal(jax.random.key(seed), shape), jnp.asarray(417), jnp.asarray(config.num_classes - 1)
+    x = jax.random.normal(jax.random.key(seed), config.input_shape)
+    return x, jnp.asarray(417), jnp.asarray(config.num_classes - 1)

@@ -304,6 +304,63 @@ def test_sizes_that_do_not_fit_are_named(changes, message):
         ditx.DiTConfig(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "rms", "mlp_norm_eps": 1e-5}, "mlp_norm_eps is 1e-05; give 1e-6"),
+        (
+            {"positions": "both", "hidden_size": 32, "num_heads": 16},
+            "16 heads of hidden_size 32 are 2 wide; change one",
+        ),
+        ({"modulation_shift": False, "block": "in-context"}, "blocks in-context have no modulation; leave it on"),
+        ({"patch_bottleneck": -1}, "patch_bottleneck -1; give at least 0"),
+        ({"context_tokens": 4, "block": "in-context"}, "in blocks in-context the label is a token already; give 0"),
+        ({"context_start": 2}, "context_start is 2 in 28 blocks with 0 context tokens; give 0 to depth - 1"),
+        ({"context_tokens": 4, "context_start": 28}, "context_start is 28 in 28 blocks with 4 context tokens"),
+        ({"input_size": (32, 33)}, r"patch_size 2 does not divide input_size \(32, 33\)"),
+    ],
+)
+def test_kinds_of_layers_that_exclude_each_other_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ditx.DiTConfig(**changes)
+
+
+MODERN = dataclasses.replace(
+    SMALL, norm="rms", qk_norm=True, mlp="swiglu", positions="rotary", context_tokens=3, patch_bottleneck=5
+)
+
+
+def test_a_new_modern_block_is_the_identity():
+    block = jax.tree.map(lambda leaf: leaf[1], new(MODERN).blocks)
+    tokens, c = jax.random.normal(jax.random.key(1), (19, 24)), jax.random.normal(jax.random.key(2), (24,))
+    np.testing.assert_array_equal(block(tokens, c), tokens)
+
+
+def test_context_tokens_enter_at_their_block_however_the_blocks_are_run():
+    config = dataclasses.replace(MODERN, depth=3, context_start=1)
+    model, (x, t, y) = random_dit(config), example(config)
+    tokens, condition = model.embed(x, t, y)
+    np.testing.assert_allclose(tokens[16:], model.label.table[y] + model.context, rtol=1e-6)
+    expected = call_block(jax.tree.map(lambda leaf: leaf[0], model.blocks), tokens[:16], condition)
+    first = model.run(tokens, condition, blocks=slice(0, 1))
+    assert_close(first, jnp.concatenate([expected, tokens[16:]]), 1e-5)
+    parts = model.run(model.run(first, condition, blocks=slice(1, 2)), condition, blocks=slice(2, 3))
+    whole = model.run(tokens, condition, unroll=3)
+    assert_close(parts, whole, 1e-5)
+    assert np.abs(whole[16:] - tokens[16:]).max() > 0.1
+    # The tokens of another label differ, although the condition is the same.
+    assert np.abs(model.run(tokens.at[16:].set(0), condition) - whole)[:16].max() > 1e-3
+
+
+def test_rectangles_have_rows_and_columns():
+    config = dataclasses.replace(MODERN, input_size=(4, 8), depth=1, positions="both")
+    model, (x, t, y) = random_dit(config), example(config)
+    assert config.grid == (2, 4) and model(x, t, y).shape == (4, 8, 6)
+    np.testing.assert_allclose(grid_positions((2, 4), 24)[4:], grid_positions(4, 24)[4:8], atol=1e-12)
+    with pytest.raises(ValueError, match="input_size is 4 x 8, but data sets have square images"):
+        _ = config.side
+
+
 def test_unknown_block_is_named():
     # The annotation would stop it in the tests, where types are checked; for others the sentence does.
     with pytest.raises(Exception, match="in-contekst"):

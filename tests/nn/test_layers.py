@@ -1,5 +1,6 @@
 import math
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,18 @@ import pytest
 from references import load
 
 from ditx.nn.embeddings import LabelEmbedding, TimeEmbedding, grid_positions, sinusoids
-from ditx.nn.layers import MLP, Attention, Linear, layer_norm, modulate
+from ditx.nn.layers import (
+    MLP,
+    Attention,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    head_by_head,
+    layer_norm,
+    modulate,
+    rotate,
+)
 from ditx.testing import x64
 
 KEY = jax.random.key(0)
@@ -175,3 +187,41 @@ def test_positions_encode_column_then_row_in_float64():
         for column in range(side):
             waves = [f(p * w) for p in (column, row) for f in (math.sin, math.cos) for w in frequencies]
             np.testing.assert_allclose(table[row * side + column], waves, atol=1e-12)
+
+
+@x64
+def test_rotary_logits_depend_on_offsets_only():
+    rng, grid = np.random.default_rng(0), (3, 4)
+    q, k = (jnp.broadcast_to(rng.standard_normal((2, 8)), (14, 2, 8)) for _ in "qk")
+    turned_q, turned_k = rotate(q, grid), rotate(k, grid)
+    np.testing.assert_array_equal(turned_q[12:], q[12:])  # tokens behind the grid have no position
+    logits = np.einsum("nhk,mhk->hnm", turned_q[:12], turned_k[:12]).reshape(2, 3, 4, 3, 4)
+    seen = {}
+    for a, b, c, d in np.ndindex(3, 4, 3, 4):
+        value = seen.setdefault((a - c, b - d), logits[:, a, b, c, d])
+        np.testing.assert_allclose(logits[:, a, b, c, d], value, atol=1e-12)
+    assert len(seen) == 35 and np.ptp(list(seen.values()), axis=0).min() > 0.1
+    assert np.abs(seen[1, 0] - seen[0, 1]).min() > 1e-3  # rows and columns turn other channels
+
+
+@x64
+@pytest.mark.parametrize("norm", [RMSNorm(6), LayerNorm(6, eps=1e-5)])
+def test_normalised_heads_ignore_their_scale(norm):
+    x = 100 * jnp.asarray(np.random.default_rng(0).standard_normal((5, 12)))
+    scales = jnp.repeat(jnp.array([2.0, 7.0]), 6)  # one for each head
+    np.testing.assert_allclose(head_by_head(x * scales, norm, 2), head_by_head(x, norm, 2), atol=1e-6)
+    np.testing.assert_allclose(jnp.square(head_by_head(x, norm, 2)).mean(), 1, atol=1e-6)
+
+
+def test_rms_norm_scales_by_its_weight_only():
+    x = jnp.array([[3.0, -4.0], [0.0, 5.0]])
+    norm = eqx.tree_at(lambda n: n.weight, RMSNorm(2), jnp.array([2.0, 10.0]))
+    np.testing.assert_allclose(norm(x), x / np.sqrt(12.5) * np.array([2, 10]), rtol=1e-6)
+
+
+def test_swiglu_gates_the_second_half_by_the_first():
+    layer, x = SwiGLU(3, 2, key=jax.random.key(0)), jnp.array([[0.3, -1.0, 2.0]])
+    layer = eqx.tree_at(lambda m: (m.up.bias, m.down.bias), layer, (jnp.arange(4.0).reshape(2, 2), jnp.ones(3)))
+    gate, value = x @ layer.up.weight[:, 0] + jnp.array([0.0, 1.0]), x @ layer.up.weight[:, 1] + jnp.array([2.0, 3.0])
+    expected = (gate / (1 + jnp.exp(-gate)) * value) @ layer.down.weight + 1
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-5)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from ditx.weights.convert import (
     vae_from_torch,
     vae_to_torch,
 )
+from ditx.weights.files import write_safetensors
 
 
 def diffusers():
@@ -63,13 +65,123 @@ def test_diffusers_weights_give_the_outputs_of_diffusers(highest_precision):
 def test_sampling_from_sit_weights_equals_sit(highest_precision):
     """Ma et al. 2024: time from 0 (noise) to 1 (data), velocity data - noise, the second half of channels dropped."""
     model, golden = tiny_dit()  # the same names and shapes
-    sit = dit_from_torch(dit_to_torch(model), dataclasses.replace(model.config, sit=True))
+    sit = dit_from_torch(dit_to_torch(model), dataclasses.replace(model.config, convention="sit"))
     x = expected = jnp.asarray(hwc(golden["x"])[0])
     for step in range(5):
         expected = expected + forward(model, expected, jnp.asarray(step / 5), 3)[..., : x.shape[-1]] / 5
     grid = ditx.flow.uniform_grid(5)
     drawn, _ = ditx.samplers.sample(ditx.samplers.euler_step, lambda x, t: sit(x, t, 3), grid, x, key=jax.random.key(0))
     assert_close(drawn, expected, 1e-5)
+
+
+def later(name, tmp_path, **facts):
+    """A network of a later program, read from a file as users do, and its whole golden file."""
+    golden = load(f"{name}.npz")
+    write_safetensors(tmp_path / "later.safetensors", weights(golden))
+    model, described = ditx.load(tmp_path / "later.safetensors", **facts)
+    assert_same_within(dit_to_torch(model), weights(golden), 1e-7)
+    return model, described, golden
+
+
+def assert_same_within(written, expected, tolerance):
+    assert written.keys() == expected.keys()
+    for name, value in written.items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["lightningdit_tiny", "lightningdit_mixed_tiny"])
+def test_lightningdit_is_read_from_its_file(tmp_path, highest_precision, name):
+    """Time from 0 (noise) to 1 (data), velocity data - noise, guidance of three channels above a time."""
+    model, described, golden = later(name, tmp_path)
+    config = json.loads(str(golden["config"]))
+    kinds = model.config.qk_norm, model.config.mlp == "swiglu", model.config.positions == "both"
+    assert kinds == (config["use_qknorm"], config["use_swiglu"], config["use_rope"])
+    assert (model.config.norm == "rms") == config["use_rmsnorm"]
+    assert model.config.modulation_shift != config["wo_shift"]
+    assert (model.config.mlp_ratio, model.config.num_heads) == (4.0, config["num_heads"])
+    assert described.objective.flow_shift == pytest.approx(1 / 0.3)
+
+    def guided(x, t, y, interval):
+        options = {"scale": float(golden["cfg_scale"]), "channels": 3, "interval": interval}
+        return ditx.guidance.classifier_free(model, y, null_label=model.config.null_label, **options)(x, t)
+
+    @jax.jit
+    def everything(x, t, y, x0, noise, time, guided_x):
+        def loss(x0, noise, time, y):
+            return ditx.flow.training_loss(lambda x, t: model(x, t, y), x0, 1 - time, noise)["loss"]
+
+        half, t_guided = guided_x[:2], 1000 * (1 - golden["cfg_t"][0])
+        start = 1000 * (1 - float(golden["cfg_interval_start"]))
+        calls = [
+            jax.vmap(lambda x, y, i=i: guided(x, t_guided, y, i))(half, golden["cfg_y"][:2])
+            for i in (None, (0.0, start))
+        ]
+        return jax.vmap(model)(x, 1000 * (1 - t), y), jax.vmap(loss)(x0, noise, time, y), *calls
+
+    x, noise, guided_x = (hwc(golden[key]) for key in ("x", "noise", "cfg_x"))
+    output, loss, above, below = everything(x, golden["t"], golden["y"], x, noise, golden["time"], guided_x)
+    assert_close(-chw(output), golden["output"], 1e-4)
+    assert_close(loss, golden["loss"], 1e-4)
+    assert_close(-chw(above), golden["cfg_output"][:2], 1e-4)
+    assert_close(-chw(below), golden["cfg_output_below_interval"][:2], 1e-4)
+
+
+def test_jit_is_read_from_its_file(tmp_path, highest_precision):
+    """Time from 0 (noise) to 1 (data), prediction of the data, the loss of the velocity that it implies."""
+    with pytest.raises(ValueError, match="does not tell where its context tokens enter; give --context-start"):
+        later("jit_tiny", tmp_path)
+    (tmp_path / "later.safetensors").unlink()
+    model, described, golden = later("jit_tiny", tmp_path, context_start=1)
+    assert (described.objective.prediction, described.sampling.sampler) == ("x0", "heun")
+
+    @jax.jit
+    def output_and_loss(model, x, t, y, x0, noise, time):
+        def loss(model):
+            def one(x0, noise, time, y):
+                options = {"prediction": described.objective.prediction}
+                return ditx.flow.training_loss(lambda x, t: model(x, t, y), x0, 1 - time, noise, **options)["loss"]
+
+            return jax.vmap(one)(x0, noise, time, y).mean()
+
+        return jax.vmap(model)(x, 1000 * (1 - t), y), *jax.value_and_grad(loss)(model)
+
+    arguments = hwc(golden["x"]), golden["t"], golden["y"], hwc(golden["image"]), hwc(golden["noise"]), golden["time"]
+    output, loss, gradient = output_and_loss(model, *arguments)
+    assert_close(chw(output), golden["output"], 1e-4)
+    assert_close(loss, golden["loss"], 1e-4)
+    tensors = dit_to_torch(gradient)
+    for name in (name for name in golden if name.startswith("grad")):
+        kind, _, tensor = name.partition("/")
+        ours = tensors[tensor] if kind == "grad" else np.linalg.norm(tensors[tensor])
+        assert_close(ours, golden[name], 1e-4)
+
+    def sample(start, y):
+        options = {"null_label": model.config.null_label, "scale": 2.5, "interval": (100.0, 900.0)}
+        predict, grid = ditx.guidance.classifier_free(model, y, **options), described.objective.sampler_grid(4)
+        return ditx.samplers.sample(ditx.samplers.heun_step, predict, grid, start, key=jax.random.key(0))[0]
+
+    samples = jax.jit(jax.vmap(sample))(hwc(golden["start"]), golden["sample_y"])
+    assert_close(chw(samples), golden["sample"], 1e-4)
+
+
+def test_conventions_of_velocity_networks_differ_by_time_and_sign(highest_precision):
+    """SiT: 1 - t / 1000 and data - noise; REPA: t / 1000 and noise - data, with projectors beside the network."""
+    model, golden = tiny_dit()
+    tensors = dit_to_torch(model) | {"projectors.0.0.weight": np.ones((2, 2), np.float32)}
+    repa = dit_from_torch(tensors, dataclasses.replace(model.config, convention="repa"))
+    x, y = jnp.asarray(hwc(golden["x"])[0]), 3
+    assert_close(forward(repa, x, jnp.asarray(700.0), y), forward(model, x, jnp.asarray(0.7), y), 1e-5)
+    with pytest.raises(ValueError, match=r"projectors\.0\.0\.weight"):
+        dit_from_torch(tensors, dataclasses.replace(model.config, convention="sit"))
+
+
+def test_a_norm_of_queries_needs_its_convention(tmp_path):
+    config = dataclasses.replace(tiny_diffusers_config(), qk_norm=True)
+    write_safetensors(tmp_path / "q.safetensors", dit_to_torch(random_dit(config)))
+    with pytest.raises(ValueError, match="has a q_norm, as LightningDiT's and REPA's networks; give --convention"):
+        ditx.load(tmp_path / "q.safetensors")
+    model, _ = ditx.load(tmp_path / "q.safetensors", convention="repa")
+    assert model.config == dataclasses.replace(config, convention="repa")
 
 
 def test_embedders_that_differ_between_blocks_are_named():
@@ -100,6 +212,14 @@ def test_blocks_that_other_layouts_lack_are_refused(block):
             convert(model)
     with pytest.raises(ValueError, match=f"block is '{block}'"):
         dit_from_torch({}, config)
+
+
+def test_layers_that_other_layouts_lack_are_refused():
+    config = tiny_diffusers_config()
+    with pytest.raises(ValueError, match="qk_norm is True, which diffusers' DiT lacks; use the layout of ditx"):
+        dit_to_diffusers(random_dit(dataclasses.replace(config, qk_norm=True)))
+    with pytest.raises(ValueError, match="positions are rotary; the layout of the authors needs sincos or both"):
+        dit_to_torch(random_dit(dataclasses.replace(config, positions="rotary")))
 
 
 def empty(shapes):
