@@ -197,10 +197,11 @@ def summary(config: Config, dataset: sources.Source, step: AbstractStep, name: s
     shape, epochs = "x".join(map(str, dataset.image_shape)), config.steps * config.batch_size / len(dataset)
     kind = "latents" if dataset.latents else "images"
     undrawn = dataset.latents and config.sample_every and not config.vae
+    derivative = "attention by XLA, which has the forward derivative that mean velocities need\n"
     return (
         f"model     DiT of {costs.parameters(config.model):,} parameters, {costs.describe_macs(config.model)},"
         f" {config.model.num_tokens} tokens, {config.dtype}\n"
-        f"{step.summary()}\n"
+        f"{derivative if config.is_mean else ''}{step.summary()}\n"
         f"data      {name}: {len(dataset):,} {kind} of {shape}, {config.model.num_classes} classes\n"
         f"steps     {config.steps:,} of {config.batch_size} {kind} ({epochs:,.1f} epochs)\n"
         f"run       {config.run}{'; no pictures, which need --vae to decode latents' if undrawn else ''}"

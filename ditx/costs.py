@@ -80,8 +80,11 @@ def describe_macs(config: DiTConfig) -> str:
 
 
 def training_step(config: DiTConfig, batch_size: int) -> int:
-    """FLOPs of a training step: two for a multiply-add, and a backward pass costs two forward passes."""
-    return 6 * batch_size * macs(config)
+    """FLOPs of a training step: two for a multiply-add, and a backward pass costs two forward passes.
+
+    The forward derivative of a mean velocity costs one more.
+    """
+    return (8 if config.mean_velocity else 6) * batch_size * macs(config)
 
 
 def step_memory(

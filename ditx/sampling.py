@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Integer, Key, UInt8
 
 from ditx.checks import check_names
 from ditx.diffusion import guidance, samplers
+from ditx.diffusion.meanflow import mean_velocity_step
 from ditx.diffusion.objective import ObjectiveConfig
 from ditx.diffusion.schedule import Schedule
 from ditx.kernels.block import KernelConfig
@@ -31,6 +32,7 @@ STEPS = {
     "heun": samplers.heun_step,  # probability-flow ODE, two evaluations a step
     "euler": samplers.euler_step,  # probability-flow ODE
     "euler-maruyama": samplers.euler_maruyama_step,  # SDE
+    "mean-velocity": mean_velocity_step,  # MeanFlow's, which only a network of mean velocities has
 }
 if TYPE_CHECKING:
     SamplerName: TypeAlias = str
@@ -57,9 +59,10 @@ class SamplingConfig:
     """How samples are drawn. Any sampler works with any objective."""
 
     sampler: SamplerName = "auto"
-    """auto: dpm-solver for a flow, else ddpm. ddim, dpm-solver (DPM-Solver++(2M)), heun and euler are deterministic"""
+    """auto: mean-velocity for a network of mean velocities, dpm-solver for another flow, else ddpm. ddim, dpm-solver
+    (DPM-Solver++(2M)), heun, euler and mean-velocity are deterministic"""
     steps: int = 0
-    """steps from noise to image; 0: 25 for a flow, else the paper's 250"""
+    """steps from noise to image; 0: 1 by mean velocities, 25 for another flow, else the paper's 250"""
     spacing: Literal["time", "log-snr", "karras"] = "time"
     """steps are equal in: time, log-SNR, or (sigma / alpha)^(1/7)"""
     eta: float = 0.0
@@ -74,6 +77,7 @@ class SamplingConfig:
     def resolved(self, objective: ObjectiveConfig) -> "SamplingConfig":
         """The same with the sampler and the number of steps that `auto` and 0 stand for."""
         sampler, steps = ("dpm-solver", 25) if objective.is_flow else ("ddpm", 250)
+        sampler, steps = ("mean-velocity", 1) if objective.is_mean else (sampler, steps)
         return replace(self, sampler=sampler if self.sampler == "auto" else self.sampler, steps=self.steps or steps)
 
     def params(self, objective: ObjectiveConfig) -> SamplerParams:
@@ -89,6 +93,8 @@ class SamplingConfig:
         limit = 1000 if not objective.is_flow and self.spacing == "time" else 10_000
         if not 0 <= self.steps <= limit:
             raise ValueError(f"steps is {self.steps}; schedule {objective.schedule} samples in 1 to {limit} steps")
+        if self.sampler == "mean-velocity" and not objective.is_mean:
+            raise ValueError(f"sampler mean-velocity needs a network of mean velocities, not {objective.prediction}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}; choose 0 (deterministic) to 1 (as noisy as ddpm)")
         if not 0 <= self.guidance_channels <= model.in_channels:
@@ -175,10 +181,10 @@ def make_sampler(
         options: Any = {"scale": 1 if params.scale is None else params.scale, "interval": params.interval}
         options["channels"] = config.guidance_channels or None
 
-        def apply(x, t, y, network=network, apply_block=blocks[0]):
+        def apply(x, t, y, *duration, network=network, apply_block=blocks[0]):
             # The sampler's state is float32, whatever the network computes in.
-            output = network(x.astype(network.patch.weight.dtype), t, y, apply_block=apply_block, unroll=unroll)
-            return output.astype(x.dtype)
+            x, dtype = x.astype(network.patch.weight.dtype), x.dtype
+            return network(x, t, y, *duration, apply_block=apply_block, unroll=unroll).astype(dtype)
 
         start_key, noise_key = jax.random.split(key)
         start = jax.random.normal(start_key, model_config.input_shape)
@@ -186,8 +192,9 @@ def make_sampler(
             predict = guidance.classifier_free(apply, y, null_label=network.config.null_label, **options)
         else:
             guide_label = y if guide.config.num_classes else None
-            strong, weak = (lambda x, t: apply(x, t, y)), (lambda x, t: apply(x, t, guide_label, guide, blocks[1]))
-            predict = guidance.guide(strong, weak, **options)
+            weak: Any = partial(apply, network=guide, apply_block=blocks[1])
+            networks = (lambda x, t, *d: apply(x, t, y, *d)), (lambda x, t, *d: weak(x, t, guide_label, *d))
+            predict = guidance.guide(*networks, **options)
         return samplers.sample(step, predict, params.grid, start, key=noise_key)
 
     def run_batch(network, guide, labels, seed, first, params):

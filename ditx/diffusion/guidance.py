@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ditx.checks import branch, check_example
-from ditx.diffusion.parameterization import Image, Predict, Scalar
+from ditx.diffusion.parameterization import Predict, Scalar
 
 Interval: TypeAlias = tuple[Scalar, Scalar]
 
@@ -26,11 +26,11 @@ def guide(
     `ditx.diffusion.schedule.time_at` converts that paper's noise levels to times. A Python `scale` of 1 is no guidance
     and costs no second evaluation.
     """
-    return _guided(predict, lambda x, t: (predict(x, t), weaker(x, t)), scale, channels, interval)
+    return _guided(predict, lambda x, *t: (predict(x, *t), weaker(x, *t)), scale, channels, interval)
 
 
 def classifier_free(
-    predict: Callable[[Image, Float[Array, ""], Int[Array, ""]], Float[Array, "h w o"]],
+    predict: Callable[..., Float[Array, "h w o"]],
     y: Int[ArrayLike, ""],
     *,
     null_label: Int[ArrayLike, ""] | None,
@@ -40,8 +40,8 @@ def classifier_free(
 ) -> Predict:
     """Move the prediction for label `y` away from the unconditional one (Ho and Salimans 2022, Eq. 6); see `guide`.
 
-    Evaluates both as a batch of two. The paper's numbers with guidance come from the authors' released code, which
-    guides the first 3 of 4 channels.
+    `predict(x, t, y)` may take more arguments, such as a duration. Evaluates both as a batch of two. The paper's
+    numbers with guidance come from the authors' released code, which guides the first 3 of 4 channels.
 
     Raises ValueError if the network has no null label (`null_label` None) and the scale is not 1.
     """
@@ -53,10 +53,11 @@ def classifier_free(
 
     check_example(0, y=y)
 
-    def both(x, t):
-        return tuple(jax.vmap(lambda label: predict(x, t, label))(jnp.array([y, null_label], jnp.int32)))
+    def both(x, t, *duration):
+        labels = jnp.array([y, null_label], jnp.int32)
+        return tuple(jax.vmap(lambda label: predict(x, t, label, *duration))(labels))
 
-    return _guided(lambda x, t: predict(x, t, jnp.asarray(y)), both, scale, channels, interval)
+    return _guided(lambda x, t, *duration: predict(x, t, jnp.asarray(y), *duration), both, scale, channels, interval)
 
 
 def _is_one(scale: Scalar) -> bool:
@@ -67,18 +68,18 @@ def _guided(plain: Predict, both: Callable, scale: Scalar, channels: int | None,
     if _is_one(scale):
         return plain
 
-    def guided(x, t):
-        strong, weak = both(x, t)
+    def guided(x, *t):
+        strong, weak = both(x, *t)
         # The weaker network may lack the variance channels.
         count = x.shape[-1] if channels is None else channels
         first = weak[..., :count] + scale * (strong[..., :count] - weak[..., :count])
         return jnp.concatenate([first.astype(strong.dtype), strong[..., count:]], -1)
 
-    def of_one_example(x, t):
+    def of_one_example(x, t, *duration):
         check_example(3, x=x)
         check_example(0, t=t)
         if interval is None:
-            return guided(x, t)
-        return branch((interval[0] <= t) & (t <= interval[1]), guided, plain, x, t)
+            return guided(x, t, *duration)
+        return branch((interval[0] <= t) & (t <= interval[1]), guided, plain, x, t, *duration)
 
     return of_one_example

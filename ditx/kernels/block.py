@@ -48,6 +48,16 @@ class KernelConfig:
         check_names(own)
         return partial(_apply_block, config=own)
 
+    def check_forward_derivative(self) -> None:
+        """Raise ValueError for kernels that have no forward-mode derivative; that of auto depends on the device."""
+        for name in ("kernels", "attention", "matmul_dtype"):
+            value = getattr(self, name)
+            if value in ("fused", "cudnn", "fp8"):
+                raise ValueError(
+                    f"{name} is {value}, which has no forward derivative, as prediction mean-velocity needs; leave it"
+                    " out"
+                )
+
     def check_kernels(self, mesh: Mesh, dtype: str, model: DiTConfig) -> None:
         """Raise ValueError if the devices of `mesh` cannot compute the blocks of `model` like this in `dtype`."""
         if self.kernels == "fused" and (model.norm, model.mlp) != ("layer", "gelu"):

@@ -68,6 +68,8 @@ class DiTConfig:
     convention: Convention = "dit"
     """time that the layers see and what they predict: t (dit, and what ditx trains); 1 - t / 1000 and x_0 - noise (sit,
     also LightningDiT); t / 1000 and noise - x_0 (repa); 1 - t / 1000 and x_0 (jit)"""
+    mean_velocity: bool = False
+    """a second embedding, of the duration of a mean velocity (MeanFlow); both embeddings read thousands of steps"""
     mlp_norm_eps: float = 1e-6
     """added to the variance by the norm before the MLP (adaln-zero): 1e-6 as in the authors' code, 1e-5 in diffusers"""
     norm: NormName = "layer"
@@ -241,6 +243,7 @@ class DiT(eqx.Module):
     final: Any
     bottleneck: Linear | None
     context: Float[Array, "m d"] | None
+    duration: TimeEmbedding | None
     config: DiTConfig = eqx.field(static=True)
 
     def __init__(self, config: DiTConfig, *, block: type | None = None, key: PRNGKeyArray):
@@ -249,7 +252,8 @@ class DiT(eqx.Module):
         width, out_size = config.hidden_size, config.patch_size**2 * config.out_channels
         in_size, narrow = config.patch_size**2 * config.in_channels, config.patch_bottleneck
         self.patch = Linear(narrow or in_size, width, key=patch_key)
-        self.time = TimeEmbedding(width, frequency_shift=config.frequency_shift, key=time_key)
+        embedding = partial(TimeEmbedding, width, frequency_shift=config.frequency_shift)
+        self.time = embedding(key=time_key)
         self.label = LabelEmbedding(config.num_classes, width, null_label=config.null_label is not None, key=label_key)
         kind: Any = BLOCKS[config.block] if isinstance(config.block, str) else config.block
         style: Any = {} if config.style == BlockStyle() else {"style": config.style}
@@ -262,6 +266,7 @@ class DiT(eqx.Module):
         shape = (config.context_tokens, width)
         self.bottleneck = Linear(in_size, narrow, bias=False, key=narrow_key) if narrow else None
         self.context = 0.02 * jax.random.normal(context_key, shape) if config.context_tokens else None
+        self.duration = embedding(key=jax.random.fold_in(key, 7)) if config.mean_velocity else None
         self.config = config
 
     def __call__(
@@ -269,6 +274,7 @@ class DiT(eqx.Module):
         x: Float[Array, "h w c"],
         t: Real[ArrayLike, ""],
         y: Int[ArrayLike, ""] | None = None,
+        duration: Real[ArrayLike, ""] | None = None,
         *,
         apply_block: ApplyBlock = call_block,
         unroll: int = 1,
@@ -277,15 +283,20 @@ class DiT(eqx.Module):
 
         `t` counts training steps from 0 to 999, whole or not. `y` defaults to the null label; raises ValueError if
         there is none. `y` may be traced and is not checked: a label out of range silently reads the last row.
+        A network with `mean_velocity` predicts the mean velocity over `duration` steps before `t`, by default 0.
         `apply_block(block, tokens, condition)` computes each block; see `ditx.kernels` and `ditx.parallel`. `unroll` is
         the number of blocks compiled in a row. Neither changes the result beyond rounding.
         """
-        tokens, condition = self.embed(x, t, y)
+        tokens, condition = self.embed(x, t, y, duration)
         return self.unembed(self.run(tokens, condition, apply_block=apply_block, unroll=unroll), condition)
 
     @any_mesh
     def embed(
-        self, x: Float[Array, "h w c"], t: Real[ArrayLike, ""], y: Int[ArrayLike, ""] | None = None
+        self,
+        x: Float[Array, "h w c"],
+        t: Real[ArrayLike, ""],
+        y: Int[ArrayLike, ""] | None = None,
+        duration: Real[ArrayLike, ""] | None = None,
     ) -> tuple[Float[Array, "n d"], Float[Array, "*m d"]]:
         """Tokens of the image patches with their positions, and the condition of time and label.
 
@@ -303,9 +314,14 @@ class DiT(eqx.Module):
         tokens = self.patch(patches if self.bottleneck is None else self.bottleneck(patches))
         if config.positions != "rotary":
             tokens = tokens + jnp.asarray(grid_positions(config.grid, config.hidden_size), tokens.dtype)
-        t = t if config.convention == "dit" else t / 1000 if config.convention == "repa" else 1 - t / 1000
+        thousands = config.convention == "repa" or config.mean_velocity
+        time = self.time(t / 1000 if thousands else t if config.convention == "dit" else 1 - t / 1000)
+        if self.duration is not None:
+            time = time + self.duration(jnp.asarray(0.0 if duration is None else duration) / 1000)
+        elif duration is not None:
+            raise ValueError("the network has no embedding of a duration; build it with DiTConfig(mean_velocity=True)")
         label = self.label(jnp.asarray(y))
-        tokens, condition = self.blocks.enter(tokens, self.time(t), label)
+        tokens, condition = self.blocks.enter(tokens, time, label)
         return tokens if self.context is None else jnp.concatenate([tokens, label[None] + self.context]), condition
 
     @any_mesh

@@ -157,8 +157,23 @@ class Config(KernelConfig, ObjectiveConfig, Common):
         matched = replace(self, model=replace(self.model, **values))
         if not dataset.class_names and self.sampling == preset.sampling:  # guidance needs classes
             matched = replace(matched, sampling=replace(self.sampling, guidance_scale=1.0))
+        if self.is_mean:
+            matched = matched._for_mean_velocity(new_pictures=self.sampling == preset.sampling)
         matched.check_fields()
         return matched
+
+    def _for_mean_velocity(self, *, new_pictures: bool) -> "Config":
+        """With the second embedding, attention that has a forward derivative and, if asked for, pictures in one step.
+
+        Raises ValueError for kernels without a forward derivative.
+        """
+        self.check_forward_derivative()
+        model, sampling = replace(self.model, mean_velocity=True), self.sampling
+        if new_pictures:
+            trained = self.mean_guidance != (1.0, 0.0)  # guidance is in the network
+            scale = 1.0 if trained else sampling.guidance_scale
+            sampling = replace(sampling, sampler="auto", steps=0, guidance_scale=scale)
+        return replace(self, attention="xla", model=model, sampling=sampling)
 
     def describe(self, preset: str, dataset: Any, **own: Any) -> dict[str, Any]:
         """The contents of a run's `config.json`; `own` are the objective and the source of a program of one's own."""
@@ -185,6 +200,10 @@ class Config(KernelConfig, ObjectiveConfig, Common):
         if self.vae and self.dataset != "latents":
             raise ValueError(f"vae is {self.vae!r}, but dataset {self.dataset} has pixels; leave it out")
         self.check(self.model.trains_variance)
+        if self.model.mean_velocity and not self.is_mean:
+            raise ValueError(f"model.mean_velocity is on, but prediction is {self.prediction}; leave it out")
+        if self.mean_guidance != (1.0, 0.0) and self.model.null_label is None:
+            raise ValueError(f"mean_guidance is {self.mean_guidance}, which needs model.label_dropout above 0")
         if self.sample_every:
             self.sampling.check(self.model, self)
         _ = self.ema_gammas

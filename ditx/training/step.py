@@ -1,5 +1,6 @@
 """The training step: an objective over a batch, the optimizer, and running averages of the weights."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -121,10 +122,13 @@ def train_step(
         model = gather(jax.tree.map(lambda leaf: _materialize_gradient(leaf.astype(dtype)), model))
 
         def predict_as(y):
-            return lambda x, t: model(x.astype(dtype), t, y, **network).astype(jnp.float32)
+            return lambda x, t, *duration: model(x.astype(dtype), t, y, *duration, **network).astype(jnp.float32)
 
         def example(x0, std, y, key):
             x0, y, key = _draw_example(x0, std, y, state.model.config, key)
+            if "unconditional" in inspect.signature(objective).parameters:
+                null = state.model.config.null_label
+                return objective(predict_as(y), x0, key, None if null is None else predict_as(null), y == null)
             return objective(predict_as(y), x0, key)
 
         batch, keys = rows

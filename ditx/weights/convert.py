@@ -291,6 +291,8 @@ def _check_diffusers(config: DiTConfig) -> None:
 def _dit_fields(config: DiTConfig) -> Fields:
     if config.block != "adaln-zero":
         raise ValueError(f"block is {config.block!r}; other programs only have 'adaln-zero', use the layout of ditx")
+    if config.mean_velocity:
+        raise ValueError("the network predicts mean velocities, which no other program's layout has; use that of ditx")
     return {"n": range(config.depth), "qkv": _TO_QKV, "p": range(config.patch_size), "q": range(config.patch_size)}
 
 
