@@ -113,6 +113,8 @@ def unchecked(name, value):
             False,
             "schedule flow weights times by how often they are drawn",
         ),
+        (ObjectiveConfig("linear", "mean-velocity"), False, "mean-velocity has no schedule linear; use"),
+        (ObjectiveConfig(mean_equal=1.5), False, "mean_equal is 1.5; give a share from 0 to 1"),
         (ObjectiveConfig(flow_shift=0.0), False, "flow_shift is 0.0; give a number above 0"),
         (ObjectiveConfig(flow_times=(0.0, -1.0)), False, "flow_times has a standard deviation of -1.0"),
     ],

@@ -393,3 +393,15 @@ def test_an_unconditional_network_has_the_null_label_alone_and_is_a_predictor_as
     # As any network, it is guided by a weaker one.
     guided = ditx.guidance.guide(model, random_dit(config, seed=1), scale=2.0)(x, jnp.asarray(5.0))
     assert guided.shape == x.shape
+
+
+def test_a_duration_needs_the_second_embedding_and_is_0_by_default():
+    model = random_dit(dataclasses.replace(SMALL, mean_velocity=True, depth=1))
+    x, t, y = example(SMALL)
+    outputs = [model(x, t, y, *duration) for duration in ((), (0.0,), (300.0,))]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert np.abs(outputs[2] - outputs[0]).max() > 1e-3
+    with pytest.raises(ValueError, match=r"no embedding of a duration; build it with DiTConfig\(mean_velocity=True\)"):
+        new()(x, t, y, 300.0)
+    with pytest.raises(ValueError, match="predicts mean velocities, which no other program's layout has"):
+        ditx.weights.convert.dit_to_torch(model)

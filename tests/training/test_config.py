@@ -134,3 +134,14 @@ def test_help_names_every_preset_on_two_screens(capsys):
         flags.parse(["digits", "--help"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert len(lines) <= 110
+
+
+def test_mean_velocities_bring_their_embedding_attention_and_sampler():
+    data = SimpleNamespace(image_shape=(28, 28, 1), class_names=tuple("0123456789"), latents={})
+    mean = replace(PRESETS["digits"], prediction="mean-velocity", mean_guidance=(2.0, 0.0))
+    matched = mean.matched_to(data, PRESETS["digits"])
+    assert matched.model.mean_velocity and matched.attention == "xla"
+    sampling = matched.sampling.resolved(matched)
+    assert (sampling.sampler, sampling.steps, sampling.guidance_scale) == ("mean-velocity", 1, 1.0)
+    with pytest.raises(ValueError, match="attention is cudnn, which has no forward derivative"):
+        replace(mean, attention="cudnn").matched_to(data, PRESETS["digits"])

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from ditx.diffusion.objective import ObjectiveConfig, make_objective
+from ditx.kernels.block import KernelConfig
 from ditx.nn.dit import DiTConfig
 from ditx.training.step import TrainState, drop_label, train_step
 
@@ -143,3 +144,16 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(accumulate):
     assert same((after.model, after.ema, after.opt_state), (state.model, state.ema, state.opt_state))
     again, terms = jax.jit(step)(after, make_batch(), jax.random.key(0))
     assert float(terms["skipped"]) == 0 and not same(again.model, state.model)
+
+
+def test_mean_velocities_train_through_remat_and_unroll_with_guidance():
+    objective = ObjectiveConfig("flow", "mean-velocity", mean_equal=0.25, mean_guidance=(1.5, 0.2))
+    config = dataclasses.replace(CONFIG, learn_sigma=False, mean_velocity=True, label_dropout=0.5)
+    state, step = make_step(optax.sgd(1.0), objective, config)
+    plain, terms = jax.jit(step)(state, make_batch(), jax.random.key(0))
+    assert {"loss", "mse", "by_time"} <= set(terms) and float(terms["grad_norm"]) > 0
+    assert not same(plain.model.final, state.model.final)
+    options = {"remat": "full", "unroll": 2, "apply_block": KernelConfig(attention="xla").apply_block()}
+    other, _ = jax.jit(partial(step, **options))(state, make_batch(), jax.random.key(0))
+    for a, b in zip(jax.tree.leaves(plain.model), jax.tree.leaves(other.model), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
