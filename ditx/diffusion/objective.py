@@ -44,9 +44,9 @@ class ObjectiveConfig:
     flow_shift: float = 1.0
     """flow only: factor on sigma / alpha that moves training times and sampling steps towards the noise"""
     mean_equal: float = 0.75
-    """mean-velocity only: share of examples that train the velocity itself, over no time"""
+    """mean-velocity: share of times r = t"""
     mean_guidance: tuple[float, float] = (1.0, 0.0)
-    """mean-velocity only: guidance trained into the network, as omega and kappa; its scale is omega / (1 - kappa)"""
+    """mean-velocity: trained-in omega, kappa"""
 
     @property
     def is_flow(self) -> bool:
