@@ -166,15 +166,13 @@ def make_sampler(
 ) -> Sampler:
     """Compile a sampler for networks placed on `mesh`; each device draws its part of a batch.
 
-    `batch_size` is rounded up to a multiple of the devices. With a `stride`, the result also has the
-    state at every `stride`-th step, the sample last. With `guided_by_network`, each call takes a `guide`, the weaker
-    network of autoguidance (Karras et al. 2024). `step` replaces the sampler of `config`.
-    Raises ValueError where the configurations do not fit together.
+    `batch_size` is rounded up to a multiple of the devices. With a `stride`, the result also has the state at every
+    `stride`-th step, the sample last. With `guided_by_network`, each call takes a `guide`, the weaker network of
+    autoguidance (Karras et al. 2024). `step` replaces the sampler of `config`. Raises ValueError where these conflict.
     """
     config.check(model_config, objective, guided_by_network=guided_by_network)
     config = config.resolved(objective)
-    if step is None:
-        step = partial(samplers.ddim_step, eta=config.eta) if config.sampler == "ddim" else STEPS[config.sampler]
+    named = partial(samplers.ddim_step, eta=config.eta) if config.sampler == "ddim" else STEPS[config.sampler]
     batch = -(-batch_size // data_parallel_size(mesh)) * data_parallel_size(mesh)
 
     def sample(network, guide, y, key, params, blocks):
@@ -195,7 +193,7 @@ def make_sampler(
             weak: Any = partial(apply, network=guide, apply_block=blocks[1])
             networks = (lambda x, t, *d: apply(x, t, y, *d)), (lambda x, t, *d: weak(x, t, guide_label, *d))
             predict = guidance.guide(*networks, **options)
-        return samplers.sample(step, predict, params.grid, start, key=noise_key)
+        return samplers.sample(step or named, predict, params.grid, start, key=noise_key)
 
     def run_batch(network, guide, labels, seed, first, params):
         gather, gather_guide = make_gather(network, mesh), make_gather(guide, mesh)

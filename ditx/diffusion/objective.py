@@ -44,9 +44,9 @@ class ObjectiveConfig:
     flow_shift: float = 1.0
     """flow only: factor on sigma / alpha that moves training times and sampling steps towards the noise"""
     mean_equal: float = 0.75
-    """mean-velocity: share of times r = t"""
+    """prediction mean-velocity: share of the examples with r = t, which train the velocity"""
     mean_guidance: tuple[float, float] = (1.0, 0.0)
-    """mean-velocity: trained-in omega, kappa"""
+    """prediction mean-velocity: guidance scale and kappa that are trained in; 1 and 0 are none"""
 
     @property
     def is_flow(self) -> bool:

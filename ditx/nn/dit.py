@@ -69,7 +69,7 @@ class DiTConfig:
     """time that the layers see and what they predict: t (dit, and what ditx trains); 1 - t / 1000 and x_0 - noise (sit,
     also LightningDiT); t / 1000 and noise - x_0 (repa); 1 - t / 1000 and x_0 (jit)"""
     mean_velocity: bool = False
-    """embed the duration, too (MeanFlow)"""
+    """a second embedding, of the duration over which a velocity is averaged (MeanFlow)"""
     mlp_norm_eps: float = 1e-6
     """added to the variance by the norm before the MLP (adaln-zero): 1e-6 as in the authors' code, 1e-5 in diffusers"""
     norm: NormName = "layer"

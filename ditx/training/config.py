@@ -353,11 +353,9 @@ PRESETS_HELP = """Presets, with data, network, hardware and time:
   cifar10           32x32 pixels; S/2, 32 M parameters; one GPU, time not measured
   cifar10-long      the same for 250,000 steps, constant rate; one GPU, not measured
   imagenet256-SIZE  latents; s8 s4 s2 b8 b4 b2 l8 l4 l2 xl8 xl4; 400,000 steps of 256
-  imagenet256-xl2   latents; XL/2, 675 M parameters; TPU v3-256, 7 M steps, 2 weeks
+  imagenet256-xl2, imagenet512-xl2: XL/2, 675 M; TPU v3-256, 7 M and 3 M steps, weeks
   imagenet256-xl2-adaln, -cross-attention, -in-context: other blocks, 400,000 steps
-  imagenet512-xl2   latents of 512 pixels; XL/2, 675 M parameters; 3 M steps
-  imagenet256-lightningdit-xl1  latents of VA-VAE; 675 M parameters; 80,000 steps of 1,024
-  imagenet256-SIZE  pixels; jit-b16 jit-l16; 131 M and 459 M parameters; 750,600 steps of 1,024"""
+  imagenet256-NAME  lightningdit-xl1, on latents of VA-VAE; jit-b16 jit-l16, on pixels"""
 # Fields that change neither the data nor, beyond rounding, the arithmetic.
 CHANGEABLE_ON_RESUME: set[str] = set(
     "preset run data_path vae init_from workers mesh distributed unroll remat kernels attention accumulate log_every"

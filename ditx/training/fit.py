@@ -75,12 +75,8 @@ def fit_fields(config: Config, given: set[str], facts: Facts) -> tuple[Config, l
         "the samples' weights are averaged over a twentieth of the steps", ema_decay=round(max(0.9, 1 - 20 / steps), 6)
     )
     every = max(1, min(steps // 5, 2_000))
-    choose(
-        "to see and to keep progress",
-        sample_every=every,
-        checkpoint_every=every,
-        log_every=max(1, min(steps // 50, 100)),
-    )
+    logs = max(1, min(steps // 50, 100))
+    choose("to see and to keep progress", sample_every=every, checkpoint_every=every, log_every=logs)
     choose(
         f"the faster choice on a {platform.upper()}",
         dtype="float32" if cpu else "bfloat16",

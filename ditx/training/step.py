@@ -113,6 +113,7 @@ def train_step(
     Returns the new state and the terms of the objective as means over the batch, with `grad_norm` and `skipped`. A step
     whose loss or gradient is not finite changes nothing but `step`, and its `skipped` is 1.
     """
+    config = state.model.config
     batch_keys = jax.random.split(jax.random.fold_in(key, state.step), batch["y"].shape[0])
     gather = fsdp.make_gather(state.model, mesh)
     apply_block = fsdp.gather_blocks(apply_block, state.model, mesh, recomputed=remat != "none")
@@ -125,11 +126,8 @@ def train_step(
             return lambda x, t, *duration: model(x.astype(dtype), t, y, *duration, **network).astype(jnp.float32)
 
         def example(x0, std, y, key):
-            x0, y, key = _draw_example(x0, std, y, state.model.config, key)
-            if "unconditional" in inspect.signature(objective).parameters:
-                null = state.model.config.null_label
-                return objective(predict_as(y), x0, key, None if null is None else predict_as(null), y == null)
-            return objective(predict_as(y), x0, key)
+            x0, y, key = _draw_example(x0, std, y, config, key)
+            return objective(predict_as(y), x0, key, *_unconditional(objective, predict_as, y, config.null_label))
 
         batch, keys = rows
         terms = jax.tree.map(lambda a: a.mean(0), jax.vmap(example)(batch["x"], batch.get("std"), batch["y"], keys))
@@ -146,9 +144,15 @@ def train_step(
     before = (state.model, state.ema, state.power_emas, state.opt_state)
     terms |= {"grad_norm": optax.tree.norm(grads)}
     finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(terms["grad_norm"])
-    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-    model, ema, power_emas, opt_state = after
+    model, ema, power_emas, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
     return TrainState(state.step + 1, model, ema, opt_state, power_emas), terms | {"skipped": 1.0 - finite}
+
+
+def _unconditional(objective: Objective, predict_as: Any, y: Array, null_label: int | None) -> tuple[Any, ...]:
+    """The arguments of an objective that trains guidance in: the prediction without the label, and y has none."""
+    if "unconditional" not in inspect.signature(objective).parameters:
+        return ()
+    return None if null_label is None else predict_as(null_label), y == null_label
 
 
 def _move_averages(

@@ -393,6 +393,9 @@ def _infer_layers(source: object, tensors: Mapping[str, np.ndarray], overrides: 
     }
 
 
+_HEADS = {published.hidden_size: published.num_heads for published in DIT_CONFIGS.values()} | {1280: 16}
+
+
 def _infer(
     source: object, layout: str, tensors: Mapping[str, np.ndarray], config: dict[str, Any], overrides: dict[str, Any]
 ) -> DiTConfig:
@@ -416,21 +419,22 @@ def _infer(
     _, channels, side, _ = shape(patches, (width, 4, 2, 2))
     rows, _ = shape("label.table", (1001, width))
     _, mlp_size = shape("blocks.mlp.down.weight", (width, 4 * width))
-    (out,) = shape("final.linear.bias", (2 * channels * side**2,))
     _, tokens, _ = shape("positions", (1, (32 // side) ** 2, width))
     eps = config.get("norm_eps", 1e-5) if layout == "diffusers" and overrides.get("frequency_shift") != 0 else 1e-6
+    if not isinstance(eps, float):
+        raise ValueError(f"{source} has norm_eps {eps!r}, not a number; correct its config.json")
     blocks = [int(match[1]) for name in tensors if (match := re.match(r"(?:transformer_)?blocks\.(\d{1,4})\.", name))]
     (head_width,) = shape("blocks.attention.q_norm.weight", (shape("feat_rope.freqs_cos", (tokens, 0))[1],))
-    heads = {published.hidden_size: published.num_heads for published in DIT_CONFIGS.values()} | {1280: 16}
+    outputs = (2 * channels * side**2,)
     model: dict[str, Any] = {
         "patch_size": side,
         "in_channels": channels,
         "hidden_size": width,
         "depth": max(blocks, default=27) + 1,
         "mlp_ratio": _mlp_ratio(mlp_size, width, kinds.mlp),
-        "learn_sigma": out == 2 * channels * side**2,
+        "learn_sigma": shape("final.linear.bias", outputs) == outputs,
         "frequency_shift": int(layout == "diffusers"),
-        "num_heads": config.get("num_attention_heads", width // head_width if head_width else heads.get(width)),
+        "num_heads": config.get("num_attention_heads", width // head_width if head_width else _HEADS.get(width)),
         "input_size": math.isqrt(tokens) * side if names["positions"] in tensors else config.get("sample_size"),
         "num_classes": config.get("num_embeds_ada_norm", rows - 1),
         "mlp_norm_eps": eps,
@@ -440,12 +444,8 @@ def _infer(
     if model["num_heads"] is None:
         raise ValueError(f"{source} has width {width}, whose number of heads is unknown; give --num-heads")
     if model["input_size"] is None:
-        advice = "give --input-size, the side of the latents" + (
-            ", or its config.json" if layout == "diffusers" else ""
-        )
+        advice = "give --input-size, the side of the latents" + ", or its config.json" * (layout == "diffusers")
         raise ValueError(f"{source} has no positions, so that its input size is unknown; {advice}")
-    if not isinstance(eps, float):
-        raise ValueError(f"{source} has norm_eps {eps!r}, not a number; correct its config.json")
     for name in ("num_heads", "input_size", "num_classes"):
         if not isinstance(model[name], int | tuple):
             raise ValueError(f"{source} has {name} {model[name]!r}, not a whole number; correct its config.json")
