@@ -72,7 +72,9 @@ def train(
     finished = Run.check(config, described)  # refuses other data, or another configuration
     step = make_step(config, mesh, objective, latent=bool(dataset.latents))
     print(summary(config, dataset, step, described["own"]["source"] or config.dataset), flush=True)
-    if not finished:  # before the folder exists, so that a step that is too large leaves nothing
+    if finished:
+        described["compile_seconds"] = runs.read_config(Path(config.run)).get("compile_seconds")
+    else:  # before the folder exists, so that a step that is too large leaves nothing
         described["compile_seconds"] = round(compile_step(step, Path(config.run))[1], 1)
     with closing(Run.open(config, described)) as run:
         return fit(config, dataset, step, hooks, run)

@@ -52,7 +52,7 @@ def test_images_become_latents_a_run_and_samples(run, photos, vae, tmp_path):
 
     flags = ["imagenet256-s8", *TINY, "--data-path", shards, "--run", folder]
     code, said = run.train(*flags, "--vae", vae)
-    assert code == 0 and "20 images of 8x8x4, 2 classes" in said and "no pictures" not in said, said
+    assert code == 0 and "20 latents of 8x8x4, 2 classes" in said and "no pictures" not in said, said
     with PIL.Image.open(folder / "samples" / "step-0000006.png") as picture:
         assert picture.mode == "RGB" and np.asarray(picture).std() > 5
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

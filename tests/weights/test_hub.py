@@ -185,7 +185,9 @@ def test_a_mistyped_path_is_no_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").mkdir()
     assert not hub.is_name(name)
-    with pytest.raises(ValueError, match="there is no such file or folder; give a run or weights, OWNER/NAME"):
+    with pytest.raises(
+        ValueError, match=r"there is no such file or folder; (did you mean '.*'\? )?give a run or weights, OWNER/NAME"
+    ):
         describe(name)
 
 

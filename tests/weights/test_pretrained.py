@@ -76,7 +76,7 @@ def test_fields_that_old_files_lack_have_their_defaults():
         "steps": 25, "eta": 0.0, "guidance_scale": 2.5, "guidance_channels": 0}}""")
     described = pretrained.Description.of(fields, "run")
     assert described.objective == ObjectiveConfig("flow", "velocity", flow_times=(0.5, 1.0))
-    assert described.sampling == SamplingConfig(guidance_scale=2.5)
+    assert described.sampling == SamplingConfig(sampler="euler", steps=25, guidance_scale=2.5)
     for wrong in ({"objective": "noise"}, {"sampling": {"sampler": "euler", "colour": "red"}}):
         with pytest.raises(ValueError, match="run was written by another version of ditx, or is damaged"):
             pretrained.Description.of(fields | wrong, "run")
@@ -234,7 +234,7 @@ def test_golden_files_are_small_and_all_read():
     read |= {"diffusers_eps_tiny.npz", "vae_tiny.npz", "vae_sd_formula.npz", "inception_formula.npz", "metrics.npz"}
     read |= {"dit_state_dict_shapes.json", "vae_sd_state_dict_shapes.json", "inception_state_dict_shapes.json"}
     read |= {"lightningdit_tiny.npz", "lightningdit_mixed_tiny.npz", "lightningdit_state_dict_shapes.json"}
-    read |= {"jit_tiny.npz", "jit_state_dict_shapes.json"}
+    read |= {"jit_tiny.npz", "jit_state_dict_shapes.json", "meanflow.npz", "imeanflow.npz"}
     read |= {"paper_tables.json", "official_training_curve.json", "first_edition_samples.npz"}
     read |= {f"first_edition_{name}.safetensors" for name in FIRST_EDITION}
     assert {path.name for path in GOLDEN.iterdir()} == read
