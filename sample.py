@@ -37,7 +37,7 @@ with install_import_hook("ditx", "beartype.beartype"):
 
 @dataclass(frozen=True)
 class Config(KernelConfig):
-    """Samples from a run or from weights. Sampler, steps and guidance default to those of the run's own pictures.
+    """Samples from a run or from weights. Sampler, steps and guidance default to the run's own.
 
     For the authors' weights they default to the paper's: 250 DDPM steps, guidance on the first 3 of 4 channels.
     """

@@ -48,8 +48,8 @@ def train(
 ) -> int:
     """Check everything a user can get wrong, compile the step, and train; returns the exit code.
 
-    An objective or a source of one's own replaces those that the configuration names. Called again with the same
-    arguments, it resumes.
+    `objective` and `source` replace the objective and the data of the configuration. A second call with the same
+    arguments resumes.
     """
     config = config if config.run else replace(config, run="runs/own")
     distributed.initialize(config.distributed)

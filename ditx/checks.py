@@ -1,4 +1,4 @@
-"""Functions of one example: unknown names, batches in place of an example, and meshes with Explicit axes."""
+"""Checks of names and of single examples, and functions of one example on meshes with Explicit axes."""
 
 import dataclasses
 import difflib

@@ -112,7 +112,7 @@ def script(name: str) -> str:
 
 
 def parse(config: Callable[..., C], **options: Any) -> C:
-    """Parse a command line into a configuration; `options` are those of `tyro.cli`. Exits with 2 on a bad flag."""
+    """Parse a command line into a configuration; `options` go to `tyro.cli`. Exits with 2 on a bad flag."""
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 

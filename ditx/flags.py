@@ -49,7 +49,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
 
 
 def fit_to_images(config: Config, given: set[str]) -> Config:
-    """The configuration fitted to its images and to the devices, except `given` fields; prints what it chooses."""
+    """The configuration with all but the `given` fields fitted to images and devices; prints each choice."""
     distributed.initialize(config.distributed)
     tune_malloc()
     with distributed.sync_errors():

@@ -249,9 +249,8 @@ def timed(call: Callable[[], Any], config: Any, flops: int, compile_seconds: flo
 def network_evaluations(sampling: SamplingConfig, objective: ObjectiveConfig) -> int:
     """Forward passes for one sample; guidance, if any, counts at all times."""
     sampling = sampling.resolved(objective)
-    return (2 * sampling.steps - 1 if sampling.sampler == "heun" else sampling.steps) * (
-        1 if sampling.guidance_scale == 1 else 2
-    )
+    one = 2 * sampling.steps - 1 if sampling.sampler == "heun" else sampling.steps
+    return one * (1 if sampling.guidance_scale == 1 else 2)
 
 
 def random_weights(model: Any) -> Any:

@@ -300,7 +300,7 @@ class DiT(eqx.Module):
     ) -> tuple[Float[Array, "n d"], Float[Array, "*m d"]]:
         """Tokens of the image patches with their positions, and the condition of time and label.
 
-        Context tokens are behind those of the image, and `run` leaves them unchanged up to block `context_start`.
+        Context tokens follow the image tokens, and `run` leaves them unchanged up to block `context_start`.
         """
         config = self.config
         if x.shape != config.input_shape:

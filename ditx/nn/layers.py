@@ -177,7 +177,7 @@ def rotary_angles(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n hal
 def rotate(x: Float[Array, "n heads k"], grid: tuple[int, int]) -> Float[Array, "n heads k"]:
     """Rotary positions in two dimensions (Su et al. 2021): products of rotated vectors depend on offsets only.
 
-    The first tokens are those of `grid`, row by row; later ones are not rotated. Neighbouring channels form a pair,
+    The first tokens fill `grid`, row by row; later tokens are not rotated. Neighbouring channels form a pair,
     which turns by the angle of `rotary_angles`.
     """
     angles = rotary_angles(grid, x.shape[-1])
